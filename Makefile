@@ -1,0 +1,38 @@
+# Two targets do all set-up on a machine with Python 3.11 (or later), pip and make:
+#   make demo    fit real data, print the comparison, write plots and results
+#   make test    the default test suite
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# By file: tests of one file share their compiled functions.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-all lint bench clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --output demo_output
+
+test: $(STAMP)
+	$(PYTEST)
+
+test-all: $(STAMP)
+	$(PYTEST) -m 'slow or not slow'
+
+lint: $(STAMP)
+	$(BIN)/ruff check numpyro_sde tests benchmarks examples
+	$(BIN)/ruff format --check numpyro_sde tests benchmarks examples
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -m '' -p no:xdist -s --benchmark-columns=median
+
+clean:
+	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,39 @@
+"""Bayesian inference for stochastic differential equations, as a NumPyro plugin."""
+
+from numpyro_sde import (
+    datasets,
+    diagnostics,
+    filters,
+    guides,
+    handlers,
+    noise,
+    processes,
+    reparam,
+    schemes,
+)
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.filtering import filter_path
+from numpyro_sde.grid import TimeGrid
+from numpyro_sde.observe import observe
+from numpyro_sde.sde import SDE
+from numpyro_sde.smoothing import smooth
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SDE",
+    "SDEPath",
+    "TimeGrid",
+    "datasets",
+    "diagnostics",
+    "filter_path",
+    "filters",
+    "guides",
+    "handlers",
+    "noise",
+    "observe",
+    "processes",
+    "reparam",
+    "schemes",
+    "smooth",
+]

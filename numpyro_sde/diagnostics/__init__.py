@@ -1,0 +1,18 @@
+"""Fits in ArviZ's terms, side by side: conversion, comparison, plots."""
+
+from numpyro_sde.diagnostics.compare import FitComparison, compare_fits
+from numpyro_sde.diagnostics.convert import to_arviz
+from numpyro_sde.diagnostics.draws import SVIFit
+from numpyro_sde.diagnostics.plots import plot_fits, plot_paths
+from numpyro_sde.diagnostics.timing import Timing, timed
+
+__all__ = [
+    "FitComparison",
+    "SVIFit",
+    "Timing",
+    "compare_fits",
+    "plot_fits",
+    "plot_paths",
+    "timed",
+    "to_arviz",
+]

@@ -1,0 +1,375 @@
+"""Draws of every kind of fit in one form, with their pointwise log likelihood.
+
+A fit is a NumPyro `MCMC` after `run`, an SVI with its result, a guide with its parameters, or a
+dictionary of draws. Everything that needs the model again (log likelihood, log weights of a
+guide, predictions) runs it once for each draw, in batches, under `jax.jit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+from numpyro import handlers
+from numpyro.infer import MCMC, SVI
+from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
+from numpyro.infer.util import log_density
+
+from numpyro_sde.diagnostics.sites import (
+    hold_values,
+    is_latent,
+    is_observation,
+    pointwise_log_prob,
+)
+from numpyro_sde.diagnostics.timing import Timing
+
+_BATCH = 64  # draws evaluated together: enough to fill a CPU, little memory for long paths
+_STATISTICS = {
+    "potential_energy": "lp",
+    "adapt_state.step_size": "step_size",
+    "num_steps": "n_steps",
+    "accept_prob": "acceptance_rate",
+}
+
+
+class SVIFit(NamedTuple):
+    """A variational fit with what is needed to evaluate it.
+
+    A plain tuple `(svi, result)` stands for one without model arguments.
+
+    Attributes:
+        svi: The `numpyro.infer.SVI`, or the guide alone.
+        result: What `svi.run` returned, or the guide's parameters.
+        model_args: Positional arguments of model and guide.
+        model_kwargs: Their keyword arguments.
+        timing: From :func:`timed`.
+    """
+
+    svi: Any
+    result: Any
+    model_args: tuple[Any, ...] = ()
+    model_kwargs: Mapping[str, Any] | None = None
+    timing: Timing | None = None
+
+
+class Draws(NamedTuple):
+    """A fit in one form: from :func:`read_fit`, with everything after :func:`complete_draws`.
+
+    Attributes:
+        method: `"mcmc"`, `"variational"` or `"draws"`.
+        engine: Class name of the kernel or guide.
+        posterior: For each site an array of shape `(chain, draw, ...)`.
+        statistics: For each sampler statistic an array of that shape.
+        log_likelihood: For each observation site its pointwise log density, that shape.
+        model: The model, None for draws without one.
+        model_args: Its positional arguments.
+        model_kwargs: Its keyword arguments.
+        params: Values of its `param` sites.
+        guide: The guide of a variational fit.
+        timing: From :func:`timed`, where known.
+    """
+
+    method: str
+    engine: str
+    posterior: dict[str, np.ndarray]
+    statistics: dict[str, np.ndarray]
+    log_likelihood: dict[str, np.ndarray]
+    model: Callable[..., Any] | None
+    model_args: tuple[Any, ...]
+    model_kwargs: Mapping[str, Any]
+    params: Mapping[str, Any]
+    guide: Any = None
+    timing: Timing | None = None
+
+
+def map_draws(
+    function: Callable[[Any], dict[str, Array]], inputs: Any, num_draws: int
+) -> dict[str, np.ndarray]:
+    """Apply a function to every draw, in batches, and stack what it returns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> map_draws(lambda x: {"y": 2 * x}, jnp.arange(3.0), 3)["y"]
+        array([0., 2., 4.], dtype=float32)
+    """
+    batches = -(-num_draws // _BATCH)
+    size = -(-num_draws // batches)
+    # The last batch is filled up with copies: one of its own size would compile once more.
+    index = np.minimum(np.arange(batches * size), num_draws - 1).reshape(batches, size)
+    run = jax.jit(lambda xs: jax.lax.map(jax.vmap(function), xs))
+    out = run(jax.tree.map(lambda x: x[index], inputs))
+    return {
+        name: np.asarray(value).reshape(-1, *value.shape[2:])[:num_draws]
+        for name, value in out.items()
+    }
+
+
+def evaluate_model(
+    draws: Draws,
+    flat: Mapping[str, Any],
+    num_draws: int,
+    rng_key: PRNGKeyArray,
+    collect: Callable[[Mapping[str, Any]], dict[str, Array]],
+    *,
+    forget_data: bool = False,
+) -> dict[str, np.ndarray]:
+    """Run the model under each draw and collect something from every trace.
+
+    Args:
+        draws: The fit, for its model and arguments.
+        flat: Values to substitute, `(num_draws, ...)` for each site.
+        num_draws: Number of draws.
+        rng_key: Seeds whatever the values leave open.
+        collect: Takes a trace, returns arrays by name.
+        forget_data: Sample the observation sites instead of holding them.
+    """
+    assert draws.model is not None
+
+    def one(inputs: tuple[Mapping[str, Array], PRNGKeyArray]) -> dict[str, Array]:
+        values, key = inputs
+        model = handlers.seed(draws.model, key)
+        if forget_data:
+            model = handlers.uncondition(model)
+        model = hold_values(model, {**draws.params, **values})
+        return collect(handlers.trace(model).get_trace(*draws.model_args, **draws.model_kwargs))
+
+    values = {name: jnp.asarray(value) for name, value in flat.items()}
+    return map_draws(one, (values, jax.random.split(rng_key, num_draws)), num_draws)
+
+
+def observation_log_probs(trace: Mapping[str, Any], num_times: int | None) -> dict[str, Array]:
+    """Pointwise log density of every observation site of a trace."""
+    return {
+        name: pointwise_log_prob(site["fn"], jnp.asarray(site["value"]), num_times)
+        for name, site in trace.items()
+        if is_observation(site)
+    }
+
+
+def read_fit(
+    fit: Any,
+    *,
+    model: Callable[..., Any] | None = None,
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    group_by_chain: bool = False,
+) -> Draws:
+    """Recognise a fit; arguments as for `to_arviz`. A guide is not yet sampled.
+
+    Raises:
+        TypeError: If `fit` is none of the kinds in the module's description.
+        ValueError: If an `MCMC` has not run, or draws disagree in their number.
+    """
+    if isinstance(fit, MCMC):
+        return _from_mcmc(fit, model, model_args, model_kwargs)
+    if isinstance(fit, Mapping):
+        return _from_mapping(fit, model, model_args, model_kwargs, group_by_chain)
+    if isinstance(fit, tuple) and len(fit) >= 2:
+        return _from_guide(SVIFit(*fit), model, model_args, model_kwargs)
+    raise TypeError(
+        "fit must be an MCMC, a tuple (svi, svi_result) or (guide, params), an SVIFit, or a "
+        f"dictionary of draws, got {type(fit).__name__}"
+    )
+
+
+def complete_draws(
+    draws: Draws,
+    *,
+    num_samples: int,
+    rng_key: PRNGKeyArray,
+    log_likelihood: bool,
+    num_times: int | None,
+    deterministic: Collection[str] = (),
+) -> Draws:
+    """Sample a guide, and evaluate what the draws imply: log likelihood, deterministic sites.
+
+    Args:
+        draws: From :func:`read_fit`.
+        num_samples: Draws from a guide.
+        rng_key: For the guide, and for whatever the draws leave open in the model.
+        log_likelihood: Whether to evaluate it.
+        num_times: Length of the time axis, see `pointwise_log_prob`.
+        deterministic: Deterministic sites of the model, added where the draws lack them.
+    """
+    if isinstance(draws.guide, AutoDelta | AutoLaplaceApproximation):
+        # Trained to a point: what they hold as fit is `sample_posterior`, without a log density.
+        rng_key, key_draws = jax.random.split(rng_key)
+        samples = draws.guide.sample_posterior(
+            key_draws,
+            draws.params,
+            *draws.model_args,
+            sample_shape=(num_samples,),
+            **draws.model_kwargs,
+        )
+        posterior = {name: np.asarray(value)[None] for name, value in samples.items()}
+        draws = draws._replace(posterior=posterior)
+    elif draws.guide is not None:
+        keys = jax.random.split(rng_key, num_samples)
+        one = _guide_draw(draws, log_likelihood, num_times)
+        values = {name: value[None] for name, value in map_draws(one, keys, num_samples).items()}
+        return draws._replace(
+            posterior=_with_prefix(values, "value/"),
+            statistics=_with_prefix(values, "stat/"),
+            log_likelihood=_with_prefix(values, "loglik/"),
+        )
+    implied = [name for name in deterministic if name not in draws.posterior]
+    if draws.model is None or not (log_likelihood or implied):
+        return draws
+    return _with_implied(draws, rng_key, log_likelihood, num_times, implied)
+
+
+def _with_implied(
+    draws: Draws,
+    rng_key: PRNGKeyArray,
+    log_likelihood: bool,
+    num_times: int | None,
+    implied: Collection[str],
+) -> Draws:
+    def collect(trace: Mapping[str, Any]) -> dict[str, Array]:
+        out = {f"value/{name}": jnp.asarray(trace[name]["value"]) for name in implied}
+        if log_likelihood:
+            densities = observation_log_probs(trace, num_times)
+            out |= {f"loglik/{name}": value for name, value in densities.items()}
+        return out
+
+    shape = next(iter(draws.posterior.values())).shape[:2]
+    flat = flatten_draws(draws.posterior)
+    values = evaluate_model(draws, flat, shape[0] * shape[1], rng_key, collect)
+    values = {name: value.reshape(shape + value.shape[1:]) for name, value in values.items()}
+    return draws._replace(
+        posterior={**draws.posterior, **_with_prefix(values, "value/")},
+        log_likelihood=_with_prefix(values, "loglik/"),
+    )
+
+
+def flatten_draws(posterior: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Join chains: `(chain, draw, ...)` to `(chain * draw, ...)`."""
+    return {name: value.reshape(-1, *value.shape[2:]) for name, value in posterior.items()}
+
+
+def _from_mcmc(
+    mcmc: MCMC,
+    model: Callable[..., Any] | None,
+    model_args: tuple[Any, ...],
+    model_kwargs: Mapping[str, Any] | None,
+) -> Draws:
+    try:
+        samples = mcmc.get_samples(group_by_chain=True)
+        extra = mcmc.get_extra_fields(group_by_chain=True)
+    except (AssertionError, AttributeError, TypeError) as error:
+        raise ValueError("fit is an MCMC that has not run: call its run method first") from error
+    statistics = {}
+    for name, value in extra.items():
+        if isinstance(value, Mapping | tuple):
+            continue  # a kernel's whole state: no statistic of one draw
+        value = np.asarray(value)
+        statistics[_STATISTICS.get(name, name)] = -value if name == "potential_energy" else value
+        if name == "num_steps":
+            statistics["tree_depth"] = np.log2(value).astype(int) + 1
+    return Draws(
+        method="mcmc",
+        engine=type(mcmc.sampler).__name__,
+        posterior={name: np.asarray(value) for name, value in samples.items()},
+        statistics=statistics,
+        log_likelihood={},
+        model=model or getattr(mcmc.sampler, "model", None),
+        # NumPyro keeps the arguments of `run` on the object, as its own ArviZ converter knows.
+        model_args=model_args or getattr(mcmc, "_args", ()),
+        model_kwargs=model_kwargs if model_kwargs is not None else getattr(mcmc, "_kwargs", {}),
+        params={},
+    )
+
+
+def _from_mapping(
+    samples: Mapping[str, Any],
+    model: Callable[..., Any] | None,
+    model_args: tuple[Any, ...],
+    model_kwargs: Mapping[str, Any] | None,
+    group_by_chain: bool,
+) -> Draws:
+    posterior = {name: np.asarray(value) for name, value in samples.items()}
+    need = 2 if group_by_chain else 1
+    leads = {name: value.shape[:need] for name, value in posterior.items()}
+    if not leads or len(set(leads.values())) != 1 or len(next(iter(leads.values()))) != need:
+        form = "(chain, draw, ...)" if group_by_chain else "(draw, ...)"
+        raise ValueError(
+            f"a dictionary of draws must hold arrays of one leading shape {form} "
+            f"(group_by_chain={group_by_chain}), got leading shapes {leads}"
+        )
+    if not group_by_chain:
+        posterior = {name: value[None] for name, value in posterior.items()}
+    return Draws("draws", "draws", posterior, {}, {}, model, model_args, model_kwargs or {}, {})
+
+
+def _from_guide(
+    fit: SVIFit,
+    model: Callable[..., Any] | None,
+    model_args: tuple[Any, ...],
+    model_kwargs: Mapping[str, Any] | None,
+) -> Draws:
+    svi = fit.svi
+    guide = svi.guide if isinstance(svi, SVI) else svi
+    model = model or (svi.model if isinstance(svi, SVI) else getattr(guide, "model", None))
+    if not callable(guide) or model is None:
+        raise TypeError(
+            "fit must be (svi, svi_result) or (guide, params); give model= with a guide that is "
+            f"a plain function. Got ({type(svi).__name__}, {type(fit.result).__name__})"
+        )
+    params = getattr(fit.result, "params", fit.result)
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"fit[1] must be an SVI result or a dictionary, got {type(fit.result).__name__}"
+        )
+    kwargs = {
+        **getattr(svi, "static_kwargs", {}),
+        **(model_kwargs if model_kwargs is not None else fit.model_kwargs or {}),
+    }
+    return Draws(
+        method="variational",
+        engine=getattr(guide, "__name__", type(guide).__name__),
+        posterior={},
+        statistics={},
+        log_likelihood={},
+        model=model,
+        model_args=tuple(model_args or fit.model_args),
+        model_kwargs=kwargs,
+        params=params,
+        guide=guide,
+        timing=fit.timing,
+    )
+
+
+def _guide_draw(
+    draws: Draws, log_likelihood: bool, num_times: int | None
+) -> Callable[[PRNGKeyArray], dict[str, Array]]:
+    """One particle of the evidence lower bound, with everything it visits."""
+    model, guide, params = draws.model, draws.guide, draws.params
+    args, kwargs = draws.model_args, dict(draws.model_kwargs)
+
+    def one(key: PRNGKeyArray) -> dict[str, Array]:
+        key_guide, key_model = jax.random.split(key)
+        log_q, guide_trace = log_density(handlers.seed(guide, key_guide), args, kwargs, params)
+        replayed = handlers.replay(handlers.seed(model, key_model), trace=guide_trace)
+        log_p, trace = log_density(replayed, args, kwargs, params)
+        out = {"stat/log_p": log_p, "stat/log_q": log_q}
+        for name, site in trace.items():
+            if is_latent(site) or site["type"] == "deterministic":
+                out[f"value/{name}"] = jnp.asarray(site["value"])
+        if log_likelihood:
+            for name, value in observation_log_probs(trace, num_times).items():
+                out[f"loglik/{name}"] = value
+        return out
+
+    return one
+
+
+def _with_prefix(values: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }

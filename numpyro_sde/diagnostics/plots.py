@@ -1,0 +1,343 @@
+"""Pictures of fits: bands of a path against data, marginals over one another.
+
+The only file of the package that imports Matplotlib, and only when a plot is made. Colours are
+those of Okabe and Ito (2008), Color Universal Design, which colour-blind readers tell apart; line
+styles differ too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree, scalar_draws
+from numpyro_sde.diagnostics.convert import to_arviz
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_MAX_PANELS = 12
+_GRID = 256
+
+
+def _load_pyplot() -> ModuleType:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need Matplotlib: pip install 'numpyro-sde[arviz]'") from error
+    return plt
+
+
+def plot_paths(
+    fit: Any,
+    var: str = "x",
+    *,
+    group: str = "posterior",
+    data: Any = None,
+    times: Any = None,
+    data_times: Any = None,
+    ax: Any = None,
+    intervals: Sequence[float] = (0.5, 0.9),
+    draws: int = 0,
+    series: Any = None,
+    state: Any = None,
+    color: str = _COLOURS[0],
+    label: str | None = None,
+) -> Any:
+    """Draw the posterior bands of a path, with data on top.
+
+    One panel for each series and component of the state.
+
+    Args:
+        fit: A result of :func:`to_arviz`, or a fit that it converts.
+        var: The path's site, a variable with a time dimension; in the group
+            `posterior_predictive` a data site.
+        group: Group of the results to draw from.
+        data: Name of a site of `observed_data`, or an array; an array has the panels' shape,
+            `(T,)`, `(series, T)`, `(T, state)` or `(series, T, state)`. None draws no data.
+        times: As for `to_arviz`, for a fit that is not converted yet.
+        data_times: Times of an array `data`, `(T,)`; None takes the path's.
+        ax: Axes to draw on, one for each panel; None makes a new figure.
+        intervals: Central posterior probabilities of the bands, in (0, 1).
+        draws: Number of single draws to add as thin lines, evenly thinned.
+        series: Which series to draw: position or positions along the batch dimensions joined
+            together. None draws the first 12 panels.
+        state: Which components of the state: position or positions. None draws all.
+        color: Colour of bands and lines.
+        label: Legend label; None is the variable's name.
+
+    Returns:
+        The `matplotlib.axes.Axes`; of several panels a list of them.
+
+    Raises:
+        ValueError: If the variable is missing or has no time dimension, an interval lies
+            outside (0, 1), or axes and panels differ in number.
+        ImportError: If Matplotlib is not installed.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import numpy as np
+        >>> walk = np.random.default_rng(0).normal(size=(100, 20)).cumsum(axis=1)
+        >>> ax = plot_paths({"x": walk}, times=np.arange(20.0), data=walk[0])
+        >>> ax.get_xlabel()
+        'time'
+    """
+    if any(not 0.0 < level < 1.0 for level in intervals):
+        raise ValueError(f"intervals must lie in (0, 1), got {tuple(intervals)}")
+    tree = fit if is_tree(fit) else to_arviz(fit, times=times, log_likelihood=False)
+    path = _Panels(_variable(tree, group, var), series, state)
+    observed = _data_panels(tree, data, data_times, path)
+    axes = _axes(ax, len(path), names=[path.title(k) for k in range(len(path))])
+    for k, axis in enumerate(axes):
+        at, values = path.times(k), path.values(k)
+        for depth, level in enumerate(sorted(intervals, reverse=True)):
+            low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+            style = {"color": color, "alpha": min(0.2 + 0.2 * depth, 0.8), "linewidth": 0}
+            axis.fill_between(at, low, high, label=f"{100 * level:g} %", **style)
+        name = label or var
+        axis.plot(at, np.median(values, axis=0), color=color, linewidth=1.2, label=f"{name} median")
+        if draws:
+            chosen = np.linspace(0, len(values) - 1, min(draws, len(values))).round().astype(int)
+            lines = axis.plot(at, values[chosen].T, color="#444444", linewidth=0.5, alpha=0.6)
+            lines[0].set_label("draws")
+        if observed is not None:
+            axis.plot(*observed[k], "o", color="black", markersize=3, label="data", zorder=3)
+        axis.set_xlabel("time")
+        axis.set_ylabel(name)
+    axes[0].legend(frameon=False, fontsize="small")
+    return axes[0] if len(axes) == 1 else axes
+
+
+def plot_fits(
+    fits: Mapping[str, Any],
+    var_names: Iterable[str] | None = None,
+    axes: Any = None,
+) -> list[Any]:
+    """Draw the marginal posteriors of several fits over one another.
+
+    A kernel estimate for each scalar, reflected at the ends of the draws, so that a positive
+    parameter gets no mass below its smallest draw.
+
+    Args:
+        fits: Name to a result of :func:`to_arviz`, or to a fit that it converts.
+        var_names: Variables to draw; None takes those in common, without paths, at most 12
+            scalars.
+        axes: Axes to draw on, one for each scalar; None makes a new figure.
+
+    Returns:
+        The list of `matplotlib.axes.Axes`.
+
+    Raises:
+        ValueError: If there is nothing to draw, or axes and scalars differ in number.
+        ImportError: If Matplotlib is not installed.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> nuts, svi = rng.gamma(2.0, size=(2, 500))
+        >>> fits = {"NUTS": {"rate": nuts}, "SVI": {"rate": svi}}
+        >>> [axis.get_xlabel() for axis in plot_fits(fits)]
+        ['rate']
+    """
+    posteriors: dict[str, Any] = {}
+    for name, fit in fits.items():
+        tree = fit if is_tree(fit) else to_arviz(fit, log_likelihood=False)
+        posteriors[name] = get_group(tree, "posterior")
+    scalars = _scalars(posteriors, var_names)
+    if not scalars:
+        raise ValueError("fits must have a scalar variable in common; nothing to draw")
+    panels = _axes(axes, len(scalars), names=[""] * len(scalars))
+    for axis, (var, element) in zip(panels, scalars, strict=True):
+        for k, (name, posterior) in enumerate(posteriors.items()):
+            grid, density = _density(scalar_draws(posterior, var, element).ravel())
+            style = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _STYLES[k % len(_STYLES)]}
+            axis.plot(grid, density, label=name, **style)
+        axis.set_xlabel(f"{var}[{', '.join(map(str, element))}]" if element else var)
+        axis.set_yticks([])
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_ylim(bottom=0.0)
+        axis.spines[["top", "left", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize="small")
+    return panels
+
+
+class _Panels:
+    """A variable with a time axis, cut into one panel for each series and state component."""
+
+    def __init__(self, variable: Any, series: Any, state: Any) -> None:
+        clocks = [dim for dim in variable.dims if str(dim).startswith("time")]
+        if not clocks:
+            raise ValueError(
+                f"{variable.name!r} has dimensions {tuple(variable.dims)}, none of them time: "
+                "give times= to to_arviz"
+            )
+        self.clock = str(clocks[0])
+        lead = [dim for dim in ("chain", "draw") if dim in variable.dims]
+        position = variable.dims.index(self.clock)
+        self.batch = [str(dim) for dim in variable.dims[len(lead) : position]]
+        self.rest = [str(dim) for dim in variable.dims[position + 1 :]]
+        values = np.asarray(variable.values, np.float64)
+        shape = values.shape
+        draws = int(np.prod(shape[: len(lead)]))
+        self.array = values.reshape(
+            draws, int(np.prod(shape[len(lead) : position])), shape[position], -1
+        )
+        self.variable = variable
+        self.shape = shape[len(lead) : position]
+        chosen = [
+            (s, c)
+            for s in _positions(series, self.array.shape[1])
+            for c in _positions(state, self.array.shape[3])
+        ]
+        everything = series is None and state is None
+        self.chosen = chosen[:_MAX_PANELS] if everything else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def values(self, panel: int) -> Float[np.ndarray, "draw time"]:
+        """Draws of one panel."""
+        series, state = self.chosen[panel]
+        return self.array[:, series, :, state]
+
+    def times(self, panel: int) -> np.ndarray:
+        """Times of one panel."""
+        return self.clock_of(self.chosen[panel][0])
+
+    def clock_of(self, series: int) -> np.ndarray:
+        """Times of one series."""
+        own = f"{self.clock}_value"
+        if own in self.variable.coords:
+            coordinate = self.variable.coords[own]
+            at = dict(zip(self.batch, np.unravel_index(series, self.shape), strict=True))
+            return coordinate.values[tuple(at[dim] for dim in coordinate.dims[:-1])]
+        if self.clock in self.variable.coords:
+            return self.variable.coords[self.clock].values
+        return np.arange(self.array.shape[2])
+
+    def title(self, panel: int) -> str:
+        """What tells a panel from the others, by coordinate; empty for a single panel."""
+        series, state = self.chosen[panel]
+        parts = []
+        for dim, i in zip(self.batch, np.unravel_index(series, self.shape), strict=True):
+            parts.append(f"{dim} {self._coordinate(dim, int(i))}")
+        if self.array.shape[3] > 1:
+            parts.append(f"{self.rest[0]} {self._coordinate(self.rest[0], state)}")
+        return ", ".join(parts)
+
+    def _coordinate(self, dim: str, index: int) -> Any:
+        coords = self.variable.coords
+        return coords[dim].values[index] if dim in coords else index
+
+
+def _positions(chosen: Any, size: int) -> list[int]:
+    positions = list(range(size)) if chosen is None else [int(i) for i in np.atleast_1d(chosen)]
+    if any(not -size <= i < size for i in positions):
+        raise ValueError(f"series and state must be positions below {size}, got {chosen}")
+    return positions
+
+
+def _variable(tree: Any, group: str, var: str) -> Any:
+    dataset = get_group(tree, group)
+    names = [] if dataset is None else list(dataset.data_vars)
+    if var not in names:
+        raise ValueError(f"{var!r} is not in group {group!r}, which has {names}")
+    return dataset[var]
+
+
+def _data_panels(
+    tree: Any, data: Any, data_times: Any, path: _Panels
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Times and values of the data for each panel, missing ones left out."""
+    if data is None:
+        return None
+    if isinstance(data, str):
+        observed = _Panels(_variable(tree, "observed_data", data), None, None)
+        array, clocks = observed.array[0], observed
+    else:
+        length = path.array.shape[2] if data_times is None else len(data_times)
+        array = np.asarray(data, np.float64)
+        array = array.reshape(-1, length, 1 if array.shape[-1] == length else array.shape[-1])
+        clocks = path
+    if array.shape[0] not in (1, path.array.shape[1]):
+        raise ValueError(f"data has {array.shape[0]} series, the path has {path.array.shape[1]}")
+    panels = []
+    for series, state in path.chosen:
+        row = series if array.shape[0] > 1 else 0
+        # Fewer measured components than states: they belong to the first states.
+        known = state < array.shape[2]
+        column = array[row, :, state] if known else np.full(array.shape[1], np.nan)
+        seen = ~np.isnan(column)
+        own = isinstance(data, str) or data_times is None
+        clock = clocks.clock_of(row) if own else np.asarray(data_times)
+        panels.append((clock[seen], column[seen]))
+    return panels
+
+
+def _axes(axes: Any, count: int, names: Sequence[str]) -> list[Any]:
+    if axes is not None:
+        given = list(np.ravel(np.asarray(axes, dtype=object)))
+        if len(given) != count:
+            raise ValueError(f"{count} axes are needed, one for each panel; got {len(given)}")
+        return given
+    columns = 2 if count == 4 else min(count, 3)
+    rows = -(-count // columns)
+    width = 6.0 if count == 1 else 3.6 * columns
+    figure, grid = _load_pyplot().subplots(
+        rows, columns, figsize=(width, 2.8 * rows + 0.2), squeeze=False, layout="constrained"
+    )
+    made = list(grid.ravel())
+    for spare in made[count:]:
+        figure.delaxes(spare)
+    for axis, name in zip(made, names, strict=False):
+        axis.set_title(name, fontsize="medium")
+    return made[:count]
+
+
+def _scalars(
+    posteriors: Mapping[str, Any], var_names: Iterable[str] | None
+) -> list[tuple[str, tuple[int, ...]]]:
+    first = next(iter(posteriors.values()), None)
+    if first is None:
+        return []
+    names = (
+        list(var_names)
+        if var_names is not None
+        else [
+            var
+            for var in first.data_vars
+            if not any(str(dim).startswith("time") for dim in first[var].dims)
+        ]
+    )
+    shared = [
+        var
+        for var in names
+        if all(var in p and p[var].shape[2:] == first[var].shape[2:] for p in posteriors.values())
+    ]
+    if var_names is not None and shared != names:
+        raise ValueError(
+            f"var_names must be in every fit with one shape, got {names}, in common {shared}"
+        )
+    scalars = [
+        (str(var), element) for var in shared for element in np.ndindex(first[var].shape[2:])
+    ]
+    return scalars[:_MAX_PANELS] if var_names is None else scalars
+
+
+def _density(values: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian kernel estimate between the extreme draws, reflected at both."""
+    low, high = values.min(), values.max()
+    if low == high:
+        return np.array([low, low]), np.array([0.0, 1.0])
+    from scipy.stats import gaussian_kde  # slow to import, and only plots need it
+
+    kernel = gaussian_kde(values, bw_method="silverman")
+    grid = np.linspace(low, high, _GRID)
+    density = kernel(grid) + kernel(2 * low - grid) + kernel(2 * high - grid)
+    return grid, density

@@ -1,0 +1,1 @@
+"""NumPyro distributions: path laws and observation laws."""

@@ -1,0 +1,368 @@
+"""The law of noisy observations of a path, given its states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from numpyro.distributions import constraints
+from numpyro.distributions.batch_util import promote_batch_shape
+from numpyro.util import is_prng_key
+
+from numpyro_sde.closures import refuse_closures
+from numpyro_sde.distributions.batching import (
+    align_new_axes,
+    describe_batch,
+    leading_dims,
+    map_batch,
+)
+from numpyro_sde.distributions.missing import log_prob_of_present, tolerates_partial
+from numpyro_sde.distributions.moments import has_independent_components, is_gaussian
+from numpyro_sde.sde import (
+    Code,
+    Parameters,
+    as_function,
+    broadcast_batch,
+)
+
+
+class EmissionStructure(NamedTuple):
+    """What an emission returns at one time, found by tracing it.
+
+    Attributes:
+        shape: shape of one observation.
+        support: constraint on one observation, its event the whole of it; where its bounds are
+            arrays, only real or whole numbers.
+        moving: whether the support has bounds that are arrays, which may depend on the state.
+        has_rsample: whether draws can be differentiated.
+        partial: whether single components may be missing.
+        gaussian: whether it is normal, with any mean and covariance.
+        diagonal: whether its components are independent given the state.
+        family: class name of the distribution, for messages.
+    """
+
+    shape: tuple[int, ...]
+    support: Any
+    moving: bool
+    has_rsample: bool
+    partial: bool
+    gaussian: bool
+    diagonal: bool
+    family: str
+
+
+class _NotADistributionError(TypeError):
+    """Told apart from errors that an emission itself raises."""
+
+
+class Emission(eqx.Module):
+    """The observation law at one time: `emission(t, x[, p][, u])` returns a distribution.
+
+    Args:
+        fn: the function, for one state of one process.
+        params: pytree of arrays handed over as `p`; None for none.
+        event_dims: dimensions of each parameter that belong to one process.
+        inputs: pytree of arrays with one entry for each time, `(*batch, T, ...)` or
+            `(T, ...)`, handed over as `u`, last; None for none.
+        num_times: number of observation times T.
+        batch_shape: batch shape of the states.
+
+    Raises:
+        TypeError: `fn` is no function of these arguments.
+        ValueError: inputs without a time dimension of length T.
+    """
+
+    fn: Code
+    parameters: Parameters
+    inputs: Any
+    input_dims: tuple[int, ...] = eqx.field(static=True)
+    has_params: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        event_dims: Any,
+        inputs: Any,
+        num_times: int,
+        batch_shape: tuple[int, ...],
+    ) -> None:
+        self.has_params = params is not None
+        optional = {"p": ("params", self.has_params), "u": ("inputs", inputs is not None)}
+        if isinstance(fn, dist.Distribution) or _is_law_class(fn):
+            # Both can be called with two arguments, to another end.
+            name = fn.__name__ if isinstance(fn, type) else type(fn).__name__
+            raise TypeError(
+                f"emission must be a function of (t, x) that returns a distribution, got {name} "
+                f"itself: write lambda t, x: {name}(...)"
+            )
+        self.fn = as_function(fn, "emission", "t, x", optional)
+        self.parameters = Parameters(params, event_dims, owner="params of observe")
+        self.inputs = None if inputs is None else jax.tree.map(jnp.asarray, inputs)
+        self.input_dims = tuple(
+            _input_event_dim(leaf, num_times, batch_shape)
+            for leaf in jax.tree_util.tree_leaves(self.inputs)
+        )
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Batch shape of parameters and inputs."""
+        shapes = {"params of observe": self.parameters.batch_shape}
+        leaves = jax.tree_util.tree_leaves(self.inputs)
+        for i, (leaf, dim) in enumerate(zip(leaves, self.input_dims, strict=True)):
+            shapes[f"inputs (leaf {i})"] = leaf.shape[: leaf.ndim - dim]
+        return broadcast_batch(shapes)
+
+    def leaf_event_dims(self) -> list[int]:
+        """Event dimensions of each array leaf of this object, in flattening order."""
+        whole = [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(self.fn)]
+        return [*whole, *self.parameters.event_dims, *self.input_dims]
+
+    def at(self, t: Any, x: Any, u: Any) -> dist.Distribution:
+        """The law of the observation at one time of one process."""
+        args = [t, x]
+        if self.has_params:
+            args.append(self.parameters.tree)
+        if self.inputs is not None:
+            args.append(u)
+        law = self.fn(*args)
+        if not isinstance(law, dist.Distribution):
+            raise _NotADistributionError(
+                "emission must return a NumPyro distribution for one time, got "
+                f"{type(law).__name__} from a state of shape {jnp.shape(x)}"
+            )
+        return law
+
+    def structure(self, state_shape: tuple[int, ...]) -> EmissionStructure:
+        """Trace the emission at one time to see what it returns."""
+        found: list[EmissionStructure] = []
+
+        def probe(emission: Emission, t: Any, x: Any) -> int:
+            u = jax.tree.map(lambda leaf: leaf[0], emission.inputs)
+            law = emission.at(t, x, u)
+            support: Any = law.support
+            moving = any(isinstance(v, jax.Array) for v in jax.tree_util.tree_leaves(support))
+            if moving:
+                # Bounds that depend on the state cannot be stated once for all times.
+                kind = constraints.nonnegative_integer if support.is_discrete else constraints.real
+                support = constraints.independent(kind, law.event_dim) if law.event_dim else kind
+            found.append(
+                EmissionStructure(
+                    law.batch_shape + law.event_shape,
+                    constraints.independent(support, len(law.batch_shape) + 1),
+                    moving,
+                    law.has_rsample,
+                    tolerates_partial(law),
+                    is_gaussian(law),
+                    has_independent_components(law),
+                    type(law).__name__,
+                )
+            )
+            return 0
+
+        real = jnp.result_type(float)
+        leaves, treedef = jax.tree_util.tree_flatten(self)
+        one = [
+            jax.ShapeDtypeStruct(jnp.shape(leaf)[jnp.ndim(leaf) - dim :], jnp.result_type(leaf))
+            for leaf, dim in zip(leaves, self.leaf_event_dims(), strict=True)
+        ]
+        shapes = (
+            jax.tree_util.tree_unflatten(treedef, one),
+            jax.ShapeDtypeStruct((), real),
+            jax.ShapeDtypeStruct(state_shape, real),
+        )
+        try:
+            jax.eval_shape(probe, *shapes)
+        except _NotADistributionError:
+            raise
+        except (TypeError, ValueError, IndexError) as error:
+            hint = self.parameters.batch_hint
+            if not hint:
+                raise
+            raise ValueError(
+                f"emission fails on a state of shape {state_shape}: {error}{hint}"
+            ) from error
+        return found[0]
+
+
+def _is_law_class(fn: Any) -> bool:
+    return isinstance(fn, type) and issubclass(fn, dist.Distribution)
+
+
+def _input_event_dim(leaf: Array, num_times: int, batch_shape: tuple[int, ...]) -> int:
+    lead = len(batch_shape)
+    if leaf.ndim > lead and leaf.shape[: lead + 1] == (*batch_shape, num_times):
+        return leaf.ndim - lead
+    if leaf.ndim > 0 and leaf.shape[0] == num_times:
+        return leaf.ndim
+    raise ValueError(
+        f"inputs must have shape ({num_times}, ...) or {(*batch_shape, num_times)} + (...,), "
+        f"one entry for each observation time, got {leaf.shape}"
+    )
+
+
+class EmissionPath(dist.Distribution):
+    """Observations at T times, independent given the states.
+
+    Event shape `(T, *observation)`. NaN in a value marks a missing component: it is integrated
+    out. This is the law of the site that `observe` makes.
+
+    Args:
+        emission: the observation law at one time.
+        times: observation times, shape `(*batch, T)`.
+        states: states at these times, shape `(*batch, T, *state)`.
+        state_shape: shape of one state, `()` or `(d,)`.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro.distributions as dist
+        >>> from numpyro_sde.distributions.observation import Emission, EmissionPath
+        >>> emission = Emission(lambda t, x: dist.Normal(x, 0.1), None, None, None, 3, ())
+        >>> law = EmissionPath(emission, jnp.arange(3.0), jnp.zeros(3), ())
+        >>> [round(v, 3) for v in law.log_prob_pointwise(jnp.array([0.1, jnp.nan, 0.0])).tolist()]
+        [0.884, 0.0, 1.384]
+    """
+
+    pytree_data_fields = ("emission", "times", "states")
+    pytree_aux_fields = ("structure", "state_shape", "leaf_dims", "lead_dims")
+
+    emission: Emission
+    structure: EmissionStructure
+    state_shape: tuple[int, ...]
+    # The path value observed, for handlers that ask which path a site belongs to. Not part of
+    # the pytree: it means nothing outside the model's run.
+    observed_path: Any = None
+
+    def __init__(
+        self,
+        emission: Emission,
+        times: Any,
+        states: ArrayLike,
+        state_shape: tuple[int, ...],
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.emission, self.times = emission, times
+        self.states = jnp.asarray(states)
+        self.state_shape = state_shape
+        batch_shape = self._broadcast_batch()
+        refuse_closures(emission.fn.function, "emission", describe_batch(batch_shape))
+        self.structure = emission.structure(state_shape)
+        self.leaf_dims = (*emission.leaf_event_dims(), 1, 1 + len(state_shape))
+        self.lead_dims = leading_dims(self._leaves, self.leaf_dims)
+        super().__init__(
+            batch_shape,
+            (jnp.shape(times)[-1], *self.structure.shape),
+            validate_args=validate_args,
+        )
+
+    @property
+    def _leaves(self) -> tuple[Emission, Any, Array]:
+        return self.emission, self.times, self.states
+
+    def _broadcast_batch(self) -> tuple[int, ...]:
+        return broadcast_batch(
+            {
+                "the path": self.states.shape[: self.states.ndim - 1 - len(self.state_shape)],
+                "times": jnp.shape(self.times)[:-1],
+                "params and inputs of observe": self.emission.batch_shape,
+            }
+        )
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.structure.has_rsample
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        if not self.structure.moving:
+            return self.structure.support
+        shape = self.structure.shape
+
+        def bounds(law: dist.Distribution) -> Any:
+            base: Any = law.support
+            while isinstance(base, constraints._IndependentConstraint):
+                base = base.base_constraint
+            lead = shape[: len(shape) - base.event_dim]
+            return jax.tree.map(lambda bound: jnp.broadcast_to(bound, lead), base)
+
+        each = self._map(bounds, self.batch_shape)
+        return constraints.independent(each, self.event_dim - each.event_dim)
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.structure.support.is_discrete
+
+    def _map(
+        self,
+        fn: Callable[..., Any],
+        lead: tuple[int, ...],
+        arrays: tuple[Any, ...] = (),
+        dims: tuple[int, ...] = (),
+    ) -> Any:
+        """Map `fn(law, *arrays)` of one time over times and batch."""
+
+        def one(emission: Emission, times: Any, states: Array, *rest: Any) -> Any:
+            def at_time(t: Array, x: Array, u: Any, *now: Any) -> Any:
+                return fn(emission.at(t, x, u), *now)
+
+            return jax.vmap(at_time)(times, states, emission.inputs, *rest)
+
+        return map_batch(
+            one,
+            lead,
+            (self.emission, jnp.asarray(self.times), self.states, *arrays),
+            (self.leaf_dims[:-2], *self.leaf_dims[-2:], *dims),
+        )
+
+    def log_prob_pointwise(self, value: ArrayLike) -> Float[Array, "*batch T"]:
+        """Log density at each time, shape `(*lead, T)`; 0 where nothing was observed."""
+        value = jnp.asarray(value)
+        lead = value.shape[: value.ndim - self.event_dim]
+        if value.shape[value.ndim - self.event_dim :] != self.event_shape:
+            raise ValueError(
+                f"observations must have event shape {self.event_shape}, got an array of shape "
+                f"{value.shape}"
+            )
+        lead = jnp.broadcast_shapes(lead, self.batch_shape)
+        value = jnp.broadcast_to(value, lead + self.event_shape)
+        return self._map(log_prob_of_present, lead, (value,), (self.event_dim,))
+
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
+        return jnp.sum(self.log_prob_pointwise(value), -1)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
+        assert is_prng_key(key)
+        lead = sample_shape + self.batch_shape
+        keys = jax.random.split(key, (*lead, self.event_shape[0]))
+
+        def draw(law: dist.Distribution, key: PRNGKeyArray) -> Array:
+            return jnp.asarray(law.sample(key))
+
+        return self._map(draw, lead, (keys,), (keys.ndim - len(lead),))
+
+    @property
+    def mean(self) -> Array:
+        return self._map(lambda law: jnp.asarray(law.mean), self.batch_shape)
+
+    @property
+    def variance(self) -> Array:
+        return self._map(lambda law: jnp.asarray(law.variance), self.batch_shape)
+
+
+@promote_batch_shape.register
+def _promote_emission(law: EmissionPath) -> EmissionPath:
+    new, rank = copy.copy(law), len(law.batch_shape)
+    leaves, new.lead_dims = align_new_axes(law._leaves, law.leaf_dims, law.lead_dims, rank)
+    new.emission, new.times, new.states = leaves
+    shapes = [
+        jnp.shape(leaf)[:lead]
+        for leaf, lead in zip(jax.tree_util.tree_leaves(leaves), new.lead_dims, strict=True)
+    ]
+    new._batch_shape = jnp.broadcast_shapes(law.batch_shape, *shapes)
+    return new

@@ -1,0 +1,459 @@
+"""The law of an SDE's states at given times, as a NumPyro distribution."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from numpyro.distributions import constraints
+from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
+from numpyro.distributions.util import validate_sample
+from numpyro.util import is_prng_key
+
+from numpyro_sde.closures import refuse_closures
+from numpyro_sde.distributions.batching import (
+    align_new_axes,
+    describe_batch,
+    leading_dims,
+    map_batch,
+    promote_inner,
+)
+from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
+from numpyro_sde.distributions.fixed_start import FixedStart
+from numpyro_sde.grid import TimeGrid, check_times
+from numpyro_sde.schemes import AbstractScheme, Euler, Exact
+from numpyro_sde.sde import SDE, Structure, broadcast_batch
+
+
+class SDEPath(dist.Distribution):
+    """The law of the states of an SDE at T times.
+
+    Event shape `(T,)` for a scalar process, `(T, d)` for a d-dimensional one; the first state,
+    at the first time, follows `init`. The batch shape is the broadcast of the leading
+    dimensions of the parameters, of `times` and of `init`.
+
+    Args:
+        sde: the equation.
+        times: strictly increasing times, shape `(*batch, T)`, or a `TimeGrid`.
+        init: distribution of the first state, or one fixed state (an array of shape `()` or
+            `(d,)`; for a batch of fixed states use `dist.Delta(states, event_dim=...)`).
+        scheme: transition density; None takes the process's exact one if it has one, else
+            `Euler()`.
+        validate_args: as for every NumPyro distribution.
+
+    Raises:
+        ValueError: unsorted, repeated or non-finite times; coefficients whose shape does not
+            fit the state; batch shapes that do not broadcast; in a batched law, coefficients
+            that close over arrays.
+        TypeError: arguments of the wrong kind.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> sde = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=0.5)
+        >>> path = nsde.SDEPath(sde, [0.0, 0.1, 0.3], init=dist.Normal(0.0, 1.0))
+        >>> path.sample(jax.random.key(0), (5,)).shape
+        (5, 3)
+    """
+
+    arg_constraints: ClassVar = {"times": constraints.ordered_vector}
+    reparametrized_params: ClassVar = ["times"]
+    pytree_data_fields = ("sde", "times", "dt", "init", "scheme")
+    pytree_aux_fields = ("structure", "grid", "scheme_chosen", "leaf_dims", "lead_dims")
+
+    sde: SDE
+    times: Any
+    dt: Any
+    init: dist.Distribution
+    scheme: AbstractScheme
+    structure: Structure
+    grid: TimeGrid | None
+    scheme_chosen: bool
+    # Event and batch dimensions of the leaves of (sde, scheme, times, dt) as constructed: a
+    # transformation that stacks laws adds axes, and they must be told from the leaves' own.
+    leaf_dims: tuple[int, ...]
+    lead_dims: tuple[int, ...]
+
+    def __init__(
+        self,
+        sde: SDE,
+        times: ArrayLike | TimeGrid,
+        init: dist.Distribution | ArrayLike,
+        *,
+        scheme: AbstractScheme | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(sde, SDE):
+            raise TypeError(f"sde must be an nsde.SDE, got {type(sde).__name__}")
+        self.sde = sde
+        self._set_clock(times)
+        self.init = _as_init(init)
+        self.scheme = _resolve_scheme(sde, scheme)
+        self.scheme_chosen = scheme is not None
+        state_shape = self.init.event_shape
+        if len(state_shape) > 1:
+            raise ValueError(f"init must have event shape () or (d,), got {state_shape}")
+        batch_shape = broadcast_batch(
+            {
+                "params of the SDE": sde.batch_shape,
+                "times": jnp.shape(self.times)[:-1],
+                "init": self.init.batch_shape,
+            }
+        )
+        batch = describe_batch(batch_shape)
+        refuse_closures(sde.drift.function, "drift", batch)
+        refuse_closures(sde.diffusion.function, "diffusion", batch)
+        self.structure = sde.structure(state_shape)
+        self.scheme.check(sde, state_shape)
+        whole = [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(self.scheme)]
+        self.leaf_dims = (*sde.leaf_event_dims(), *whole, 1, 1)
+        self.lead_dims = leading_dims(self._leaves, self.leaf_dims)
+        super().__init__(
+            batch_shape, (jnp.shape(self.times)[-1], *state_shape), validate_args=validate_args
+        )
+        remember_clock(self.clock)
+
+    def _set_clock(self, times: Any) -> None:
+        self.grid = times if isinstance(times, TimeGrid) else None
+        if isinstance(times, TimeGrid):
+            self.times, self.dt = times.times, times.dt
+        elif isinstance(times, jax.core.Tracer):
+            if times.ndim == 0:
+                raise ValueError("times must have shape (*batch, T), got ()")
+            self.times, self.dt = times, jnp.diff(times, axis=-1)
+        else:
+            # Kept as NumPy: steps are taken in float64 and equal steps can be found on the host.
+            self.times = check_times(times)
+            self.dt = np.diff(self.times, axis=-1)
+
+    @property
+    def _leaves(self) -> tuple[SDE, AbstractScheme, Any, Any]:
+        return self.sde, self.scheme, self.times, self.dt
+
+    @property
+    def num_times(self) -> int:
+        """Number of times T, the first state included."""
+        return self.event_shape[0]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of one state, `()` or `(d,)`."""
+        return self.event_shape[1:]
+
+    @property
+    def clock(self) -> Clock:
+        """Times and state shape, for observation statements."""
+        return Clock(self.times, self.state_shape)
+
+    @property
+    def fixed_start(self) -> Array | None:
+        """The first state where it is fixed, shape `(*batch, *state)`, else None."""
+        base = self.init
+        while isinstance(base, dist.ExpandedDistribution):
+            base = base.base_dist
+        if isinstance(base, dist.Delta):
+            return jnp.broadcast_to(base.v, self.init.batch_shape + self.state_shape)
+        return None
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.scheme.has_innovations and (
+            self.init.has_rsample or self.fixed_start is not None
+        )
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        one: Any = constraints.real
+        if self.sde.positive and self.scheme.keeps_positive:
+            one = constraints.positive
+        start = self.fixed_start
+        if start is not None:
+            return cast("constraints.Constraint", FixedStart(start, one, len(self.state_shape)))
+        return constraints.independent(one, self.event_dim)
+
+    def _map(
+        self,
+        fn: Callable[..., Any],
+        lead: tuple[int, ...],
+        arrays: tuple[Any, ...] = (),
+        dims: tuple[Any, ...] = (),
+    ) -> Any:
+        """Map `fn(sde, scheme, times, dt, cache, *arrays)`, unbatched, over `lead`."""
+        clock_is_shared = jnp.ndim(self.times) == 1
+
+        def one(sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, *rest: Any) -> Any:
+            if clock_is_shared:  # stays a host array, outside every vmap
+                times, dt = self.times, self.dt
+            cache = scheme.prepare(sde, times, dt) if np.shape(dt)[0] else None
+            return fn(sde, scheme, times, dt, cache, *rest)
+
+        clock = ((), ()) if clock_is_shared else (self.times, self.dt)
+        num_sde = len(jax.tree_util.tree_leaves(self.sde))
+        return map_batch(
+            one,
+            lead,
+            (self.sde, self.scheme, *clock, *arrays),
+            (self.leaf_dims[:num_sde], self.leaf_dims[num_sde:-2], 1, 1, *dims),
+        )
+
+    @validate_sample
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
+        start, transitions = self._terms(value)
+        return start + jnp.sum(transitions, -1)
+
+    def log_prob_pointwise(self, value: ArrayLike) -> Float[Array, "*batch T"]:
+        """Terms of the log density, shape `(*lead, T)`.
+
+        The density of the first state, 0 where it is fixed, then of each state given the one
+        before: what leave-one-out statistics of a directly observed path are made of.
+        """
+        start, transitions = self._terms(value)
+        return jnp.concatenate([start[..., None], transitions], axis=-1)
+
+    def _terms(self, value: ArrayLike) -> tuple[Array, Array]:
+        """Log density of the first state, and of each transition."""
+        value = jnp.asarray(value)
+        lead = self._lead(value)
+        value = jnp.broadcast_to(value, lead + self.event_shape)
+        if not self.scheme.has_density:
+            raise TypeError(
+                f"{type(self.scheme).__name__} has no transition density. Use it with "
+                "reparam.InnovationReparam or for prediction, or choose another scheme"
+            )
+
+        def transitions(
+            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
+        ) -> Array:
+            axes = (None, 0, 0, 0, 0, None if cache is None else 0)
+            return jax.vmap(scheme.log_density, axes)(sde, times[:-1], dt, x[:-1], x[1:], cache)
+
+        start = self._expanded_init().log_prob(self._take(value, 0))
+        if self.num_times == 1:
+            return start, jnp.zeros((*lead, 0), start.dtype)
+        return start, self._map(transitions, lead, (value,), (self.event_dim,))
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
+        assert is_prng_key(key)
+        key_init, key_path = jax.random.split(key)
+        lead = sample_shape + self.batch_shape
+        x0 = self._expanded_init().sample(key_init, sample_shape)
+        if self.scheme.has_innovations:
+            shape = lead + self.innovation_shape
+            z = jax.random.normal(key_path, shape, jnp.result_type(float))
+            path = self.forward(x0, z)
+        else:
+            path = self._simulate(x0, jax.random.split(key_path, lead), lead)
+        remember_value(path, self.clock)
+        return path
+
+    def _simulate(self, x0: Array, keys: Array, lead: tuple[int, ...]) -> Array:
+        """Draw paths of a scheme that is no map of Gaussian innovations."""
+
+        def simulate(
+            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, key: Any
+        ) -> Array:
+            def step(x: Array, inputs: Any) -> tuple[Array, Array]:
+                t, h, k, c = inputs
+                x = scheme.draw(sde, k, t, h, x, c)
+                return x, x
+
+            keys = jax.random.split(key, dt.shape[0])
+            return self._scan(step, x0, (times[:-1], dt, keys, cache))
+
+        return self._map(simulate, lead, (x0, keys), (len(self.state_shape), keys.ndim - len(lead)))
+
+    @property
+    def innovation_shape(self) -> tuple[int, ...]:
+        """Shape of the innovations of one path, `(T - 1, m)` or `(T - 1,)`."""
+        one = self.scheme.innovation_shape(self.sde, self.state_shape)
+        return (self.num_times - 1, *one)
+
+    def forward(self, x0: Float[Array, "..."], innovations: Float[Array, "..."]) -> Array:
+        """Map the first state and standard normal innovations to the path.
+
+        Args:
+            x0: first states, shape `(*lead, *state)`.
+            innovations: shape `(*lead, T - 1, m)`, `(*lead, T - 1)` for a scalar process.
+
+        Returns:
+            Paths of shape `(*lead, T, *state)`, where `lead` broadcasts with the batch shape.
+
+        Raises:
+            TypeError: the scheme is no map of Gaussian innovations.
+        """
+        self._require_innovations()
+        x0, innovations = jnp.asarray(x0), jnp.asarray(innovations)
+        state_dim, dim = len(self.state_shape), len(self.innovation_shape)
+        lead = jnp.broadcast_shapes(
+            self.batch_shape,
+            x0.shape[: x0.ndim - state_dim],
+            innovations.shape[: innovations.ndim - dim],
+        )
+
+        def simulate(
+            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, z: Array
+        ) -> Array:
+            def step(x: Array, inputs: Any) -> tuple[Array, Array]:
+                t, h, e, c = inputs
+                x = scheme.step(sde, t, h, x, e, c)
+                return x, x
+
+            return self._scan(step, x0, (times[:-1], dt, z, cache))
+
+        return self._map(simulate, lead, (x0, innovations), (state_dim, dim))
+
+    def inverse(self, path: Float[Array, "..."]) -> tuple[Array, Array]:
+        """Map paths to their first states and innovations: the inverse of `forward`.
+
+        Raises:
+            TypeError: the scheme is no map of Gaussian innovations.
+            ValueError: fewer noises than states, so that the innovations are not unique.
+        """
+        self._require_innovations()
+        path = jnp.asarray(path)
+        lead = self._lead(path)
+
+        def whiten(
+            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
+        ) -> Array:
+            axes = (None, 0, 0, 0, 0, None if cache is None else 0)
+            return jax.vmap(scheme.invert, axes)(sde, times[:-1], dt, x[:-1], x[1:], cache)
+
+        path = jnp.broadcast_to(path, lead + self.event_shape)
+        return self._take(path, 0), self._map(whiten, lead, (path,), (self.event_dim,))
+
+    def _require_innovations(self) -> None:
+        if not self.scheme.has_innovations:
+            raise TypeError(
+                f"{type(self.scheme).__name__} is not a map of Gaussian innovations: give "
+                "SDEPath another scheme (for example scheme=Euler()) to whiten the path"
+            )
+
+    def _scan(self, step: Callable[..., Any], x0: Array, inputs: Any) -> Array:
+        if self.num_times == 1:
+            return x0[None]
+        dtype = jnp.result_type(x0, float)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+
+        def cast_step(x: Array, one: Any) -> tuple[Array, Array]:
+            x, _ = step(x, one)
+            x = x.astype(dtype)
+            return x, x
+
+        x0 = x0.astype(dtype)
+        _, rest = lax.scan(cast_step, x0, inputs)
+        return jnp.concatenate([x0[None], rest])
+
+    def _lead(self, value: Array) -> tuple[int, ...]:
+        lead = value.shape[: value.ndim - self.event_dim]
+        if value.shape[value.ndim - self.event_dim :] != self.event_shape:
+            raise ValueError(
+                f"a path must have event shape {self.event_shape}, got an array of shape "
+                f"{value.shape}"
+            )
+        return jnp.broadcast_shapes(lead, self.batch_shape)
+
+    def _expanded_init(self) -> dist.Distribution:
+        return self.init.expand(self.batch_shape)
+
+    def _take(self, path: Array, index: int) -> Array:
+        return lax.index_in_dim(path, index, path.ndim - self.event_dim, keepdims=False)
+
+    def replace(
+        self,
+        *,
+        sde: SDE | None = None,
+        times: ArrayLike | TimeGrid | None = None,
+        init: dist.Distribution | None = None,
+        scheme: AbstractScheme | None = None,
+    ) -> SDEPath:
+        """The same law with some arguments changed."""
+        if scheme is None and self.scheme_chosen:
+            scheme = self.scheme
+        return SDEPath(
+            self.sde if sde is None else sde,
+            (self.grid or self.times) if times is None else times,
+            self.init if init is None else init,
+            scheme=scheme,
+        )
+
+    @staticmethod
+    def infer_shapes(
+        sde: Any, times: tuple[int, ...], init: Any, scheme: Any = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Batch and event shape from the shapes of the arguments.
+
+        Args:
+            sde: an SDE, or the batch shape of its parameters.
+            times: shape of the times.
+            init: a distribution, or the shape of one (unbatched) first state.
+            scheme: not used.
+        """
+        del scheme
+        batch = sde.batch_shape if isinstance(sde, SDE) else tuple(sde)
+        if isinstance(init, dist.Distribution):
+            init_batch, state = init.batch_shape, init.event_shape
+        else:
+            init_batch, state = (), tuple(init)
+        return jnp.broadcast_shapes(batch, times[:-1], init_batch), (times[-1], *state)
+
+
+def _as_init(init: Any) -> dist.Distribution:
+    if isinstance(init, dist.Distribution):
+        if init.is_discrete:
+            raise TypeError(
+                f"init must be a continuous distribution, got {type(init).__name__}: the states of "
+                "an SDE are real numbers"
+            )
+        return init
+    try:
+        state = jnp.asarray(init)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "init must be a NumPyro distribution over the first state, or one fixed state, got "
+            f"{type(init).__name__}"
+        ) from None
+    if not jnp.issubdtype(state.dtype, jnp.floating):
+        state = state.astype(jnp.result_type(float))
+    if not isinstance(state, jax.core.Tracer) and not np.all(np.isfinite(state)):
+        raise ValueError(f"init must be finite, got {init}")
+    return dist.Delta(state, event_dim=state.ndim)
+
+
+def _resolve_scheme(sde: SDE, scheme: Any) -> AbstractScheme:
+    if scheme is None:
+        exact = sde.exact_transition()
+        return Euler() if exact is None else exact
+    if not isinstance(scheme, AbstractScheme):
+        hint = f"; call it, scheme={scheme.__name__}()" if isinstance(scheme, type) else ""
+        raise TypeError(f"scheme must be one of nsde.schemes, got {scheme!r}{hint}")
+    return scheme.resolve(sde) if isinstance(scheme, Exact) else scheme
+
+
+@vmap_over.register
+def _vmap_over_path(
+    path: SDEPath, sde: Any = None, times: Any = None, init: Any = None, scheme: Any = None
+) -> SDEPath:
+    axes: Any = copy.copy(path)
+    axes.sde, axes.times, axes.dt, axes.init, axes.scheme = sde, times, times, init, scheme
+    return cast("SDEPath", axes)
+
+
+@promote_batch_shape.register
+def _promote_path(path: SDEPath) -> SDEPath:
+    new, rank = copy.copy(path), len(path.batch_shape)
+    leaves, new.lead_dims = align_new_axes(path._leaves, path.leaf_dims, path.lead_dims, rank)
+    new.sde, new.scheme, new.times, new.dt = leaves
+    new.init = promote_inner(path.init, rank)
+    shapes = [
+        jnp.shape(leaf)[:lead]
+        for leaf, lead in zip(jax.tree_util.tree_leaves(leaves), new.lead_dims, strict=True)
+    ]
+    new._batch_shape = jnp.broadcast_shapes(path.batch_shape, *shapes, new.init.batch_shape)
+    return new

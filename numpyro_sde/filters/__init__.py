@@ -1,0 +1,27 @@
+"""Filters: ways to integrate a path out of a model.
+
+`Kalman` is exact for linear-Gaussian models; the others approximate nonlinear ones. All work on
+a `StateSpaceModel` and return a `FilterResult`.
+"""
+
+from numpyro_sde.filters.closure import ClosureReport, closure_check
+from numpyro_sde.filters.ensemble import EnsembleKalman
+from numpyro_sde.filters.extended import ExtendedKalman
+from numpyro_sde.filters.kalman import Kalman
+from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
+from numpyro_sde.filters.moment_matching import MomentMatching
+from numpyro_sde.filters.unscented import UnscentedKalman
+
+__all__ = [
+    "AbstractFilter",
+    "ClosureReport",
+    "EnsembleKalman",
+    "ExtendedKalman",
+    "FilterResult",
+    "Instrument",
+    "Kalman",
+    "MomentMatching",
+    "StateSpaceModel",
+    "UnscentedKalman",
+    "closure_check",
+]

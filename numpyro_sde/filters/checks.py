@@ -1,0 +1,56 @@
+"""Checks of options and models that the approximate filters share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpyro_sde.filters.model import StateSpaceModel
+from numpyro_sde.noise import Brownian
+from numpyro_sde.schemes.base import GaussianScheme
+
+EMISSIONS = ("laplace", "moments")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a `ValueError` for an option that is not one of `choices`.
+
+    Example:
+        >>> check_choice("emission", "laplace", EMISSIONS)
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise for a count that is not an integer of at least `least`.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: too small.
+
+    Example:
+        >>> check_count("substeps", 4)
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_brownian(model: StateSpaceModel, method: str) -> None:
+    """Raise a `ValueError` where the noise is not Brownian: its memory would be ignored."""
+    if not isinstance(model.sde.noise, Brownian):
+        raise ValueError(
+            f"{method} needs an SDE driven by Brownian motion, got noise "
+            f"{type(model.sde.noise).__name__}, whose increments depend on the past"
+        )
+
+
+def check_gaussian_scheme(model: StateSpaceModel, method: str) -> None:
+    """Raise a `ValueError` where the scheme's transition is not Gaussian."""
+    if not isinstance(model.scheme, GaussianScheme):
+        raise ValueError(
+            f"{method} propagates the mean and covariance of a Gaussian transition, which "
+            f"{type(model.scheme).__name__} has not: give the path scheme=Euler(), "
+            "LocalLinear() or Kessler(), or use MomentMatching() or EnsembleKalman()"
+        )

@@ -1,0 +1,241 @@
+"""Does a Gaussian closure of the moment equations hold for this model?
+
+A closed pair of moment equations always has a solution; that it is near the truth is another
+matter. For small copy numbers it diverges, for bistable systems it has several stationary
+answers (Schnoerr, Sanguinetti and Grima 2014, "Validity conditions for moment closure
+approximations in stochastic chemical kinetics"). The check compares it with a richer
+quadrature and with simulated paths, from the model's start and from displaced ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from numpyro_sde.filters.checks import check_count
+from numpyro_sde.filters.model import FilterResult, StateSpaceModel
+from numpyro_sde.filters.moment_matching import MomentMatching
+from numpyro_sde.linear.small import matmul, psd_factor, transpose
+
+_FINE = {1: 20, 2: 12, 3: 7}
+
+
+class ClosureReport(NamedTuple):
+    """How far a Gaussian closure is from simulated paths, start by start.
+
+    Attributes:
+        ok: whether no reason was found to distrust it.
+        reasons: what was found, in words.
+        mean_gap: per start, the largest difference of a predicted mean from the simulated one,
+            in standard deviations of the simulation, shape `(S,)`.
+        variance_ratio: per start, the predicted variance over the simulated one where they
+            differ most, shape `(S,)`.
+        order_gap: per start, the largest difference of a mean or standard deviation from those
+            of a finer quadrature rule, in standard deviations, shape `(S,)`; NaN where there
+            is no finer rule.
+        skewness: per start, the largest absolute skewness of the simulated states.
+        kurtosis: per start, their largest absolute excess kurtosis.
+    """
+
+    ok: bool
+    reasons: tuple[str, ...]
+    mean_gap: Float[np.ndarray, " S"]
+    variance_ratio: Float[np.ndarray, " S"]
+    order_gap: Float[np.ndarray, " S"]
+    skewness: Float[np.ndarray, " S"]
+    kurtosis: Float[np.ndarray, " S"]
+
+
+def closure_check(
+    model: StateSpaceModel,
+    method: MomentMatching | None = None,
+    *,
+    num_paths: int = 4000,
+    substeps: int = 10,
+    mean_tolerance: float = 0.25,
+    variance_tolerance: float = 0.5,
+    seed: int = 0,
+) -> ClosureReport:
+    """Compare a Gaussian closure with simulation and with a finer quadrature.
+
+    The first start is the model as it stands: after each observation the simulated paths are
+    redrawn from the filter's belief, so that the closure is tested over the gaps in which the
+    filter uses it. Two more run without data, from fixed states two standard deviations
+    to either side of the mean that the closure predicts for the last time.
+
+    Args:
+        model: the model, with parameter values (not under `jit`).
+        method: the filter to check; None for `MomentMatching()`.
+        num_paths: simulated paths from each start.
+        substeps: Euler steps of the simulation for each grid step.
+        mean_tolerance: allowed error of a mean, in standard deviations.
+        variance_tolerance: allowed relative error of a variance.
+        seed: seed of the simulation.
+
+    Returns:
+        The report; `report.ok` is False where something is wrong.
+
+    Raises:
+        ValueError: a count below 1 or a tolerance that is not positive.
+        TypeError: a count that is no integer.
+    """
+    method = MomentMatching() if method is None else method
+    check_count("num_paths", num_paths, least=100)
+    check_count("substeps", substeps)
+    for name, value in (
+        ("mean_tolerance", mean_tolerance),
+        ("variance_tolerance", variance_tolerance),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    key = jax.random.key(seed)
+    run = _comparison(model, method, num_paths, substeps)
+    free = model._replace(instruments=())
+    run_free = _comparison(free, method, num_paths, substeps) if model.instruments else run
+    gap, _, _ = run(model.init_mean, model.init_cov, key)
+    gaps, names = [gap], ["the model's start"]
+    _, mean, cov = run_free(model.init_mean, model.init_cov, key)
+    spread = 2.0 * jnp.sqrt(jnp.diagonal(cov))
+    finite = bool(jnp.all(jnp.isfinite(mean)) & jnp.all(jnp.isfinite(spread)))
+    if finite:
+        for side, sign in (("below", -1.0), ("above", 1.0)):
+            gaps.append(run_free(mean + sign * spread, jnp.zeros_like(cov), key)[0])
+            names.append(f"a start two s.d. {side}")
+    gaps = [_Gap(*map(float, gap)) for gap in gaps]
+    reasons = [
+        reason
+        for name, gap in zip(names, gaps, strict=True)
+        for reason in _reasons(name, gap, mean_tolerance, variance_tolerance)
+    ]
+    if not finite:
+        reasons.append("without data the moments diverge")
+    columns = [np.array([gap[i] for gap in gaps]) for i in range(5)]
+    return ClosureReport(not reasons, tuple(reasons), *columns)
+
+
+def _finer(method: MomentMatching, d: int) -> MomentMatching | None:
+    if d not in _FINE:
+        return None
+    return MomentMatching("gauss_hermite", order=_FINE[d], substeps=2 * method.substeps)
+
+
+class _Gap(NamedTuple):
+    mean: Any
+    ratio: Any
+    order: Any
+    skewness: Any
+    kurtosis: Any
+
+
+def _comparison(
+    model: StateSpaceModel, method: MomentMatching, num_paths: int, substeps: int
+) -> Callable[[Array, Array, PRNGKeyArray], tuple[_Gap, Array, Array]]:
+    """Compile the comparison from a start; it also gives the last predicted moments."""
+    fine = _finer(method, model.dim)
+
+    @jax.jit
+    def run(mean: Array, cov: Array, key: PRNGKeyArray) -> tuple[_Gap, Array, Array]:
+        case = model._replace(init_mean=mean, init_cov=cov)
+        result = method.filter(case)
+        finer = None if fine is None else fine.filter(case)
+        simulated = _simulate(case, result, key, num_paths, substeps)
+        gap = _compare(result, finer, simulated)
+        return gap, result.predicted_mean[-1], result.predicted_cov[-1]
+
+    return run
+
+
+def _compare(result: FilterResult, finer: FilterResult | None, simulated: Any) -> _Gap:
+    mean, var, skewness, kurtosis = simulated
+    predicted = result.predicted_mean[1:]
+    predicted_var = jnp.diagonal(result.predicted_cov[1:], axis1=-2, axis2=-1)
+    # A component that the noise has not reached has no spread to measure errors in.
+    floor = 1e-6 * jnp.maximum(jnp.max(var, axis=0), jnp.finfo(var.dtype).tiny)
+    sd = jnp.sqrt(jnp.maximum(var, floor))
+    ratio = jnp.where(var > floor, predicted_var / jnp.maximum(var, floor), 1.0)
+    worst = jnp.argmax(jnp.abs(jnp.log(ratio)))
+    order_gap = jnp.asarray(jnp.nan)
+    if finer is not None:
+        means = jnp.abs(predicted - finer.predicted_mean[1:]) / sd
+        other = jnp.diagonal(finer.predicted_cov[1:], axis1=-2, axis2=-1)
+        spreads = jnp.abs(jnp.sqrt(predicted_var) - jnp.sqrt(other)) / sd
+        order_gap = jnp.maximum(jnp.max(means), jnp.max(spreads))
+    return _Gap(
+        jnp.max(jnp.abs(predicted - mean) / sd),
+        jnp.ravel(ratio)[worst],
+        order_gap,
+        jnp.max(jnp.abs(skewness)),
+        jnp.max(jnp.abs(kurtosis)),
+    )
+
+
+def _simulate(
+    model: StateSpaceModel,
+    result: FilterResult,
+    key: PRNGKeyArray,
+    num_paths: int,
+    substeps: int,
+) -> tuple[Array, Array, Array, Array]:
+    """Moments of Euler-Maruyama paths before each grid time's observation."""
+    observed = jnp.zeros(model.num_times, bool)
+    for instrument in model.instruments:
+        observed = observed | jnp.any(jnp.asarray(instrument.present), axis=1)
+
+    def draw(key: PRNGKeyArray, mean: Array, cov: Array) -> Array:
+        z = jax.random.normal(key, (num_paths, model.dim), mean.dtype)
+        return mean + matmul(z, transpose(psd_factor(cov)))
+
+    def step(x: Array, inputs: Any) -> tuple[Array, Any]:
+        key, t, dt, redraw, mean, cov = inputs
+        h = dt / substeps
+
+        def small(x: Array, sub: Any) -> tuple[Array, None]:
+            i, key = sub
+            s = t + i * h
+            L = jax.vmap(lambda x: model.factor(s, x))(x)
+            z = jax.random.normal(key, (num_paths, L.shape[-1]), x.dtype)
+            drift = jax.vmap(lambda x: model.drift(s, x))(x)
+            return x + h * drift + jnp.sqrt(h) * jnp.einsum("nij,nj->ni", L, z), None
+
+        keys = jax.random.split(key, substeps + 1)
+        x, _ = lax.scan(small, x, (jnp.arange(substeps), keys[1:]))
+        moments = _shape(x)
+        return jnp.where(redraw, draw(keys[0], mean, cov), x), moments
+
+    key, start_key = jax.random.split(key)
+    keys = jax.random.split(key, model.num_times - 1)
+    t, dt, _ = model.step_inputs()
+    inputs = (keys, t, dt, observed[1:], result.mean[1:], result.cov[1:])
+    start = draw(start_key, result.mean[0], result.cov[0])
+    return lax.scan(step, start, inputs)[1]
+
+
+def _shape(x: Array) -> tuple[Array, Array, Array, Array]:
+    """Mean, variance, skewness and excess kurtosis of each component."""
+    mean, var = jnp.mean(x, axis=0), jnp.var(x, axis=0)
+    z = (x - mean) / jnp.sqrt(jnp.where(var > 0, var, 1.0))
+    kurtosis = jnp.where(var > 0, jnp.mean(z**4, axis=0) - 3.0, 0.0)
+    return mean, var, jnp.mean(z**3, axis=0), kurtosis
+
+
+def _reasons(name: str, gap: _Gap, mean_tolerance: float, variance_tolerance: float) -> list[str]:
+    mean_gap, ratio, order_gap, _, _ = gap
+    if not np.all(np.isfinite([mean_gap, ratio])):
+        return [f"from {name} the moments diverge"]
+    found = []
+    if mean_gap > mean_tolerance:
+        found.append(f"from {name} a mean is off by {mean_gap:.2g} standard deviations")
+    if abs(ratio - 1.0) > variance_tolerance:
+        found.append(f"from {name} a variance is {ratio:.2g} times the simulated one")
+    if order_gap > mean_tolerance:
+        found.append(
+            f"from {name} a finer quadrature moves the moments by {order_gap:.2g} standard "
+            "deviations"
+        )
+    return found

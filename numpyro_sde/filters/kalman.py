@@ -1,0 +1,260 @@
+"""The Kalman filter of a linear SDE with linear-Gaussian observations: exact, no time step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
+from numpyro_sde.linear import discretize, kalman
+from numpyro_sde.linear.affine import degrees
+from numpyro_sde.linear.smoothing import backward_kernels
+from numpyro_sde.schemes import LocalLinear
+from numpyro_sde.schemes.base import GaussianScheme
+
+
+class _Arrays(NamedTuple):
+    """A linear-Gaussian model at the grid indices `rows`, with its data."""
+
+    model: kalman.LinearGaussian
+    y: Array
+    present: Any
+    rows: Any
+
+
+class Kalman(AbstractFilter):
+    """Exact filter of a linear-Gaussian model.
+
+    Whether the model is one is found by tracing: the drift must be affine in the state, the
+    diffusion free of it, both free of time; the emission normal, its mean affine in the state
+    and its covariance free of it. The SDE is then discretised exactly, whatever the gaps
+    between the data; where a Gaussian `scheme` was chosen for the path, its transitions are
+    taken instead, on the path's grid.
+
+    Args:
+        form: "auto", "sequential", "sqrt" (square-root form, for ill-conditioned models and
+            float32) or "parallel" (associative scan, for accelerators and long series).
+
+    Raises:
+        ValueError: an unknown form; later, in use, a model that is not linear-Gaussian.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.filters.Kalman(form="sqrt").form
+        'sqrt'
+    """
+
+    form: str = eqx.field(static=True)
+
+    def __init__(self, form: str = "auto") -> None:
+        kalman.choose_form(form, 1)
+        self.form = form
+
+    def check(self, model: StateSpaceModel) -> None:
+        if not model.init_gaussian:
+            _refuse("init must be a normal distribution or a fixed state")
+        x = jax.ShapeDtypeStruct((model.dim,), jnp.result_type(float))
+        t = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        if _uses_scheme(model):
+            _check_scheme(model, x)
+        else:
+            _check_coefficients(model, x, t)
+        for number, instrument in enumerate(model.instruments):
+            _check_emission(instrument, number, x)
+
+    def simulator(self, path: Any) -> Any:
+        if path.scheme_chosen or path.sde.exact_transition() is not None:
+            return path
+        return path.replace(scheme=LocalLinear())  # exact where the SDE is linear
+
+    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        arrays = _assemble(model, _observed_rows(model))
+        return kalman.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
+
+    def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
+        arrays = _assemble(model, _observed_rows(model))
+        result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
+        terms = result.increments
+        return jnp.zeros(model.num_times, terms.dtype).at[arrays.rows].set(terms)
+
+    def filter(self, model: StateSpaceModel) -> FilterResult:
+        arrays = _assemble(model, np.arange(model.num_times))
+        result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
+        return FilterResult(
+            times=model.times,
+            log_likelihood=result.log_likelihood,
+            increments=result.increments,
+            mean=result.mean,
+            cov=result.cov,
+            predicted_mean=result.predicted_mean,
+            predicted_cov=result.predicted_cov,
+            cross=result.cov[:-1] @ jnp.swapaxes(arrays.model.F, -1, -2),
+            kernel=backward_kernels(arrays.model, result),
+        )
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(
+        f"Kalman is exact for linear-Gaussian models only: {reason}. Use ExtendedKalman(), "
+        "UnscentedKalman() or MomentMatching() for an approximation, or leave the path latent"
+    )
+
+
+def _uses_scheme(model: StateSpaceModel) -> bool:
+    return model.scheme_chosen and isinstance(model.scheme, GaussianScheme)
+
+
+def _check_coefficients(model: StateSpaceModel, x: Any, t: Any) -> None:
+    zero = jnp.zeros(())
+    (drift,) = degrees(lambda x: model.drift(zero, x), x)
+    (noise,) = degrees(lambda x: model.factor(zero, x), x)
+    state = jnp.ones(x.shape, x.dtype)
+    (drift_time,) = degrees(lambda t: model.drift(t, state), t)
+    (noise_time,) = degrees(lambda t: model.factor(t, state), t)
+    if drift > 1:
+        _refuse("drift(t, x) is not affine in x")
+    if noise > 0:
+        _refuse("diffusion(t, x) depends on x")
+    if drift_time > 0 or noise_time > 0:
+        which = "drift" if drift_time > 0 else "diffusion"
+        _refuse(f"{which}(t, x) depends on t; give SDEPath a scheme to discretise it by")
+
+
+def _check_scheme(model: StateSpaceModel, x: Any) -> None:
+    if model.num_times < 2:
+        return
+    t, dt, cache = jax.tree.map(lambda a: a[0], model.step_inputs())
+    mean, cov = degrees(lambda x: model.step_moments(t, dt, x, cache), x)
+    if mean > 1 or cov > 0:
+        what = "mean is not affine in x" if mean > 1 else "covariance depends on x"
+        _refuse(f"the transition of {type(model.scheme).__name__}: its {what}")
+
+
+def _check_emission(instrument: Instrument, number: int, x: Any) -> None:
+    name = f"emission of observe statement {number + 1}"
+    if not instrument.gaussian:
+        _refuse(f"the {name} is not normal")
+    inputs = jax.tree.map(lambda a: a[0], instrument.inputs)
+    mean, cov = degrees(lambda x: instrument.moments(inputs, x), x)
+    if mean > 1:
+        _refuse(f"the mean of the {name} is not affine in x")
+    if cov > 0:
+        _refuse(f"the covariance of the {name} depends on x")
+
+
+def _observed_rows(model: StateSpaceModel) -> np.ndarray:
+    """Grid indices that matter: the start, and wherever something is observed."""
+    if _uses_scheme(model):
+        return np.arange(model.num_times)
+    return np.unique(np.concatenate([[0], *(i.rows for i in model.instruments)])).astype(int)
+
+
+def _assemble(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
+    dtype = jnp.result_type(float)
+    F, c, Q = _transitions(model, rows)
+    parts = [_emission(instrument, model.dim, rows) for instrument in model.instruments]
+    C = jnp.concatenate(_aligned([p[0] for p in parts], 2), axis=-2)
+    e = jnp.concatenate(_aligned([p[1] for p in parts], 1), axis=-1)
+    correlated = not all(i.diagonal for i in model.instruments)
+    if correlated:
+        R = _block_diagonal(_aligned([p[2] for p in parts], 2))
+    else:
+        variances = [jnp.diagonal(p[2], axis1=-2, axis2=-1) for p in parts]
+        R = jnp.concatenate(_aligned(variances, 1), axis=-1)
+    linear = kalman.LinearGaussian(
+        m0=model.init_mean.astype(dtype),
+        P0=model.init_cov.astype(dtype),
+        F=F,
+        c=c,
+        Q=Q,
+        C=C,
+        R=R,
+        e=e,
+        correlated=correlated,
+    )
+    y = jnp.concatenate([i.values for i in model.instruments], axis=-1)
+    on_host = all(isinstance(i.present, np.ndarray) for i in model.instruments)
+    xp: Any = np if on_host else jnp
+    present = xp.concatenate([i.present for i in model.instruments], axis=-1)
+    if len(rows) != model.num_times:
+        y, present = y[rows], present[rows]
+    nothing_missing = on_host and bool(present.all())
+    return _Arrays(linear, y.astype(dtype), None if nothing_missing else present, rows)
+
+
+def _transitions(model: StateSpaceModel, rows: np.ndarray) -> tuple[Array, Array, Array]:
+    origin = jnp.zeros(model.dim, jnp.result_type(float))
+    if _uses_scheme(model):
+
+        def one(now: Any) -> tuple[Array, Array, Array]:
+            t, dt, cache = now
+            F = jax.jacfwd(lambda x: model.step_moments(t, dt, x, cache)[0])(origin)
+            c, Q = model.step_moments(t, dt, origin, cache)
+            return F, c, Q
+
+        return jax.vmap(one)(model.step_inputs())
+    zero = jnp.zeros(())
+    A = jax.jacfwd(lambda x: model.drift(zero, x))(origin)
+    b, L = model.drift(zero, origin), model.factor(zero, origin)
+    if len(rows) == model.num_times:
+        dt = model.dt
+    elif isinstance(model.times, np.ndarray):
+        dt = np.diff(model.times[rows])
+    else:
+        dt = jnp.diff(model.times[rows])
+    if model.dim == 1:  # the closed form of a scalar process
+        F, c, Q = discretize.transitions(A[0, 0], b[0], L[0], dt)
+        return F[:, None, None], c[:, None], Q[:, None, None]
+    F, c, Q = discretize.transitions(A, b, L, dt)
+    return F, c, Q
+
+
+def _emission(instrument: Instrument, dim: int, rows: np.ndarray) -> tuple[Array, Array, Array]:
+    """Matrix, offset and covariance of the emission, with a time axis if they vary."""
+    origin = jnp.zeros(dim, jnp.result_type(float))
+
+    def at(inputs: Any) -> tuple[Array, Array, Array]:
+        C = jax.jacfwd(lambda x: instrument.moments(inputs, x)[0])(origin)
+        e, R = instrument.moments(inputs, origin)
+        return C, e, R
+
+    first = jax.tree.map(lambda a: a[0], instrument.inputs)
+    shapes = jax.eval_shape(lambda i: i, first)
+    leaves, treedef = jax.tree_util.tree_flatten(shapes)
+    constant = True
+    for k, leaf in enumerate(leaves):
+        values = list(jax.tree_util.tree_leaves(first))
+
+        def vary(one: Any, k: int = k, values: list[Any] = values) -> Any:
+            varied = [*values[:k], one, *values[k + 1 :]]
+            return at(jax.tree_util.tree_unflatten(treedef, varied))
+
+        constant = constant and max(degrees(vary, leaf)) == 0
+    if constant:
+        return at(first)
+    taken = jax.tree.map(lambda a: a[rows], instrument.inputs)
+    return jax.vmap(at)(taken)
+
+
+def _aligned(arrays: list[Array], event_dim: int) -> list[Array]:
+    """Give all arrays a time axis if one has it."""
+    if all(a.ndim == event_dim for a in arrays):
+        return arrays
+    length = next(a.shape[0] for a in arrays if a.ndim > event_dim)
+    return [a if a.ndim > event_dim else jnp.broadcast_to(a, (length, *a.shape)) for a in arrays]
+
+
+def _block_diagonal(blocks: list[Array]) -> Array:
+    total = sum(b.shape[-1] for b in blocks)
+    out = jnp.zeros((*blocks[0].shape[:-2], total, total), blocks[0].dtype)
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[-1]
+        out = out.at[..., start:stop, start:stop].set(block)
+        start = stop
+    return out

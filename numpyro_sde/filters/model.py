@@ -1,0 +1,228 @@
+"""What a filter works on, and what it returns: one model type, one result type.
+
+Everything is unbatched and NumPyro-free: one process, one path, its instruments. States are
+vectors `(d,)` here, scalar processes included. Batches are mapped by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from numpyro_sde.linear.small import matvec
+from numpyro_sde.linear.smoothing import BackwardKernel, draw_backward, moments_backward
+from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
+from numpyro_sde.sde import SDE
+
+
+class Instrument(NamedTuple):
+    """One observation statement, laid out on the whole grid of N times.
+
+    Attributes:
+        inputs: pytree of what the emission needs at each time, leading axis N.
+        values: observations, shape `(N, p)`; 0 where missing.
+        present: whether a component was observed, shape `(N, p)`.
+        moments: `moments(inputs_k, x)` returns mean `(p,)` and covariance `(p, p)` of the
+            observation given one state `(d,)`.
+        log_prob: `log_prob(inputs_k, x, y, present)` of one observation given one state.
+        gaussian: whether the emission is Gaussian, with any mean and covariance.
+        diagonal: whether its components are independent given the state.
+        rows: grid indices at which anything may be observed (host side, increasing).
+    """
+
+    inputs: Any
+    values: Float[Array, "N p"]
+    present: Bool[Array, "N p"]
+    moments: Callable[[Any, Array], tuple[Array, Array]]
+    log_prob: Callable[[Any, Array, Array, Array], Array]
+    gaussian: bool
+    rows: Any
+    diagonal: bool = False
+
+
+class StateSpaceModel(NamedTuple):
+    """A path on its grid and everything that observes it.
+
+    Attributes:
+        sde: the unbatched equation.
+        scheme: its transition density over a grid step, and whether the user chose it.
+        scheme_chosen: False where the scheme is only the default for paths.
+        times: grid times, shape `(N,)`; NumPy where they are known before tracing.
+        dt: step lengths, shape `(N - 1,)`.
+        cache: what the scheme prepared for the grid.
+        init_mean: mean of the first state, shape `(d,)`.
+        init_cov: its covariance, shape `(d, d)`.
+        init_gaussian: whether the first state is normal (a fixed one counts).
+        scalar: whether the process is written for states of shape `()`.
+        instruments: the observation statements.
+    """
+
+    sde: SDE
+    scheme: AbstractScheme
+    scheme_chosen: bool
+    times: Any
+    dt: Any
+    cache: Any
+    init_mean: Float[Array, " d"]
+    init_cov: Float[Array, "d d"]
+    init_gaussian: bool
+    scalar: bool
+    instruments: tuple[Instrument, ...]
+
+    @property
+    def dim(self) -> int:
+        """Number d of state components."""
+        return self.init_mean.shape[0]
+
+    @property
+    def num_times(self) -> int:
+        """Number N of grid times."""
+        return jnp.shape(self.times)[0]
+
+    def to_state(self, x: Array) -> Array:
+        """A vector `(d,)` as the state that the user's functions take."""
+        return x[0] if self.scalar else x
+
+    def drift(self, t: Any, x: Array) -> Float[Array, " d"]:
+        """Ito drift at a vector state."""
+        return jnp.reshape(self.sde.ito_drift_at(t, self.to_state(x)), (self.dim,))
+
+    def factor(self, t: Any, x: Array) -> Float[Array, "d m"]:
+        """Diffusion matrix at a vector state, one column for each Brownian motion."""
+        columns = self.sde.diffusion_columns_at(t, self.to_state(x))
+        return jnp.reshape(columns, (self.dim, columns.shape[-1]))
+
+    def step_moments(
+        self, t: Any, dt: Any, x: Array, cache: Any = None
+    ) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+        """Mean and covariance of the scheme's transition from a vector state.
+
+        Raises:
+            ValueError: the scheme's transition is not Gaussian.
+        """
+        if not isinstance(self.scheme, GaussianScheme):
+            raise ValueError(
+                f"the transition of {type(self.scheme).__name__} is not Gaussian; filters that "
+                "propagate two moments need Euler(), LocalLinear() or Kessler()"
+            )
+        mean, factor = self.scheme.moments(self.sde, t, dt, self.to_state(x), cache)
+        mean = jnp.reshape(mean, (self.dim,))
+        if jnp.ndim(factor) < 2:
+            return mean, jnp.diag(jnp.reshape(factor, (self.dim,)) ** 2)
+        return mean, factor @ factor.T
+
+    def step_inputs(self) -> Any:
+        """Time, length and cache of each step, leading axis `N - 1`, for a scan."""
+        return jax.tree.map(
+            jnp.asarray, (jnp.asarray(self.times)[:-1], jnp.asarray(self.dt), self.cache)
+        )
+
+    def observation_inputs(self) -> Any:
+        """Inputs, values and presence of each instrument, leading axis N, for a scan."""
+        return tuple((i.inputs, i.values, i.present) for i in self.instruments)
+
+
+class FilterResult(eqx.Module):
+    """What every filter returns; moments, or weighted particles.
+
+    Attributes:
+        times: grid times, shape `(N,)`.
+        log_likelihood: log density of all observations.
+        increments: its terms, `log p(y_k | y_1..y_k-1)`, shape `(N,)`; 0 where nothing was
+            observed.
+        mean: filtered means, shape `(N, d)`.
+        cov: filtered covariances, shape `(N, d, d)`.
+        predicted_mean: means before the observation at the same time, shape `(N, d)`.
+        predicted_cov: covariances before it, shape `(N, d, d)`.
+        cross: covariance of the filtered state at k with the predicted one at k + 1, shape
+            `(N - 1, d, d)`: what smoothing needs.
+        particles: filtered particles, shape `(N, M, d)`, or None.
+        log_weights: their normalised log weights, shape `(N, M)`, or None.
+        kernel: law of each state given the next, where the filter has a better one than
+            `cross` gives.
+    """
+
+    times: Any
+    log_likelihood: Float[Array, ""]
+    increments: Float[Array, " N"]
+    mean: Float[Array, "N d"]
+    cov: Float[Array, "N d d"]
+    predicted_mean: Float[Array, "N d"]
+    predicted_cov: Float[Array, "N d d"]
+    cross: Float[Array, "{N}-1 d d"]
+    particles: Any = None
+    log_weights: Any = None
+    kernel: BackwardKernel | None = None
+
+    def backward_kernel(self) -> BackwardKernel:
+        """Law of each state given the next and the observations up to its own time.
+
+        The filter's own where it gave one; else by the gains `cross @ predicted_cov^-1` of
+        Rauch, Tung and Striebel (1965).
+        """
+        if self.kernel is not None:
+            return self.kernel
+        gain = jax.vmap(_right_divide)(self.cross, self.predicted_cov[1:])
+        rest = self.cov[:-1] - gain @ jnp.swapaxes(self.cross, -1, -2)
+        return BackwardKernel(
+            gain=gain,
+            offset=jnp.concatenate(
+                [self.mean[:-1] - matvec(gain, self.predicted_mean[1:]), self.mean[-1:]]
+            ),
+            factor=jax.vmap(_psd_root)(jnp.concatenate([rest, self.cov[-1:]])),
+        )
+
+    def smooth(self) -> tuple[Float[Array, "N d"], Float[Array, "N d d"]]:
+        """Smoothed means and covariances, given all observations."""
+        smoothed = moments_backward(self.backward_kernel())
+        return smoothed.mean, smoothed.cov
+
+    def sample(self, key: PRNGKeyArray, num_draws: int = 1) -> Float[Array, "draws N d"]:
+        """Draw paths from the smoothing law: forward filtering, backward sampling.
+
+        Exact for linear-Gaussian models (Carter and Kohn 1994); for the approximate filters a
+        draw of the Gaussian approximation.
+        """
+        normals = jax.random.normal(key, (num_draws, *self.mean.shape), self.mean.dtype)
+        return draw_backward(self.backward_kernel(), normals)
+
+
+def _right_divide(cross: Array, cov: Array) -> Array:
+    # A component without uncertainty (a fixed start) makes cov singular; its gain is 0.
+    values, vectors = jnp.linalg.eigh(0.5 * (cov + cov.T))
+    floor = jnp.finfo(cov.dtype).eps * cov.shape[0] * jnp.max(jnp.abs(values))
+    inverse = jnp.where(values > floor, 1.0 / jnp.where(values > floor, values, 1.0), 0.0)
+    return cross @ (vectors * inverse) @ vectors.T
+
+
+def _psd_root(cov: Array) -> Array:
+    values, vectors = jnp.linalg.eigh(0.5 * (cov + cov.T))
+    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))
+
+
+class AbstractFilter(eqx.Module):
+    """A way to integrate a path out: `marginalize(model, method=...)`."""
+
+    def check(self, model: StateSpaceModel) -> None:
+        """Raise a `ValueError` where the method cannot treat this model."""
+
+    def simulator(self, path: Any) -> Any:
+        """The path law to simulate where the method discretises otherwise than the path."""
+        return path
+
+    def filter(self, model: StateSpaceModel) -> FilterResult:
+        """Run the filter over the grid."""
+        raise NotImplementedError
+
+    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        """Log density of all observations."""
+        return self.filter(model).log_likelihood
+
+    def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
+        """Terms of the log likelihood, one for each grid time."""
+        return self.filter(model).increments

@@ -1,0 +1,240 @@
+"""Gaussian moment matching: the first two moments of the SDE itself, closed by a Gaussian.
+
+With X ~ N(m, P) at every time, the Fokker-Planck-Kolmogorov equation gives
+
+    dm/dt = E f(t, X),    dP/dt = E f (X - m)' + E (X - m) f' + E L L'(t, X).
+
+The expectations are taken by quadrature. Särkkä and Solin (2019), "Applied Stochastic
+Differential Equations", section 9.1; Solin, Tamir and Verma (2021), "Scalable inference in SDEs
+by direct matching of the Fokker-Planck-Kolmogorov equation", arXiv:2110.15739.
+
+The covariance is not integrated as such. With A = E f (X - m)' P^-1, the statistical
+linearisation of the drift (where P is all but singular: the averaged Jacobian, its equal by
+Stein's identity), and d Phi/dt = A Phi, d Y/dt = -Y A (so that Y = Phi^-1),
+d M/dt = Y E LL' Y', it is P(t) = Phi (P(0) + M) Phi'. One Runge-Kutta step of order four on
+(m, Phi, Y, M) has positive weights, so M is a sum of squares at every stage. Only a factor of
+it is kept, and S in P = S S' comes from the columns of Phi [S(0), ...] by orthogonal reduction:
+no covariance can become indefinite, not even by rounding. P(0) Phi' is the cross covariance
+that smoothing needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from numpyro_sde.filters.checks import EMISSIONS, check_brownian, check_choice, check_count
+from numpyro_sde.filters.gaussian import run_gaussian
+from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.filters.quadrature import QuadratureRule, cubature, gauss_hermite, unscented
+from numpyro_sde.filters.updates import choose_update, sigma_point_update, with_valid_inputs
+from numpyro_sde.linear.small import matmul, psd_factor, solve_lower, transpose, tria
+
+QUADRATURES = ("auto", "cubature", "unscented", "gauss_hermite")
+
+_State = tuple[Array, Array, Array]
+"""Mean, Phi and Y."""
+
+_TABLEAU = np.array([[0.0, 1 / 6], [0.5, 1 / 3], [0.5, 1 / 3], [1.0, 1 / 6]])
+"""Node and weight of each stage of the classical Runge-Kutta method."""
+
+_NARROW, _WIDE = 1e-3, 1e-2  # shares of a variance at which the linearisation changes its source
+
+
+class MomentMatching(AbstractFilter):
+    """Continuous-discrete Gaussian filter that matches the moments of the SDE.
+
+    It integrates the moment equations between grid times and does not use the path's scheme:
+    a coarse grid costs accuracy only through `substeps`, so there is no discretisation of the
+    path to refine. `E[L L']` is averaged, not taken at the mean; for geometric Brownian motion
+    both moments are exact. Wrong where the law between observations is far from Gaussian
+    (bistable systems, small copy numbers): use `closure_check` before trusting it. The drift
+    must be differentiable.
+
+    Args:
+        quadrature: "cubature" (`2 d` points), "unscented" (`2 d + 1`), "gauss_hermite"
+            (`order ** d`), or "auto": Gauss-Hermite up to three states, else cubature.
+        order: points of the Gauss-Hermite rule in each dimension.
+        substeps: Runge-Kutta steps for each grid step. The error falls with its fourth power;
+            a step must stay well below the fastest time scale of the drift.
+        emission: for emissions that are not Gaussian, "laplace" (Laplace approximation about
+            the mode) or "moments" (conditional mean and covariance, averaged).
+        newton_steps: damped Newton steps of the Laplace approximation.
+
+    Raises:
+        ValueError: an option out of range, or a rule with too many points.
+        TypeError: a count that is no integer.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.filters.MomentMatching("gauss_hermite", order=7).order
+        7
+    """
+
+    quadrature: str = eqx.field(static=True)
+    order: int = eqx.field(static=True)
+    substeps: int = eqx.field(static=True)
+    emission: str = eqx.field(static=True)
+    newton_steps: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        quadrature: str = "auto",
+        *,
+        order: int = 5,
+        substeps: int = 4,
+        emission: str = "laplace",
+        newton_steps: int = 10,
+    ) -> None:
+        check_choice("quadrature", quadrature, QUADRATURES)
+        check_count("order", order, least=2)
+        check_count("substeps", substeps)
+        check_choice("emission", emission, EMISSIONS)
+        check_count("newton_steps", newton_steps)
+        self.quadrature = quadrature
+        self.order = order
+        self.substeps = substeps
+        self.emission = emission
+        self.newton_steps = newton_steps
+
+    def rule(self, d: int) -> QuadratureRule:
+        """The quadrature rule for d states."""
+        if self.quadrature == "gauss_hermite" or (self.quadrature == "auto" and d <= 3):
+            return gauss_hermite(d, self.order)
+        return unscented(d) if self.quadrature == "unscented" else cubature(d)
+
+    def check(self, model: StateSpaceModel) -> None:
+        check_brownian(model, "MomentMatching()")
+        self.rule(model.dim)
+
+    def filter(self, model: StateSpaceModel) -> FilterResult:
+        self.check(model)
+        model = with_valid_inputs(model)
+        rule = self.rule(model.dim)
+
+        def predict(mean: Array, cov: Array, now: Any) -> tuple[Array, Array, Array]:
+            t, dt, _ = now
+            return matched_moments(model, rule, t, dt, mean, cov, self.substeps)
+
+        update = choose_update(sigma_point_update(rule), self.emission, self.newton_steps)
+        return run_gaussian(model, predict, update)
+
+
+def matched_moments(
+    model: StateSpaceModel,
+    rule: QuadratureRule,
+    t: Any,
+    dt: Any,
+    mean: Float[Array, " d"],
+    cov: Float[Array, "d d"],
+    substeps: int,
+) -> tuple[Float[Array, " d"], Float[Array, "d d"], Float[Array, "d d"]]:
+    """Integrate the moment equations over one grid step.
+
+    Args:
+        model: the model; its drift and diffusion are used.
+        rule: quadrature rule for its number of states.
+        t: time at the start.
+        dt: length of the step.
+        mean: mean at the start.
+        cov: covariance at the start; may be singular.
+        substeps: number of Runge-Kutta steps.
+
+    Returns:
+        Mean and covariance at the end, and the covariance of the states at start and end.
+    """
+    eye = jnp.eye(mean.shape[0], dtype=cov.dtype)
+    h = dt / substeps
+
+    def one(carry: tuple[Array, Array, Array], i: Any) -> tuple[Any, None]:
+        mean, S, transition = carry
+        mean, S, phi = _runge_kutta(model, rule, t + i * h, h, mean, S)
+        return (mean, S, matmul(phi, transition)), None
+
+    start = (mean, psd_factor(cov), eye)
+    if substeps == 1:
+        (mean, S, transition), _ = one(start, 0)
+    else:
+        index = jnp.arange(substeps, dtype=cov.dtype)
+        (mean, S, transition), _ = lax.scan(jax.checkpoint(one), start, index)
+    return mean, matmul(S, transpose(S)), matmul(cov, transpose(transition))
+
+
+def _runge_kutta(
+    model: StateSpaceModel, rule: QuadratureRule, t: Any, h: Any, mean: Array, S: Array
+) -> tuple[Array, Array, Array]:
+    """One step of order four: mean, factor of the covariance, transition matrix."""
+    eye = jnp.eye(mean.shape[0], dtype=S.dtype)
+    start = (mean, eye, eye)
+
+    def stage(carry: tuple[_State, Array, _State], tableau: Array) -> tuple[Any, Array]:
+        slope, noise, total = carry
+        step, weight = tableau[0] * h, tableau[1] * h
+        m, phi, inverse = jax.tree.map(lambda a, b: a + step * b, start, slope)
+        columns = jnp.concatenate([S, _root(step) * noise], axis=1)
+        Ef, A, Q = _expectations(model, rule, t + step, h, m, tria(matmul(phi, columns)))
+        slope = (Ef, matmul(A, phi), -matmul(inverse, A))
+        noise = matmul(inverse, psd_factor(Q))
+        total = jax.tree.map(lambda a, b: a + weight * b, total, slope)
+        return (slope, noise, total), _root(weight) * noise
+
+    # A loop, not four copies of the drift's code: compilation is what such a step costs most.
+    still = (jax.tree.map(jnp.zeros_like, start), jnp.zeros_like(S), start)
+    (_, _, (mean, phi, _)), noises = lax.scan(stage, still, jnp.asarray(_TABLEAU, S.dtype))
+    columns = jnp.concatenate([S, *noises], axis=1)
+    return mean, tria(matmul(phi, columns)), phi
+
+
+def _root(x: Array) -> Array:
+    """Square root whose derivative at 0, the first node, is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+
+
+def _expectations(
+    model: StateSpaceModel, rule: QuadratureRule, t: Any, h: Any, m: Array, S: Array
+) -> tuple[Array, Array, Array]:
+    """Mean drift, its statistical linearisation and mean `L L'` under `N(m, S S')`."""
+    weights = jnp.asarray(rule.weights, m.dtype)
+    z = jnp.asarray(rule.points, m.dtype)
+
+    def at(x: Array) -> tuple[Array, Array, Array]:
+        def with_aux(x: Array) -> tuple[Array, Array]:
+            drift = model.drift(t, x)
+            return drift, drift
+
+        jacobian, drift = jax.jacfwd(with_aux, has_aux=True)(x)
+        L = model.factor(t, x)
+        return drift, jacobian, matmul(L, transpose(L))
+
+    drifts, jacobians, noises = jax.vmap(at)(m + matmul(z, transpose(S)))
+    drift, jacobian, noise = (jnp.tensordot(weights, v, 1) for v in (drifts, jacobians, noises))
+    slopes = matmul(transpose((drifts - drift) * weights[:, None]), z)
+    return drift, _linearization(S, slopes, jacobian, noise, h, m), noise
+
+
+def _linearization(
+    S: Array, slopes: Array, jacobian: Array, noise: Array, h: Any, m: Array
+) -> Array:
+    """A matrix A with `A S = E f z'`, as far as the belief is wide enough to tell.
+
+    For an exact rule A is the mean Jacobian. The regression is the better of the two for wide
+    beliefs, since f is smoother than its derivative; in directions in which the state hardly
+    varies, against its size, its other directions and what one step adds, it attributes the
+    rule's error to them, magnified. The Jacobian takes over there, smoothly.
+    """
+    drifted = h * matmul(jacobian, S)
+    size = jnp.sum(S**2 + drifted**2, axis=1) + h * jnp.diagonal(noise)
+    size = size + jnp.finfo(m.dtype).eps * m**2
+    pivots = jnp.diagonal(S)
+    share = pivots**2 / jnp.where(size > 0, size, 1.0)
+    u = jnp.clip((jnp.min(share) - _NARROW) / (_WIDE - _NARROW), 0.0, 1.0)
+    S = S + jnp.diag(jnp.where(share > _NARROW, 0.0, 1.0).astype(S.dtype))
+    excess = slopes - matmul(jacobian, S)
+    excess = transpose(solve_lower(S, transpose(excess), transposed=True))
+    return jacobian + u**2 * (3.0 - 2.0 * u) * excess

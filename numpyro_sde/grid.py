@@ -1,0 +1,161 @@
+"""Time grids: observation times refined to the steps that a scheme needs.
+
+Everything here is host-side NumPy in float64. Step lengths are differences of float64 times,
+taken before any cast: in float32 the differences of calendar times lose most of their digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+# A quotient such as 0.3 / 0.1 exceeds 3 by rounding alone; it must still give three steps.
+_ROUNDING = 1e-9
+# Indices are 32-bit integers by default in JAX.
+_MOST_STEPS = 2**31 - 2
+
+
+def check_times(times: Any, *, name: str = "times") -> NDArray[np.float64]:
+    """Return concrete times as float64, or say what is wrong with them.
+
+    Args:
+        times: increasing times, shape `(*batch, T)`, in the user's unit.
+        name: the argument to name in an error.
+
+    Raises:
+        ValueError: `times` has no dimension or is empty, not finite, unsorted or repeated.
+    """
+    try:
+        array = np.asarray(times)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(
+            f"{name} must be an array of shape (*batch, T), every series with T times: {error}"
+        ) from error
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be numbers in one time unit, got dtype {array.dtype}")
+    array = array.astype(np.float64)
+    if array.ndim == 0 or array.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (*batch, T) with T >= 1, got {array.shape}")
+    if not np.all(np.isfinite(array)):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(f"{name} must be finite, got {array[where]} at index {where}")
+    steps = np.diff(array, axis=-1)
+    if not np.all(steps > 0):
+        where = tuple(int(i) for i in np.argwhere(~(steps > 0))[0])
+        after = (*where[:-1], where[-1] + 1)
+        kind = "repeated" if steps[where] == 0 else "unsorted"
+        raise ValueError(
+            f"{name} must be strictly increasing, got {kind} times "
+            f"{array[where]} then {array[after]} at index {where}"
+        )
+    return array
+
+
+def _check_max_step(max_step: Any) -> float:
+    traced = isinstance(max_step, jax.core.Tracer)
+    number = not traced and np.ndim(max_step) == 0 and np.asarray(max_step).dtype.kind in "fiu"
+    if not (number and np.isfinite(max_step) and max_step > 0):
+        why = "a traced value" if traced else repr(max_step)
+        raise ValueError(f"max_step must be one positive finite step length, got {why}")
+    return float(max_step)
+
+
+def _steps_in_each_gap(gaps: NDArray[np.float64], max_step: float) -> NDArray[np.int64]:
+    longest = gaps.max(axis=tuple(range(gaps.ndim - 1)), initial=0.0)
+    with np.errstate(over="ignore"):
+        counts = np.maximum(np.ceil(longest / max_step - _ROUNDING), 1)
+    if counts.sum() > _MOST_STEPS:
+        raise ValueError(
+            f"max_step={max_step} asks for {counts.sum():.3g} steps, more than {_MOST_STEPS:.3g}"
+        )
+    return counts.astype(np.int64)
+
+
+class TimeGrid:
+    """Observation times refined so that no step exceeds `max_step`.
+
+    Each interval between two times is cut into equal steps. In a panel (times of shape
+    `(*batch, T)`) every series gets the same number of steps in its k-th interval, the number
+    that the longest of them needs, so that `index` serves all series.
+
+    Args:
+        times: strictly increasing times, shape `(*batch, T)`, in the user's unit.
+        max_step: longest step allowed, in the same unit; None keeps the times as they are.
+
+    Attributes:
+        times: all grid times, float64, shape `(*batch, N)`.
+        dt: step lengths, float64, shape `(*batch, N - 1)`.
+        index: where the observation times stand in the grid, shape `(T,)`.
+
+    Raises:
+        ValueError: times that are unsorted, repeated or not finite, or a `max_step` that is
+            not a positive number.
+
+    Example:
+        >>> grid = TimeGrid([0.0, 1.0, 1.5], max_step=0.25)
+        >>> grid.times.tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+        >>> grid.index.tolist()
+        [0, 4, 6]
+    """
+
+    times: NDArray[np.float64]
+    dt: NDArray[np.float64]
+    index: NDArray[np.int64]
+
+    def __init__(self, times: Any, max_step: float | None = None) -> None:
+        if isinstance(times, TimeGrid):
+            # Refining a refined grid keeps the observation times of the first one.
+            times = times.observation_times
+        if isinstance(times, jax.core.Tracer):
+            raise ValueError(
+                "times of a TimeGrid must be known before tracing (NumPy or a list), got a "
+                "traced array: build the grid outside jit and vmap"
+            )
+        observed = check_times(times)
+        gaps = np.diff(observed, axis=-1)
+        if max_step is None:
+            counts = np.ones(gaps.shape[-1], dtype=np.int64)
+        else:
+            counts = _steps_in_each_gap(gaps, _check_max_step(max_step))
+        step = np.repeat(gaps / counts, counts, axis=-1)
+        self.index = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        within = np.arange(self.index[-1]) - np.repeat(self.index[:-1], counts)
+        inner = np.repeat(observed[..., :-1], counts, axis=-1) + within * step
+        self.times = np.concatenate([inner, observed[..., -1:]], axis=-1)
+        self.dt = step
+        if not np.all(np.diff(self.times, axis=-1) > 0):
+            raise ValueError(
+                f"max_step={max_step} is below the resolution of float64 at times as large as "
+                f"{np.abs(observed).max():.6g}: measure time from a nearer origin"
+            )
+        for array in (self.times, self.dt, self.index):
+            array.setflags(write=False)
+
+    @property
+    def observation_times(self) -> NDArray[np.float64]:
+        """The times that the grid was made from, shape `(*batch, T)`."""
+        return self.times[..., self.index]
+
+    def __len__(self) -> int:
+        return int(self.times.shape[-1])
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TimeGrid)
+            and np.array_equal(self.times, other.times)
+            and np.array_equal(self.index, other.index)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.times.tobytes(), self.index.tobytes()))
+
+    def __repr__(self) -> str:
+        longest = self.dt.max() if self.dt.size else 0.0
+        return (
+            f"TimeGrid({self.index.size} observation times, {self.times.shape[-1]} grid times, "
+            f"longest step {longest:.4g})"
+        )

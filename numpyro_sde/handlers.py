@@ -1,0 +1,318 @@
+"""Effect handlers: the same model with its paths treated otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.handlers import block, condition, seed
+from numpyro.primitives import _PYRO_STACK, Messenger
+
+from numpyro_sde.distributions.clocks import Clock, identity_of_path, remember_value
+from numpyro_sde.distributions.marginal import IntegratedPath, no_value
+from numpyro_sde.distributions.observation import EmissionPath
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.filters.model import AbstractFilter
+from numpyro_sde.grid import TimeGrid
+from numpyro_sde.schemes.base import AbstractScheme
+
+
+def path_law(fn: Any) -> SDEPath | None:
+    """The path law inside a distribution, if there is one."""
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn if isinstance(fn, SDEPath) else None
+
+
+class _FindObserved(Messenger):
+    """Note the names of latent path sites that an observation statement sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths: dict[int, tuple[str, Any]] = {}
+        self.names: set[str] = set()
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or (msg.get("is_observed") and path_law(msg["fn"]) is not None):
+            return
+        if path_law(msg["fn"]) is not None:
+            self.paths[id(msg["value"])] = (msg["name"], msg["value"])
+            return
+        fn = msg["fn"]
+        while isinstance(
+            fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+        ):
+            fn = fn.base_dist
+        if isinstance(fn, EmissionPath):
+            path = self.paths.get(identity_of_path(fn.observed_path))
+            if path is not None:
+                self.names.add(path[0])
+
+
+def observed_paths(fn: Callable[..., Any], args: Any, kwargs: Any) -> set[str]:
+    """Names of the latent path sites of a model that it observes; nothing is computed."""
+    finder = _FindObserved()
+
+    def run() -> int:
+        with block(), seed(rng_seed=0), finder:
+            fn(*args, **kwargs)
+        return 0
+
+    jax.eval_shape(run)
+    return finder.names
+
+
+class marginalize(Messenger):  # noqa: N801
+    """Integrate out every path that the model observes.
+
+    The observation sites get the marginal law of the data: their `log_prob` is the filter's
+    log likelihood, their draws simulate path and data. So priors, `Predictive`, `condition`
+    (inside or outside), `log_likelihood` and every engine work as on any model. A second
+    `observe` on the same path gets the law given the first one's data. Paths that no
+    `observe` sees stay latent.
+
+    Use it as `marginalize(model, method=...)`, as a decorator, or as a context manager around
+    the model's code (then name the `sites` if some paths are not observed).
+
+    Args:
+        fn: the model.
+        method: the filter, one of `nsde.filters`; `Kalman()` is exact where the model is
+            linear and Gaussian.
+        sites: names of the path sites to integrate out; None for all that are observed.
+
+    Raises:
+        TypeError: a method that is no filter, or a model that uses the path's value elsewhere
+            than in `observe`.
+        ValueError: a path that is conditioned on, a name in `sites` that is no path, or a
+            model that the method cannot treat.
+
+    Example:
+        >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model(y=None):
+        ...     rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        ...     sde = nsde.SDE(lambda t, x, p: -p * x, lambda t, x, p: 0.5, params=rate)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, np.arange(5.0), dist.Normal(0.0, 1.0)))
+        ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+        >>> marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+        >>> sites = numpyro.handlers.trace(numpyro.handlers.seed(marginal, 0)).get_trace()
+        >>> list(sites)
+        ['rate', 'y']
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None = None,
+        *,
+        method: AbstractFilter,
+        sites: Iterable[str] | None = None,
+    ) -> None:
+        if not isinstance(method, AbstractFilter):
+            hint = "; call it, method=Kalman()" if isinstance(method, type) else ""
+            raise TypeError(f"method must be one of nsde.filters, got {method!r}{hint}")
+        if isinstance(sites, str):
+            raise TypeError(f"sites must be a list of names, got the string {sites!r}")
+        self.method = method
+        self.sites = None if sites is None else frozenset(sites)
+        self._active: frozenset[str] | None = self.sites
+        super().__init__(fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fn is not None and self.sites is None:
+            self._active = frozenset(observed_paths(self.fn, args, kwargs))
+        return super().__call__(*args, **kwargs)
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        # JAX refuses an unknown type before it asks the object: say what the object is.
+        if isinstance(exc_value, TypeError) and IntegratedPath.__name__ in str(exc_value):
+            names = ", ".join(sorted(self._active or {"?"}))
+            raise TypeError(no_value(names)) from exc_value
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        name = msg["name"]
+        chosen = self._active is None or name in self._active
+        path = path_law(msg["fn"])
+        if path is None:
+            if self.sites is not None and name in self.sites:
+                raise ValueError(
+                    f"marginalize: site {name!r} in sites is a {type(msg['fn']).__name__}, not "
+                    "an SDEPath"
+                )
+            return
+        if not chosen or msg["is_observed"]:
+            return
+        self._refuse_outer_conditioning(name)
+        shape = msg["fn"].shape()
+        lead = shape[: len(shape) - path.event_dim]
+        index = np.arange(path.num_times)
+        for handler in self._outer_changes():
+            path, seen = handler.change(name, path)
+            index = seen[index]
+        msg["value"] = self.placeholder(name, path, lead).view(index)
+        # Nothing outside may see a site whose value is no array.
+        msg["stop"] = True
+
+    def placeholder(self, name: str, path: SDEPath, lead: tuple[int, ...]) -> IntegratedPath:
+        """The object that stands for the path in the model."""
+        return IntegratedPath(name, path, self.method, lead)
+
+    def _outer_changes(self) -> list[_ChangePath]:
+        """Handlers outside this one that would change the path, had they seen it."""
+        outside = _PYRO_STACK[: _PYRO_STACK.index(self)]
+        return [handler for handler in reversed(outside) if isinstance(handler, _ChangePath)]
+
+    def _refuse_outer_conditioning(self, name: str) -> None:
+        for handler in _PYRO_STACK:
+            if isinstance(handler, condition) and name in (handler.data or {}):
+                raise ValueError(
+                    f"marginalize: path {name!r} is conditioned on outside the handler; put "
+                    "condition inside, marginalize(condition(model, data), ...), to keep it"
+                )
+
+
+class _ChangePath(Messenger):
+    """Replace the law of every path site; a model without one is an error, not a no-op."""
+
+    def __init__(self, fn: Callable[..., Any] | None) -> None:
+        self.changed: dict[str, tuple[np.ndarray, Clock]] = {}
+        super().__init__(fn)
+
+    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+        """The new law, and where the old times stand among the new ones."""
+        raise NotImplementedError
+
+    def change(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+        """Replace the law and note that it was done."""
+        new, index = self.replace(name, path)
+        self.changed[name] = index, path.clock
+        return new, index
+
+    def __enter__(self) -> None:
+        self.changed = {}
+        super().__enter__()
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None and not self.changed:
+            raise ValueError(
+                f"{type(self).__name__} saw no SDEPath site. If the paths are reparametrised, "
+                "put it inside: reparam(..(model), config=...)"
+            )
+
+    def process_message(self, msg: Any) -> None:
+        old = path_law(msg["fn"]) if msg["type"] == "sample" else None
+        if old is None:
+            return
+        name = msg["name"]
+        msg["fn"] = _rewrap(msg["fn"], lambda path: self.change(name, path)[0])
+        if msg["is_observed"] and msg["fn"].event_shape != old.event_shape:
+            raise ValueError(
+                f"{type(self).__name__}: path {name!r} is observed directly, so the times "
+                "between are latent; make the grid part of the model (TimeGrid) and use "
+                "reparam.BridgeReparam"
+            )
+
+    def postprocess_message(self, msg: Any) -> None:
+        # Handlers outside have kept the whole path by now; the model gets the times it knows.
+        name, value = msg.get("name"), msg.get("value")
+        if name not in self.changed or msg["type"] not in ("sample", "deterministic"):
+            return
+        index, clock = self.changed[name]
+        if isinstance(value, IntegratedPath):
+            msg["value"] = value.view(index)
+            return
+        axis = value.ndim - 1 - len(clock.state_shape)
+        if value.shape[axis] != len(index):
+            msg["value"] = jnp.take(value, index, axis=axis)
+            remember_value(msg["value"], clock, source=value)
+
+
+def _rewrap(fn: Any, change: Callable[[SDEPath], SDEPath]) -> Any:
+    if isinstance(fn, SDEPath):
+        return change(fn)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _rewrap(fn.base_dist, change).expand(fn.batch_shape)
+    if isinstance(fn, dist.Independent):
+        return _rewrap(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
+    return _rewrap(fn.base_dist, change).mask(fn._mask)
+
+
+class discretize(_ChangePath):  # noqa: N801
+    """The same model with another transition density: does the posterior depend on it?
+
+    Args:
+        fn: the model.
+        scheme: one of `nsde.schemes`, for every path site.
+
+    Raises:
+        TypeError: a scheme that is none.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model():
+        ...     sde = nsde.SDE(lambda t, x: -(x**3), lambda t, x: 0.5)
+        ...     numpyro.sample("x", nsde.SDEPath(sde, [0.0, 0.1], dist.Normal(0.0, 1.0)))
+        >>> other = nsde.handlers.discretize(model, nsde.schemes.LocalLinear())
+        >>> site = numpyro.handlers.trace(numpyro.handlers.seed(other, 0)).get_trace()["x"]
+        >>> type(site["fn"].scheme).__name__
+        'LocalLinear'
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any] | None = None, scheme: AbstractScheme | None = None
+    ) -> None:
+        if not isinstance(scheme, AbstractScheme):
+            raise TypeError(f"scheme must be one of nsde.schemes, got {scheme!r}")
+        self.scheme = scheme
+        super().__init__(fn)
+
+    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:  # noqa: ARG002
+        return path.replace(scheme=self.scheme), np.arange(path.num_times)
+
+
+class refine(_ChangePath):  # noqa: N801
+    """The same model on a finer grid: does the posterior depend on the step?
+
+    Every path site becomes a path on the refined grid; the model still sees it at its own
+    times. The site's value in traces and posterior draws is the fine path.
+
+    Args:
+        fn: the model.
+        max_step: longest step allowed, in the user's time unit.
+
+    Raises:
+        ValueError: a `max_step` that is no positive number; a path on times that are only
+            known inside a trace; a path that is observed directly.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model():
+        ...     sde = nsde.SDE(lambda t, x: -x, lambda t, x: 0.5)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, [0.0, 1.0], dist.Normal(0.0, 1.0)))
+        ...     return nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1))
+        >>> fine = nsde.handlers.refine(model, max_step=0.25)
+        >>> sites = numpyro.handlers.trace(numpyro.handlers.seed(fine, 0)).get_trace()
+        >>> sites["x"]["value"].shape, sites["y"]["value"].shape
+        ((5,), (2,))
+    """
+
+    def __init__(self, fn: Callable[..., Any] | None = None, max_step: float | None = None) -> None:
+        if max_step is None or not (np.ndim(max_step) == 0 and 0 < max_step < np.inf):
+            raise ValueError(f"max_step must be one positive finite step, got {max_step!r}")
+        self.max_step = max_step
+        super().__init__(fn)
+
+    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+        if isinstance(path.times, jax.core.Tracer):
+            raise ValueError(
+                f"refine: the times of path {name!r} are traced; hand them to the model as "
+                "NumPy arrays, outside jit"
+            )
+        grid = TimeGrid(np.asarray(path.times), self.max_step)
+        return path.replace(times=grid), grid.index

@@ -1,0 +1,1 @@
+"""Bridges to optional packages, each imported in one file only."""

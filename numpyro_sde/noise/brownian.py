@@ -1,0 +1,19 @@
+"""The driving noise of an SDE, and standard Brownian motion."""
+
+from __future__ import annotations
+
+import equinox as eqx
+
+
+class AbstractNoise(eqx.Module):
+    """What drives an SDE: a process with the increments that multiply the diffusion."""
+
+
+class Brownian(AbstractNoise):
+    """Independent standard Brownian motions: increments `N(0, dt)`.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.SDE(lambda t, x: -x, lambda t, x: 1.0, noise=nsde.noise.Brownian()).noise
+        Brownian()
+    """

@@ -1,0 +1,197 @@
+"""The observation statement: noisy data at times of a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, ArrayLike
+from numpyro.handlers import trace
+from numpyro.primitives import _PYRO_STACK
+
+from numpyro_sde.distributions.clocks import Clock, clock_of_value, clocks_of_this_run, distinct
+from numpyro_sde.distributions.marginal import IntegratedPath, make_statement
+from numpyro_sde.distributions.observation import Emission, EmissionPath, EmissionStructure
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.grid import check_times
+
+
+def observe(
+    name: str,
+    x: ArrayLike | IntegratedPath,
+    emission: Callable[..., dist.Distribution],
+    *,
+    params: Any = None,
+    event_dims: Any = None,
+    inputs: Any = None,
+    obs: ArrayLike | None = None,
+    at: ArrayLike | None = None,
+    times: ArrayLike | None = None,
+) -> Array:
+    """State that a path was observed with noise.
+
+    Makes one NumPyro sample site with the time dimension in its event shape, observations
+    being independent given the path. Several statements on one path are several instruments.
+
+    Args:
+        name: name of the site.
+        x: the value of an `SDEPath` site, shape `(*batch, T, *state)`.
+        emission: `emission(t, x)` returns the distribution of the observation of ONE state at
+            one time; with `params` `(t, x, p)`, with `inputs` `u` comes last.
+        params: pytree of arrays handed over as `p`. What varies over a plate must come this
+            way.
+        event_dims: dimensions of each parameter that belong to one process (default 0).
+        inputs: pytree of arrays with one entry for each observation time, shape
+            `(*batch, K, ...)` or `(K, ...)`.
+        obs: the data, shape `(*batch, K, *observation)`; NaN marks what is missing. None
+            draws data.
+        at: indices into the path of the K times observed (a grid's `.index`); None for all.
+        times: the path's times, shape `(*batch, T)`; only needed where `x` was transformed
+            after sampling, so that its path cannot be found.
+
+    Returns:
+        The data, observed or drawn.
+
+    Raises:
+        TypeError: an emission that returns no distribution or takes other arguments.
+        ValueError: data whose shape does not fit the path; indices outside it; data missing in
+            part where only whole observations can be.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model(y=None):
+        ...     sde = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=0.5)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, [0.0, 0.5, 1.0], init=0.0))
+        ...     return nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+        >>> numpyro.handlers.seed(model, jax.random.key(0))().shape
+        (3,)
+    """
+    if isinstance(x, IntegratedPath):
+        clock, batch_shape = x.clock, x.lead
+    else:
+        given, x = x, jnp.asarray(x)
+        clock = _find_clock(name, x, given) if times is None else _given_clock(name, x, times)
+        batch_shape = x.shape[: x.ndim - 1 - len(clock.state_shape)]
+    length = np.shape(clock.times)[-1]
+    rows = np.arange(length) if at is None else check_indices(name, at, length)
+    emissions = Emission(emission, params, event_dims, inputs, len(rows), batch_shape)
+    if isinstance(x, IntegratedPath):
+        statement = make_statement(emissions, x.index[rows], clock.state_shape, batch_shape)
+        marginal = x.law_of(statement)
+        if obs is not None:
+            check_data(name, obs, batch_shape, marginal.event_shape, statement.structure)
+        value = numpyro.sample(name, marginal, obs=obs)
+        x.note(statement, value)
+        return value
+    states, path_times = x, clock.times
+    if at is not None:
+        states = jnp.take(x, rows, axis=len(batch_shape))
+        path_times = path_times[..., rows]
+    law = EmissionPath(emissions, path_times, states, clock.state_shape)
+    law.observed_path = x
+    if obs is not None:
+        check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
+    return numpyro.sample(name, law, obs=obs)
+
+
+def _find_clock(name: str, x: Array, given: Any) -> Clock:
+    known = clock_of_value(x)
+    if known is not None:
+        return known
+    traces = [handler.trace for handler in reversed(_PYRO_STACK) if isinstance(handler, trace)]
+    sites = [site for recorded in traces for site in recorded.values()]
+    in_model = []
+    for site in sites:
+        law = site.get("fn")
+        while isinstance(
+            law, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution
+        ):
+            law = law.base_dist
+        if isinstance(law, SDEPath):
+            if site["value"] is given:  # data given as NumPy are not the array made of them
+                return law.clock
+            in_model.append(law.clock)
+    candidates = [c for c in in_model or clocks_of_this_run() if c.fits(x.shape)]
+    candidates = distinct(candidates)
+    if len(candidates) == 1:
+        return candidates[0]
+    found = "several paths on different clocks" if candidates else "no path"
+    raise ValueError(
+        f"observe({name!r}): x of shape {x.shape} is not the value of an SDEPath site, and "
+        f"{found} would fit it. Pass the path itself and transform it inside the emission, or "
+        "give times="
+    )
+
+
+def _given_clock(name: str, x: Array, times: Any) -> Clock:
+    if not isinstance(times, jax.core.Tracer):
+        times = check_times(times)
+    length = np.shape(times)[-1]
+    for state_shape in ((), x.shape[-1:]):
+        clock = Clock(times, state_shape)
+        if clock.fits(x.shape):
+            return clock
+    raise ValueError(
+        f"observe({name!r}): times has length {length} but x has shape {x.shape}: x must be "
+        f"(*batch, {length}) or (*batch, {length}, d)"
+    )
+
+
+def check_indices(name: str, at: Any, length: int) -> Any:
+    """Indices into a path of this length as an array, or an error that names the statement."""
+    if isinstance(at, jax.core.Tracer):
+        raise TypeError(f"observe({name!r}): at must be known before tracing, got a traced array")
+    index = np.asarray(at)
+    if index.ndim != 1 or index.dtype.kind not in "iu":
+        raise ValueError(
+            f"observe({name!r}): at must be a list of integer indices into the path, got "
+            f"dtype {index.dtype} and shape {index.shape}"
+        )
+    if index.size and (index.min() < -length or index.max() >= length):
+        raise ValueError(
+            f"observe({name!r}): at must lie in 0..{length - 1} for a path of {length} times, "
+            f"got {index.min()}..{index.max()}"
+        )
+    return index
+
+
+def check_data(
+    name: str,
+    obs: Any,
+    batch_shape: tuple[int, ...],
+    event: tuple[int, ...],
+    structure: EmissionStructure,
+) -> None:
+    """Raise a `ValueError` where data do not fit the observations that a path gives."""
+    shape = np.shape(obs)
+    if len(shape) < len(event) or shape[len(shape) - len(event) :] != event:
+        raise ValueError(
+            f"observe({name!r}): obs has shape {shape}, but the path gives observations of "
+            f"shape {(*batch_shape, *event)} ({event[0]} times). Give one entry for each "
+            "time (NaN where missing), or select times with at="
+        )
+    lead = shape[: len(shape) - len(event)]
+    try:
+        np.broadcast_shapes(lead, batch_shape)
+    except ValueError:
+        raise ValueError(
+            f"observe({name!r}): obs has shape {shape}, whose leading dimensions {lead} do not fit "
+            f"the batch shape {batch_shape} of the path"
+        ) from None
+    if structure.partial or isinstance(obs, jax.core.Tracer):
+        return
+    data = np.asarray(obs)
+    if data.dtype.kind != "f":
+        return
+    missing = np.isnan(data.reshape(*data.shape[: data.ndim - len(event) + 1], -1))
+    if np.any(missing.any(-1) & ~missing.all(-1)):
+        raise ValueError(
+            f"observe({name!r}): obs is missing in part at some times, but a component of "
+            f"{structure.family} cannot be integrated out: give the whole observation or "
+            "none (all NaN)"
+        )

@@ -1,0 +1,36 @@
+"""Named stochastic differential equations, each with what is known of it in closed form.
+
+A process is an `SDE` whose parameters are read as attributes. Where the transition law is known
+`exact_transition()` gives it and `SDEPath` takes it by default; where the stationary law is
+known, `stationary_moments()` and `stationary_log_density(x)` give it.
+"""
+
+from numpyro_sde.processes.gaussian import (
+    BrownianMotion,
+    GeometricBrownianMotion,
+    OrnsteinUhlenbeck,
+)
+from numpyro_sde.processes.langevin import DoubleWell, OverdampedLangevin, UnderdampedLangevin
+from numpyro_sde.processes.linear import LinearSDE
+from numpyro_sde.processes.lorenz import Lorenz63, Lorenz96TwoScale
+from numpyro_sde.processes.neuron import FitzHughNagumo
+from numpyro_sde.processes.reactions import ChemicalLangevin, LotkaVolterra, mass_action
+from numpyro_sde.processes.square_root import CKLS, CoxIngersollRoss
+
+__all__ = [
+    "CKLS",
+    "BrownianMotion",
+    "ChemicalLangevin",
+    "CoxIngersollRoss",
+    "DoubleWell",
+    "FitzHughNagumo",
+    "GeometricBrownianMotion",
+    "LinearSDE",
+    "Lorenz63",
+    "Lorenz96TwoScale",
+    "LotkaVolterra",
+    "OrnsteinUhlenbeck",
+    "OverdampedLangevin",
+    "UnderdampedLangevin",
+    "mass_action",
+]

@@ -1,0 +1,27 @@
+"""Transition densities of an SDE over one step, behind one protocol."""
+
+from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
+from numpyro_sde.schemes.cir import DriftImplicitSquareRoot, HighOrderStrang
+from numpyro_sde.schemes.diffrax_solver import DiffraxSolver
+from numpyro_sde.schemes.euler import Euler
+from numpyro_sde.schemes.exact import Exact
+from numpyro_sde.schemes.hermite import HermiteExpansion
+from numpyro_sde.schemes.kessler import Kessler
+from numpyro_sde.schemes.local_linear import LocalLinear
+from numpyro_sde.schemes.milstein import Milstein
+from numpyro_sde.schemes.strang import Strang
+
+__all__ = [
+    "AbstractScheme",
+    "DiffraxSolver",
+    "DriftImplicitSquareRoot",
+    "Euler",
+    "Exact",
+    "GaussianScheme",
+    "HermiteExpansion",
+    "HighOrderStrang",
+    "Kessler",
+    "LocalLinear",
+    "Milstein",
+    "Strang",
+]

@@ -1,0 +1,136 @@
+"""The protocol of a transition density over one step.
+
+A scheme turns the coefficients of an SDE into the law of the next state, one step long, for
+one state of one process; batches of series and all steps of a path are mapped by the caller.
+`t` is the time at the start of the step, `dt` its length, `x` the state there. `cache` is one
+step's slice of what `prepare` made for the whole grid (None where there is nothing to share).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from numpyro_sde.linear.small import solve_lower
+
+if TYPE_CHECKING:
+    from numpyro_sde.sde import SDE
+
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+class AbstractScheme(eqx.Module):
+    """The law of the next state, one step long.
+
+    Subclasses state what they can do: `has_density`, a transition density; `has_innovations`,
+    the next state as a map of standard normal innovations. One of the two is always there.
+    """
+
+    has_density: ClassVar[bool] = True
+    has_innovations: ClassVar[bool] = True
+    keeps_positive: ClassVar[bool] = False
+
+    def resolve(self, sde: SDE) -> AbstractScheme:  # noqa: ARG002
+        """Return the scheme to use for this SDE (itself, unless it delegates)."""
+        return self
+
+    def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
+        """Raise a `ValueError` if the scheme cannot treat this SDE."""
+
+    def prepare(self, sde: SDE, times: Any, dt: Any) -> Any:  # noqa: ARG002
+        """Compute, for the whole grid, what the steps share: leaves with leading axis `T - 1`.
+
+        `times` has shape `(T,)` and `dt` `(T - 1,)`. Both are NumPy arrays where they are
+        known before tracing, so that equal steps can be found on the host.
+        """
+        return None
+
+    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one step's standard normal innovations."""
+        return sde.structure(state_shape).innovation_shape
+
+    @abstractmethod
+    def log_density(
+        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
+    ) -> Float[Array, ""]:
+        """Log density of the next state given the state `x`."""
+
+    @abstractmethod
+    def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
+        """Next state as a map of standard normal innovations `z`."""
+
+    @abstractmethod
+    def invert(
+        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
+    ) -> Array:
+        """Innovations that lead from `x` to `x_next`: the inverse of `step`."""
+
+    def draw(
+        self, sde: SDE, key: PRNGKeyArray, t: Array, dt: Array, x: Array, cache: Any = None
+    ) -> Array:
+        """Draw the next state."""
+        shape = self.innovation_shape(sde, jnp.shape(x))
+        return self.step(sde, t, dt, x, jax.random.normal(key, shape, jnp.result_type(x)), cache)
+
+
+class GaussianScheme(AbstractScheme):
+    """A scheme whose transition is Gaussian, given by its mean and a factor of its covariance."""
+
+    @abstractmethod
+    def moments(
+        self, sde: SDE, t: Array, dt: Array, x: Array, cache: Any = None
+    ) -> tuple[Array, Array]:
+        """Mean and factor of the next state.
+
+        The factor has the shape of the state (standard deviations, independent components) or
+        shape `(d, m)` with covariance `factor @ factor.T`; square factors are lower triangular.
+        """
+
+    def log_density(
+        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
+    ) -> Float[Array, ""]:
+        mean, factor = self.moments(sde, t, dt, x, cache)
+        return gaussian_log_density(x_next, mean, factor)
+
+    def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
+        mean, factor = self.moments(sde, t, dt, x, cache)
+        return mean + (factor * z if factor.ndim == mean.ndim else factor @ z)
+
+    def invert(
+        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
+    ) -> Array:
+        mean, factor = self.moments(sde, t, dt, x, cache)
+        if factor.ndim == mean.ndim:
+            return (x_next - mean) / factor
+        require_square(factor)
+        return solve_lower(factor, (x_next - mean)[:, None])[:, 0]
+
+
+def gaussian_log_density(x: Array, mean: Array, factor: Array) -> Float[Array, ""]:
+    """Log density of `N(mean, factor factor')` at `x`; factor diagonal or lower triangular."""
+    if factor.ndim == mean.ndim:
+        # The sign of a diffusion coefficient carries no information: only its square does.
+        z = (x - mean) / factor
+        log_det = jnp.log(jnp.abs(factor))
+    else:
+        require_square(factor)
+        z = solve_lower(factor, (x - mean)[:, None])[:, 0]
+        log_det = jnp.log(jnp.abs(jnp.diagonal(factor)))
+    return jnp.sum(-0.5 * z**2 - log_det) - _HALF_LOG_2PI * mean.size
+
+
+def require_square(factor: Array) -> None:
+    """Refuse a factor with fewer noises than states: the transition has no density."""
+    if factor.shape[-1] < factor.shape[-2]:
+        raise ValueError(
+            f"the transition is degenerate: {factor.shape[-1]} noise(s) drive "
+            f"{factor.shape[-2]} states in one step, so it has no density and no unique "
+            "innovations. Use scheme=LocalLinear() or Strang(), whose steps carry the noise "
+            "through the drift, or the whitened path (reparam.InnovationReparam)"
+        )

@@ -1,0 +1,90 @@
+"""What a coefficient depends on, read off its trace: the state, the time, other components.
+
+Some schemes are right only for additive noise, some only for coefficients that do not change
+in time. The trace of the coefficient (its jaxpr) decides it: no parameter value is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+if TYPE_CHECKING:
+    from numpyro_sde.sde import SDE
+
+
+class Dependence(NamedTuple):
+    """Whether a coefficient uses the time and the state (conservative: may say yes wrongly)."""
+
+    time: bool
+    state: bool
+
+
+def dependence(sde: SDE, role: str, state_shape: tuple[int, ...]) -> Dependence:
+    """Trace a coefficient and follow its inputs forward to its output.
+
+    Args:
+        sde: the equation, batched or not.
+        role: "drift" or "diffusion".
+        state_shape: `()` or `(d,)`.
+    """
+    real = jnp.result_type(float)
+    t, x = jax.ShapeDtypeStruct((), real), jax.ShapeDtypeStruct(state_shape, real)
+
+    def coefficient(one: SDE, t: Any, x: Any) -> Any:
+        return one._call(getattr(one, role), t, x)
+
+    jaxpr = jax.make_jaxpr(coefficient)(sde.unbatched_shapes(), t, x).jaxpr
+    return Dependence(_reaches_output(jaxpr, -2), _reaches_output(jaxpr, -1))
+
+
+def _reaches_output(jaxpr: Any, index: int) -> bool:
+    reached = {jaxpr.invars[index]}
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
+            reached.update(eqn.outvars)
+    return any(not isinstance(v, Literal) and v in reached for v in jaxpr.outvars)
+
+
+def require_additive(sde: SDE, state_shape: tuple[int, ...], scheme: str, remedy: str) -> None:
+    """Refuse a diffusion that uses the state.
+
+    Raises:
+        ValueError: naming the scheme and what to use instead.
+    """
+    if dependence(sde, "diffusion", state_shape).state:
+        raise ValueError(
+            f"{scheme} needs additive noise, but diffusion(t, x) uses the state x. If it only "
+            f"borrows the shape of x, use jnp.ones_like(x) or return a scalar; else {remedy}"
+        )
+
+
+def coupled_component(sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Find `(i, j)` where noise i depends on component j of the state, in diagonal noise.
+
+    Looks at the derivatives at one point, for concrete parameters only: None where they are
+    traced, where nothing is found, or where the point lies outside the domain.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten(sde)
+    if state_shape in ((), (1,)) or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    if not dependence(sde, "diffusion", state_shape).state:
+        return None
+    first = [
+        jnp.reshape(leaf, (-1, *jnp.shape(leaf)[jnp.ndim(leaf) - dim :]))[0]
+        for leaf, dim in zip(leaves, sde.leaf_event_dims(), strict=True)
+        if np.size(leaf)
+    ]
+    if len(first) < len(leaves):  # an empty batch has no parameters to look at
+        return None
+    one = jax.tree_util.tree_unflatten(treedef, first)
+    x = 0.7 + 0.1 * jnp.arange(state_shape[0], dtype=jnp.result_type(float))
+    jacobian = jax.jacfwd(lambda s: one.noise_factor_at(jnp.zeros(()), s))(x)
+    if isinstance(jacobian, jax.core.Tracer):  # a function that closes over traced arrays
+        return None
+    found = np.argwhere(np.nan_to_num(np.asarray(jacobian)) * (1 - np.eye(len(x))) != 0)
+    return (int(found[0][0]), int(found[0][1])) if len(found) else None

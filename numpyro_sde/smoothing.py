@@ -1,0 +1,183 @@
+"""Paths given posterior draws of the parameters, for models fitted with `marginalize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, PRNGKeyArray
+from numpyro.handlers import block, seed, substitute, trace
+
+from numpyro_sde.distributions.marginal import (
+    IntegratedPath,
+    MarginalPath,
+    Rows,
+    Statement,
+    draw_smoothed,
+)
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.filters.model import AbstractFilter
+from numpyro_sde.grid import TimeGrid, check_times
+from numpyro_sde.handlers import marginalize, observed_paths
+
+
+class _Smoother(marginalize):
+    """Collects the stand-ins of the paths, with all that the model said of them."""
+
+    def __init__(self, *, method: AbstractFilter, sites: set[str]) -> None:
+        super().__init__(method=method, sites=sites)
+        self.paths: list[IntegratedPath] = []
+
+    def placeholder(self, name: str, path: SDEPath, lead: tuple[int, ...]) -> IntegratedPath:
+        stand_in = super().placeholder(name, path, lead)
+        self.paths.append(stand_in)
+        return stand_in
+
+
+def smooth(
+    model: Callable[..., Any],
+    samples: Mapping[str, ArrayLike],
+    *model_args: Any,
+    method: AbstractFilter | None = None,
+    rng_key: PRNGKeyArray,
+    times: ArrayLike | None = None,
+    batch_size: int = 64,
+    **model_kwargs: Any,
+) -> dict[str, Array]:
+    """Draw every path that was integrated out, given posterior draws of the rest.
+
+    One path for each posterior draw: forward filtering and backward sampling (Carter and Kohn
+    1994), exact for linear-Gaussian models, the filter's Gaussian approximation otherwise.
+
+    Args:
+        model: the model, with or without `handlers.marginalize` around it.
+        samples: posterior draws of the other sites, leading axis the draws
+            (`mcmc.get_samples()`).
+        *model_args: arguments of the model as when it was fitted, the data included.
+        method: the filter; None takes that of `handlers.marginalize`.
+        rng_key: key for the draws.
+        times: times at which to draw the paths instead of their own, increasing, shape
+            `(F,)`: before, between or past the data (forecasts).
+        batch_size: how many draws to treat at once (memory against speed).
+        **model_kwargs: keyword arguments of the model.
+
+    Returns:
+        For each path site, draws of shape `(num_draws, *batch, T, *state)`.
+
+    Raises:
+        ValueError: no data, no path that the model observes, or times that do not fit.
+        TypeError: no method.
+
+    Example:
+        >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model(y=None):
+        ...     rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        ...     sde = nsde.SDE(lambda t, x, p: -p * x, lambda t, x, p: 0.5, params=rate)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, np.arange(4.0), dist.Normal(0.0, 1.0)))
+        ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+        >>> draws = {"rate": np.array([0.5, 1.0])}
+        >>> y = np.array([0.1, np.nan, 0.3, 0.2])
+        >>> method, key = nsde.filters.Kalman(), jax.random.key(0)
+        >>> nsde.smooth(model, draws, y=y, method=method, rng_key=key)["x"].shape
+        (2, 4)
+        >>> later = np.array([4.0, 5.0, 6.0])
+        >>> nsde.smooth(model, draws, y=y, method=method, rng_key=key, times=later)["x"].shape
+        (2, 3)
+    """
+    inner = model
+    if isinstance(model, marginalize):
+        assert model.fn is not None
+        inner, method = model.fn, method or model.method
+    if not isinstance(method, AbstractFilter):
+        raise TypeError(f"method must be one of nsde.filters, got {method!r}")
+    if times is not None:
+        times = check_times(times)
+        if times.ndim != 1:
+            raise ValueError(f"times must have shape (F,), got {times.shape}")
+    names = observed_paths(inner, model_args, model_kwargs)
+    if not names:
+        raise ValueError("smooth: the model has no latent SDEPath site that it observes")
+    kept = {name: jnp.asarray(value) for name, value in samples.items() if name not in names}
+    if not kept:
+        raise ValueError(f"samples must hold draws of the sites other than {sorted(names)}")
+    num_draws = {name: value.shape[0] for name, value in kept.items()}
+    if len(set(num_draws.values())) != 1:
+        raise ValueError(f"samples must have one leading axis of draws, got lengths {num_draws}")
+
+    def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Array]:
+        draw, key = inputs
+        model_key, path_key = jax.random.split(key)
+        smoother = _Smoother(method=method, sites=names)
+        with (
+            block(),
+            trace() as recorded,
+            seed(rng_seed=model_key),
+            substitute(data=draw),
+            smoother,
+        ):
+            inner(*model_args, **model_kwargs)
+        _require_data(recorded)
+        keys = jax.random.split(path_key, len(smoother.paths))
+        return {
+            path.name: _draw(path, method, times, key)
+            for path, key in zip(smoother.paths, keys, strict=True)
+        }
+
+    keys = jax.random.split(rng_key, next(iter(num_draws.values())))
+    return jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=batch_size))((kept, keys))
+
+
+def _require_data(recorded: Any) -> None:
+    for name, site in recorded.items():
+        law = site.get("fn")
+        while hasattr(law, "base_dist"):
+            law = law.base_dist
+        if isinstance(law, MarginalPath) and not site["is_observed"]:
+            raise ValueError(
+                f"smooth: observation site {name!r} has no data; call smooth with the arguments "
+                "of the model as when it was fitted"
+            )
+
+
+def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRNGKeyArray) -> Array:
+    path, data = stand_in.path, list(stand_in.seen)
+    lead = jnp.broadcast_shapes(
+        stand_in.lead, *(y.shape[: y.ndim - len(s.event_shape)] for s, y in data)
+    )
+    if times is None:
+        draws = draw_smoothed(path, method, data, lead, key)
+        return jnp.take(draws, stand_in.index, axis=len(lead))
+    if isinstance(path.times, jax.core.Tracer) or np.ndim(path.times) != 1:
+        raise ValueError(
+            f"smooth: times= needs one clock known before tracing, but path {stand_in.name!r} has "
+            f"times of shape {jnp.shape(path.times)}"
+        )
+    old = np.asarray(path.times)
+    merged = np.union1d(old, times)
+    if path.grid is None:
+        grid, place = merged, np.arange(merged.size)
+    else:  # a forecast takes steps no longer than those of the path's own grid
+        fine = TimeGrid(merged, float(path.dt.max()))
+        grid, place = fine.times, fine.index
+    row_of_old = place[np.searchsorted(merged, old)]
+    moved = [
+        (
+            Statement(s.emission, Rows(row_of_old[s.rows.index]), s.structure),
+            y,
+        )
+        for s, y in data
+    ]
+    draws = draw_smoothed(_on_grid(path, grid), method, moved, lead, key)
+    return jnp.take(draws, place[np.searchsorted(merged, times)], axis=len(lead))
+
+
+def _on_grid(path: SDEPath, times: np.ndarray) -> SDEPath:
+    if times[0] < path.times[0]:
+        raise ValueError(
+            f"smooth: times start at {times[0]}, before the path does at {path.times[0]}; the "
+            "law of the first state holds there and not earlier"
+        )
+    return path.replace(times=times)

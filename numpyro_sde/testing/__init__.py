@@ -1,0 +1,42 @@
+"""Contract checks for users' own path laws (and any other NumPyro distribution).
+
+A law that is to be used in models has to keep more than `sample` and `log_prob`: shapes,
+`expand`, `mask`, `to_event`, the pytree round trip, `jit`, `vmap`, gradients, `Predictive`,
+`log_likelihood`, effect handlers. NumPyro's own test suite states that contract for its
+distributions; these functions state it for others. Every check raises an `AssertionError` that
+says what failed and on which numbers.
+"""
+
+from numpyro_sde.testing.construction import (
+    check_construction_in_jit,
+    check_parameter_gradient,
+    check_sample_gradient,
+    check_value_gradient,
+    check_vmap,
+)
+from numpyro_sde.testing.contract import (
+    check_distribution,
+    check_expand,
+    check_model,
+    check_pytree,
+    check_rsample,
+    check_shapes,
+    check_wrappers,
+)
+from numpyro_sde.testing.density import check_samples_match_density
+
+__all__ = [
+    "check_construction_in_jit",
+    "check_distribution",
+    "check_expand",
+    "check_model",
+    "check_parameter_gradient",
+    "check_pytree",
+    "check_rsample",
+    "check_sample_gradient",
+    "check_samples_match_density",
+    "check_shapes",
+    "check_value_gradient",
+    "check_vmap",
+    "check_wrappers",
+]

@@ -1,0 +1,129 @@
+"""Whole fits against quadrature: the same posterior whichever way the path is treated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, NUTS, init_to_value
+from ou_oracle import normal_log_density, ou_moments
+
+import numpyro_sde as nsde
+
+RNG = np.random.default_rng(7)
+TIMES = np.cumsum(RNG.uniform(0.1, 0.6, 25))
+NOISE = 0.3
+
+
+def model(times, y=None):
+    """Noisy OU with unknown rate and scale; its marginal likelihood is a dense normal."""
+    log_rate = numpyro.sample("log_rate", dist.Normal(0.0, 0.7))
+    log_scale = numpyro.sample("log_scale", dist.Normal(0.0, 0.7))
+    sde = nsde.processes.OrnsteinUhlenbeck(jnp.exp(log_rate), 0.0, jnp.exp(log_scale))
+    x = numpyro.sample("x", nsde.SDEPath(sde, times, init=dist.Normal(0.0, 1.0)))
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, NOISE), obs=y)
+
+
+def draw_data(key, log_rate, log_scale):
+    values = {"log_rate": jnp.asarray(log_rate), "log_scale": jnp.asarray(log_scale)}
+    seeded = handlers.seed(handlers.substitute(model, values), key)
+    return handlers.trace(seeded).get_trace(TIMES)["y"]["value"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return np.asarray(draw_data(jax.random.key(3), 0.0, 0.0), dtype=np.float64)
+
+
+@pytest.fixture(scope="module")
+def truth(data):
+    """Posterior means and sds by quadrature on a 61 x 61 grid of +- 4 prior sds."""
+    grid = np.linspace(-2.8, 2.8, 61)
+    log_post = np.empty((61, 61))
+    for i, a in enumerate(grid):
+        for j, b in enumerate(grid):
+            mean, cov = ou_moments(TIMES, np.exp(a), 0.0, np.exp(b), 0.0, 1.0)
+            likelihood = normal_log_density(data, mean, cov + NOISE**2 * np.eye(TIMES.size))
+            log_post[i, j] = likelihood - 0.5 * (a**2 + b**2) / 0.7**2
+    weight = np.exp(log_post - log_post.max())
+    weight /= weight.sum()
+    out = {}
+    for name, w in (("log_rate", weight.sum(1)), ("log_scale", weight.sum(0))):
+        mean = w @ grid
+        out[name] = mean, np.sqrt(w @ (grid - mean) ** 2)
+    return out
+
+
+def assert_agrees(draws, truth):
+    """Means and sds within 4 Monte Carlo standard errors (an sd's taken as 1.5 normal ones)."""
+    for name, (mean, sd) in truth.items():
+        chain = np.asarray(draws[name], dtype=np.float64)
+        ess = float(effective_sample_size(chain[None]))
+        assert abs(chain.mean() - mean) < 4.0 * sd / np.sqrt(ess), name
+        assert abs(chain.std() / sd - 1.0) < 4.0 * 1.5 / np.sqrt(2.0 * ess), name
+
+
+def fit(target, data, seed, num_warmup=300, num_samples=1000):
+    mcmc = MCMC(NUTS(target), num_warmup=num_warmup, num_samples=num_samples, progress_bar=False)
+    mcmc.run(jax.random.key(seed), TIMES, data)
+    return mcmc.get_samples()
+
+
+def test_integrated_out(data, truth):
+    """Seed 0, 1,000 draws of NUTS on the marginal likelihood."""
+    marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+    assert_agrees(fit(marginal, data, 0), truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("treatment", ["centred", "whitened"])
+def test_latent(data, truth, treatment):
+    """Seed 1, 4,000 draws with the path latent: the same posterior as integrated out."""
+    target = model
+    if treatment == "whitened":
+        target = handlers.reparam(model, config={"x": nsde.reparam.InnovationReparam()})
+    assert_agrees(fit(target, data, 1, 1000, 4000), truth)
+
+
+@pytest.mark.slow
+def test_calibration_of_the_integrated_model():
+    """Simulation-based calibration (Talts et al. 2018), 200 replicates, seeds 0..199.
+
+    Ranks of the truth among 63 thinned draws. The largest standardised deviation of their
+    empirical distribution from uniform must lie below its 99 % quantile under uniformity
+    (simultaneous band over all ranks, by 20,000 simulations, seed 0).
+    """
+    marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+    mcmc = MCMC(
+        NUTS(marginal, init_strategy=init_to_value(values={"log_rate": 0.0, "log_scale": 0.0})),
+        num_warmup=200,
+        num_samples=63 * 6,
+        thinning=6,
+        progress_bar=False,
+        jit_model_args=True,
+    )
+    ranks = {"log_rate": [], "log_scale": []}
+    times = jnp.asarray(TIMES)
+    simulate = jax.jit(draw_data)
+    for seed in range(200):
+        key_prior, key_data, key_fit = jax.random.split(jax.random.key(seed), 3)
+        prior = 0.7 * jax.random.normal(key_prior, (2,))
+        y = simulate(key_data, prior[0], prior[1])
+        mcmc.run(key_fit, times, y)
+        draws = mcmc.get_samples()
+        for value, name in zip(prior, ranks, strict=True):
+            ranks[name].append(int(np.sum(np.asarray(draws[name]) < float(value))))
+    points = (np.arange(63) + 1) / 64
+    sd = np.sqrt(points * (1 - points) / 200)
+
+    def deviation(r):
+        ecdf = np.mean(np.asarray(r)[..., :, None] <= np.arange(63), axis=-2)
+        return np.max(np.abs(ecdf - points) / sd, axis=-1)
+
+    uniform = np.random.default_rng(0).integers(0, 64, (20_000, 200))
+    bound = np.quantile(np.concatenate([deviation(u) for u in np.split(uniform, 40)]), 0.99)
+    for name, r in ranks.items():
+        assert deviation(r) < bound, name
