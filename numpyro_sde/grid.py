@@ -95,6 +95,7 @@ class TimeGrid:
             not a positive number.
 
     Example:
+        >>> from numpyro_sde import TimeGrid
         >>> grid = TimeGrid([0.0, 1.0, 1.5], max_step=0.25)
         >>> grid.times.tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]

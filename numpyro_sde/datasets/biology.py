@@ -18,6 +18,12 @@ class LotkaVolterraCounts(NamedTuple):
             prey births, predation, predator deaths.
         start: Prey and predators at time 0 in the simulation, shape ``(2,)``.
         noise_scale: Standard deviation of the measurement noise, shape ``()``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_lotka_volterra
+        >>> data = load_lotka_volterra()
+        >>> data.rates.tolist(), float(data.noise_scale)
+        ([1.0, 0.005, 0.6], 10.0)
     """
 
     times: Float[np.ndarray, " time"]
@@ -33,6 +39,12 @@ class Lynx(NamedTuple):
     Attributes:
         times: Calendar years 1821 to 1934, shape ``(114,)``.
         trappings: Animals a year, shape ``(114,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_lynx
+        >>> times, trappings = load_lynx()
+        >>> int(times[trappings.argmax()])  # the largest catch
+        1904
     """
 
     times: Float[np.ndarray, " time"]
@@ -47,6 +59,12 @@ class Theophylline(NamedTuple):
         concentration: Serum concentration in mg/l, shape ``(12, 11)``.
         dose: Dose in mg for each kg of body weight, shape ``(12,)``.
         weight: Body weight in kg, shape ``(12,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_theophylline
+        >>> data = load_theophylline()
+        >>> (data.dose * data.weight).round().astype(int).tolist()[:3]  # mg
+        [320, 319, 319]
     """
 
     times: Float[np.ndarray, "subject time"]

@@ -14,6 +14,12 @@ class NileMinima(NamedTuple):
     Attributes:
         times: Calendar years 622 to 1284, shape ``(663,)``.
         level: Gauge units, about centimetres, shape ``(663,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_nile_minima
+        >>> times, level = load_nile_minima()
+        >>> int(times[0]), int(times[-1])
+        (622, 1284)
     """
 
     times: Float[np.ndarray, " time"]
@@ -26,6 +32,12 @@ class NileFlow(NamedTuple):
     Attributes:
         times: Calendar years 1871 to 1970, shape ``(100,)``.
         flow: Annual volume in 1e8 cubic metres, shape ``(100,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_nile_flow
+        >>> times, flow = load_nile_flow()
+        >>> times.shape, flow.dtype
+        ((100,), dtype('float64'))
     """
 
     times: Float[np.ndarray, " time"]
@@ -38,6 +50,12 @@ class ElNino(NamedTuple):
     Attributes:
         times: Decimal years at the start of each month, shape ``(732,)``.
         temperature: Degrees Celsius, shape ``(732,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_elnino_sst
+        >>> elnino = load_elnino_sst()
+        >>> round(12 * float(elnino.times[1] - elnino.times[0]), 6)  # one month
+        1.0
     """
 
     times: Float[np.ndarray, " time"]

@@ -15,6 +15,11 @@ class Treasury(NamedTuple):
         times: Decimal years at the start of each month, shape ``(558,)``.
         yields: Per cent a year, shape ``(558, 4)``, one column for each maturity.
         maturities: The columns' maturities in years: 1, 3, 5, 10.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_us_treasury
+        >>> load_us_treasury().maturities.tolist()
+        [1.0, 3.0, 5.0, 10.0]
     """
 
     times: Float[np.ndarray, " time"]
@@ -28,6 +33,12 @@ class TreasuryBill(NamedTuple):
     Attributes:
         times: Decimal years at the start of each quarter, shape ``(203,)``.
         rate: Per cent a year, shape ``(203,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_us_tbill
+        >>> times, rate = load_us_tbill()
+        >>> float(times[0]), float(times[-1])
+        (1959.0, 2009.5)
     """
 
     times: Float[np.ndarray, " time"]

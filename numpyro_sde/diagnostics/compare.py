@@ -51,6 +51,14 @@ class FitComparison:
             `elbo_se`, its importance-weighted `log_evidence` with `efficiency` (effective share
             of the draws), and `khat` of the fit; `divergences`; `run_time`, `compile_time`.
         reference: Name of the fit that distances and differences are taken to.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import compare_fits
+        >>> draws = np.random.default_rng(0).normal(size=(2, 500))
+        >>> table = compare_fits({"NUTS": {"rate": draws[0]}, "SVI": {"rate": draws[1]}})
+        >>> table.reference, list(table.fits.index)
+        ('NUTS', ['NUTS', 'SVI'])
     """
 
     parameters: Any
@@ -146,6 +154,7 @@ def compare_fits(
 
     Example:
         >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import compare_fits
         >>> rng = np.random.default_rng(0)
         >>> exact, wide = {"a": rng.normal(size=2000)}, {"a": rng.normal(size=2000) + 1.0}
         >>> table = compare_fits({"exact": exact, "shifted": wide}).parameters

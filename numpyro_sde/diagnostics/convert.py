@@ -101,6 +101,7 @@ def to_arviz(
 
     Example:
         >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import to_arviz
         >>> draws = {"rate": np.ones(10), "x": np.zeros((10, 4))}
         >>> tree = to_arviz(draws, times=[0.0, 0.5, 1.0, 1.5])
         >>> tree["posterior"]["x"].dims

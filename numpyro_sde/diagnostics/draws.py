@@ -47,6 +47,20 @@ class SVIFit(NamedTuple):
         model_args: Positional arguments of model and guide.
         model_kwargs: Their keyword arguments.
         timing: From :func:`timed`.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_sde.diagnostics import SVIFit, to_arviz
+        >>> def model(y):
+        ...     level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(level, 1.0), obs=y)
+        >>> svi = SVI(model, AutoNormal(model), numpyro.optim.Adam(0.1), Trace_ELBO())
+        >>> result = svi.run(jax.random.key(0), 10, 0.5, progress_bar=False)
+        >>> tree = to_arviz(SVIFit(svi, result, model_args=(0.5,)), num_samples=50)
+        >>> tree["posterior"]["level"].shape
+        (1, 50)
     """
 
     svi: Any

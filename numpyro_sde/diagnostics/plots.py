@@ -81,6 +81,7 @@ def plot_paths(
         >>> import matplotlib
         >>> matplotlib.use("Agg")
         >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import plot_paths
         >>> walk = np.random.default_rng(0).normal(size=(100, 20)).cumsum(axis=1)
         >>> ax = plot_paths({"x": walk}, times=np.arange(20.0), data=walk[0])
         >>> ax.get_xlabel()
@@ -139,6 +140,7 @@ def plot_fits(
         >>> import matplotlib
         >>> matplotlib.use("Agg")
         >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import plot_fits
         >>> rng = np.random.default_rng(0)
         >>> nuts, svi = rng.gamma(2.0, size=(2, 500))
         >>> fits = {"NUTS": {"rate": nuts}, "SVI": {"rate": svi}}

@@ -26,6 +26,11 @@ class Timing(NamedTuple):
     Attributes:
         wall_time: From start to finished result, compilation included.
         compile_time: The part in which JAX traced, lowered or compiled.
+
+    Example:
+        >>> from numpyro_sde.diagnostics import Timing
+        >>> Timing(wall_time=5.0, compile_time=2.0).run_time
+        3.0
     """
 
     wall_time: float
@@ -70,6 +75,7 @@ def timed(fit: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Timi
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from numpyro_sde.diagnostics import timed
         >>> result, timing = timed(lambda x: x + 1.0, jnp.zeros(3))
         >>> timing.wall_time >= timing.compile_time >= 0.0
         True

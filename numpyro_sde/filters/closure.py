@@ -41,6 +41,14 @@ class ClosureReport(NamedTuple):
             is no finer rule.
         skewness: per start, the largest absolute skewness of the simulated states.
         kurtosis: per start, their largest absolute excess kurtosis.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_sde.filters import ClosureReport
+        >>> zero = np.zeros(3)
+        >>> report = ClosureReport(True, (), zero, zero + 1.0, zero, zero, zero)
+        >>> report.ok, report.reasons
+        (True, ())
     """
 
     ok: bool
@@ -84,6 +92,23 @@ def closure_check(
     Raises:
         ValueError: a count below 1 or a tolerance that is not positive.
         TypeError: a count that is no integer.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from numpyro_sde import filters, processes, schemes
+        >>> times = np.linspace(0.0, 5.0, 26)
+        >>> model = filters.StateSpaceModel(
+        ...     sde=processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.7),
+        ...     scheme=schemes.Euler(), scheme_chosen=True,
+        ...     times=times, dt=np.diff(times), cache=None,
+        ...     init_mean=jnp.zeros(1), init_cov=0.01 * jnp.eye(1), init_gaussian=True,
+        ...     scalar=True, instruments=(),
+        ... )
+        >>> report = filters.closure_check(model, num_paths=500)
+        >>> report.ok  # paths part into two wells, which one Gaussian does not
+        False
+        >>> bool(report.variance_ratio[0] < 0.6)
+        True
     """
     method = MomentMatching() if method is None else method
     check_count("num_paths", num_paths, least=100)

@@ -33,6 +33,23 @@ class Instrument(NamedTuple):
         gaussian: whether the emission is Gaussian, with any mean and covariance.
         diagonal: whether its components are independent given the state.
         rows: grid indices at which anything may be observed (host side, increasing).
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, numpyro.distributions as dist
+        >>> from numpyro_sde.filters import Instrument
+        >>> y = np.array([[0.3], [np.nan], [-0.1]])  # N(x, 0.5), missing at the second time
+        >>> seen = ~np.isnan(y)
+        >>> thermometer = Instrument(
+        ...     inputs=None,
+        ...     values=jnp.where(seen, y, 0.0),
+        ...     present=jnp.asarray(seen),
+        ...     moments=lambda inputs, x: (x, 0.25 * jnp.eye(1)),
+        ...     log_prob=lambda inputs, x, y, seen: jnp.sum(dist.Normal(x, 0.5).log_prob(y) * seen),
+        ...     gaussian=True,
+        ...     rows=np.flatnonzero(seen),
+        ... )
+        >>> thermometer.rows.tolist()
+        [0, 2]
     """
 
     inputs: Any
@@ -60,6 +77,20 @@ class StateSpaceModel(NamedTuple):
         init_gaussian: whether the first state is normal (a fixed one counts).
         scalar: whether the process is written for states of shape `()`.
         instruments: the observation statements.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from numpyro_sde import filters, processes, schemes
+        >>> times = np.array([0.0, 0.1, 0.3])
+        >>> model = filters.StateSpaceModel(
+        ...     sde=processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.7),
+        ...     scheme=schemes.Euler(), scheme_chosen=True,
+        ...     times=times, dt=np.diff(times), cache=None,
+        ...     init_mean=jnp.zeros(1), init_cov=jnp.eye(1), init_gaussian=True,
+        ...     scalar=True, instruments=(),
+        ... )
+        >>> model.dim, model.num_times, float(model.drift(0.0, jnp.array([2.0]))[0])
+        (1, 3, -12.0)
     """
 
     sde: SDE
@@ -145,6 +176,19 @@ class FilterResult(eqx.Module):
         log_weights: their normalised log weights, shape `(N, M)`, or None.
         kernel: law of each state given the next, where the filter has a better one than
             `cross` gives.
+
+    Example:
+        >>> import numpyro.distributions as dist, numpyro_sde as nsde
+        >>> sde = nsde.SDE(lambda t, x: x - x**3, lambda t, x: 0.5)
+        >>> path = nsde.SDEPath(sde, [0.0, 0.1, 0.2], init=dist.Normal(0.0, 1.0))
+        >>> result = nsde.filter_path(
+        ...     path, lambda t, x: dist.Normal(x, 0.5), [0.3, 0.2, -0.1],
+        ...     method=nsde.filters.ExtendedKalman(),
+        ... )
+        >>> result.mean.shape, result.cov.shape, result.cross.shape
+        ((3, 1), (3, 1, 1), (2, 1, 1))
+        >>> bool(abs(result.increments.sum() - result.log_likelihood) < 1e-5)
+        True
     """
 
     times: Any
@@ -206,7 +250,25 @@ def _psd_root(cov: Array) -> Array:
 
 
 class AbstractFilter(eqx.Module):
-    """A way to integrate a path out: `marginalize(model, method=...)`."""
+    """A way to integrate a path out: `marginalize(model, method=...)`.
+
+    A subclass defines `filter`; a model that it cannot treat it refuses in `check`.
+
+    Example:
+        >>> import numpyro.distributions as dist, numpyro_sde as nsde
+        >>> class VagueStart(nsde.filters.AbstractFilter):
+        ...     inner: nsde.filters.AbstractFilter
+        ...     def filter(self, model):
+        ...         return self.inner.filter(model._replace(init_cov=100.0 * model.init_cov))
+        >>> sde = nsde.SDE(lambda t, x: x - x**3, lambda t, x: 0.5)
+        >>> path = nsde.SDEPath(sde, [0.0, 0.1], init=dist.Normal(0.0, 1.0))
+        >>> result = nsde.filter_path(
+        ...     path, lambda t, x: dist.Normal(x, 0.5), [0.3, 0.2],
+        ...     method=VagueStart(nsde.filters.ExtendedKalman()),
+        ... )
+        >>> round(float(result.predicted_cov[0, 0, 0]), 2)
+        100.0
+    """
 
     def check(self, model: StateSpaceModel) -> None:
         """Raise a `ValueError` where the method cannot treat this model."""

@@ -73,8 +73,10 @@ def rational_quadratic_spline(
         >>> y, log_slope = rational_quadratic_spline(
         ...     jnp.array([0.5, 7.0]), widths, heights, slopes, bound=3.0
         ... )
-        >>> y.round(3).tolist(), log_slope.round(3).tolist()
-        ([0.5, 7.0], [0.0, 0.0])
+        >>> [round(float(value), 3) for value in y]
+        [0.5, 7.0]
+        >>> bool(jnp.all(jnp.abs(log_slope) < 1e-5))
+        True
     """
     # Values outside are evaluated on the edge and then discarded, so that the branch not taken
     # has finite derivatives.
@@ -142,8 +144,8 @@ def bounded_input(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Example:
         >>> import jax.numpy as jnp
         >>> from numpyro_sde.guides.flows import bounded_input
-        >>> bounded_input(jnp.array([-1e3, 0.0, 1.0])).round(2).tolist()
-        [-5.0, 0.0, 0.9800000190734863]
+        >>> [round(float(x), 2) for x in bounded_input(jnp.array([-1e3, 0.0, 1.0]))]
+        [-5.0, 0.0, 0.98]
     """
     return x / jnp.sqrt(1.0 + (x / _MAX_INPUT) ** 2)
 
@@ -313,8 +315,8 @@ class CouplingFlow(eqx.Module):
         >>> from numpyro_sde.guides.flows import CouplingFlow
         >>> flow = CouplingFlow.create(jax.random.key(0), 3, kind="spline", context_dim=2)
         >>> y, log_det = flow.forward(jnp.arange(3.0), jnp.ones(2))
-        >>> y.tolist(), float(log_det)
-        ([0.0, 1.0, 2.0], 0.0)
+        >>> bool(jnp.allclose(y, jnp.arange(3.0), atol=1e-5)), bool(abs(log_det) < 1e-5)
+        (True, True)
     """
 
     layers: tuple[CouplingLayer, ...]

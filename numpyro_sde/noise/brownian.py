@@ -6,7 +6,13 @@ import equinox as eqx
 
 
 class AbstractNoise(eqx.Module):
-    """What drives an SDE: a process with the increments that multiply the diffusion."""
+    """What drives an SDE: a process with the increments that multiply the diffusion.
+
+    Example:
+        >>> from numpyro_sde.noise import AbstractNoise, Brownian
+        >>> isinstance(Brownian(), AbstractNoise)
+        True
+    """
 
 
 class Brownian(AbstractNoise):

@@ -30,6 +30,13 @@ class AbstractScheme(eqx.Module):
 
     Subclasses state what they can do: `has_density`, a transition density; `has_innovations`,
     the next state as a map of standard normal innovations. One of the two is always there.
+
+    Example:
+        >>> from numpyro_sde import schemes
+        >>> isinstance(schemes.Euler(), schemes.AbstractScheme)
+        True
+        >>> schemes.Euler.has_density, schemes.DiffraxSolver.has_density
+        (True, False)
     """
 
     has_density: ClassVar[bool] = True
@@ -80,7 +87,23 @@ class AbstractScheme(eqx.Module):
 
 
 class GaussianScheme(AbstractScheme):
-    """A scheme whose transition is Gaussian, given by its mean and a factor of its covariance."""
+    """A scheme whose transition is Gaussian, given by its mean and a factor of its covariance.
+
+    A subclass defines `moments`; density, step and inverse follow from it.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro_sde as nsde
+        >>> class Heun(nsde.schemes.GaussianScheme):
+        ...     def moments(self, sde, t, dt, x, cache=None):
+        ...         first = sde.ito_drift_at(t, x)
+        ...         second = sde.ito_drift_at(t + dt, x + dt * first)
+        ...         factor = sde.noise_factor_at(t, x) * jnp.sqrt(dt)
+        ...         return x + 0.5 * dt * (first + second), factor
+        >>> sde = nsde.SDE(lambda t, x: -x, lambda t, x: 0.5)
+        >>> x_next = Heun().step(sde, 0.0, 0.1, jnp.array(1.0), jnp.array(0.3))
+        >>> round(float(Heun().invert(sde, 0.0, 0.1, jnp.array(1.0), x_next)), 4)
+        0.3
+    """
 
     @abstractmethod
     def moments(

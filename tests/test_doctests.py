@@ -1,0 +1,27 @@
+"""Every public name has an example, and examples print what they say.
+
+Those of the core run in test_doctests_core.py: a file is the unit of parallel runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from docstrings import modules_with_examples, public_objects, run_examples
+from test_layers import PURE
+
+MODULES = {
+    name: count for name, count in modules_with_examples().items() if name.split(".")[0] not in PURE
+}
+PUBLIC = public_objects()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples(module: str) -> None:
+    run_examples(module, MODULES[module])
+
+
+@pytest.mark.parametrize("value", PUBLIC.values(), ids=PUBLIC)
+def test_public_name_has_an_example(value: Any) -> None:
+    assert "Example:\n" in (value.__doc__ or "")
