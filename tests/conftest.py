@@ -27,6 +27,13 @@ def x64_module() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    """Drop compiled functions after each file: a whole run would hold gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def validated() -> Iterator[None]:
     """Switch NumPyro's argument and value checks on for one test."""

@@ -52,15 +52,15 @@ def exact_log_likelihood(rate, mean, scale):
 
 @pytest.fixture(scope="module")
 def truth():
-    """Posterior means and sds by quadrature on a 45 x 41 x 41 grid about the mode.
+    """Posterior means and sds by quadrature on a 50 x 71 x 41 grid about the mode.
 
     What the grid leaves out is checked; its step is a quarter of a posterior sd or less, at which
     the trapezium rule on a smooth, vanishing integrand is exact to many digits.
     """
     axes = {
-        "log_rate": np.linspace(-3.0, 2.0, 45),
-        "mean": np.linspace(-1.5, 2.5, 41),
-        "log_scale": np.linspace(-0.75, 0.45, 41),
+        "log_rate": np.linspace(-4.0, 2.2, 50),
+        "mean": np.linspace(-3.2, 4.2, 71),
+        "log_scale": np.linspace(-0.8, 0.5, 41),
     }
     a, m, b = np.meshgrid(*axes.values(), indexing="ij")
     log_post = exact_log_likelihood(*(v[..., None] for v in (np.exp(a), m, np.exp(b))))
@@ -112,34 +112,3 @@ def test_svi_on_the_same_model_is_close(truth):
     for name, (mean, sd) in truth.items():
         assert abs(float(draws[name].mean()) - mean) < 0.25 * sd, name
         assert abs(np.log(float(draws[name].std()) / sd)) < 0.25, name
-
-
-def test_euler_on_a_refined_grid_comes_close_to_the_exact_likelihood(x64):
-    """The Euler density of sparse data is biased; of the exact path on a fine grid it is not."""
-    fine = nsde.TimeGrid(TIMES, max_step=0.002)
-    rng = np.random.default_rng(3)
-    path = [0.2]
-    for dt in fine.dt:
-        loc, sd = transition(path[-1], dt, RATE, MEAN, SCALE)
-        path.append(loc + sd * rng.normal())
-    ou = nsde.processes.OrnsteinUhlenbeck
-    parameters = [(1.0, 0.5, 0.8), (2.0, 0.5, 0.8), (1.0, -0.5, 0.8)]
-
-    def differences(scheme, step):
-        grid = nsde.TimeGrid(fine.times[::step])
-        densities = [
-            nsde.SDEPath(ou(*p), grid, init=0.2, scheme=scheme).log_prob(np.array(path)[::step])
-            for p in parameters
-        ]
-        return np.array(densities[1:]) - densities[0]
-
-    def error(step):
-        """Of the Euler log likelihood ratios, on every `step`-th time of one exact path."""
-        euler, exact = (
-            differences(scheme, step) for scheme in (nsde.schemes.Euler(), nsde.schemes.Exact())
-        )
-        return np.abs(euler - exact).max()
-
-    # First order in the step: sixteen times finer is at least eight times better.
-    errors = [error(256), error(16), error(1)]
-    assert errors[0] > 8 * errors[1] > 64 * errors[2]

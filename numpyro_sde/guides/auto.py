@@ -162,6 +162,16 @@ class AutoFlow(AutoContinuous):
         )
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        # Before NumPyro's own set-up, which would try to enumerate a discrete site.
+        with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=0):
+            drawn = numpyro.handlers.trace(self.model).get_trace(*args, **kwargs)
+        for name, site in drawn.items():
+            latent = site["type"] == "sample" and not site["is_observed"]
+            if latent and site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"AutoFlow needs continuous latent sites, and latent site {name!r} is discrete "
+                    f"({type(site['fn']).__name__}); sum it out of the model, or sample it by MCMC"
+                )
         super()._setup_prototype(*args, **kwargs)
         if self.latent_dim == 1 and self.flow in ("iaf", "bnaf"):
             # Forget the prototype: the next call must meet this check again.

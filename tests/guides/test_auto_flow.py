@@ -150,10 +150,13 @@ class TestStart:
 
 
 class TestFit:
-    @pytest.mark.parametrize("flow", ["spline", pytest.param("iaf", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("flow", ["spline", "iaf"])
     def test_correlated_gaussian(self, flow):
         guide = AutoFlow(gaussian_model, flow=flow, num_flows=2)
-        params = fit(gaussian_model, guide, 1000).params
+        # The gap falls with the steps (spline: 0.027 nats after 1000, 0.015 after 2000, 0.006
+        # after 4000): it is the optimiser's noise, not the family's bias.
+        params = fit(gaussian_model, guide, 4000).params
         covariance = np.array([[1.0, 0.8, 0.0], [0.8, 1.0, 0.3], [0.0, 0.3, 0.5]])
         precision = np.eye(3) + np.linalg.inv(covariance)
         expected_cov = np.linalg.inv(precision)
@@ -242,12 +245,13 @@ class TestFit:
         assert result.losses[-20:].mean() < result.losses[:20].mean()
 
 
-class TestGuideInterface:
-    @pytest.fixture(scope="class")
-    def fitted(self):
-        guide = AutoFlow(mixed_model, num_flows=2)
-        return guide, moved_params(guide, MIXED_DATA)
+@pytest.fixture(scope="module")
+def fitted():
+    guide = AutoFlow(mixed_model, num_flows=2)
+    return guide, moved_params(guide, MIXED_DATA)
 
+
+class TestGuideInterface:
     def test_draws_lie_in_the_support_with_their_shapes(self, fitted):
         guide, params = fitted
         draws = guide.sample_posterior(jax.random.key(0), params, sample_shape=(50, 2))
@@ -297,14 +301,14 @@ class TestGuideInterface:
         assert latent.shape == (5, guide.latent_dim)
         expected = base.log_prob(z) - transform.log_abs_det_jacobian(z, latent, intermediates)
         np.testing.assert_allclose(posterior.log_prob(latent), expected, rtol=1e-3, atol=1e-3)
-        assert isinstance(transform.parts[0].parts[0], CouplingTransform)
+        assert isinstance(transform.parts[0], CouplingTransform)
 
     def test_predictive_with_guide_and_params(self, fitted):
         guide, params = fitted
         predictive = Predictive(mixed_model, guide=guide, params=params, num_samples=7)
         out = predictive(jax.random.key(0), None)
         assert out["y"].shape == (7, 4)
-        assert out["scale"].shape == (7,)
+        assert out["twice"].shape == (7, 4)
 
     @pytest.mark.parametrize("flow", ["iaf", "bnaf"])
     def test_median_of_the_autoregressive_flows(self, flow):
@@ -372,5 +376,5 @@ class TestRefusals:
         def model():
             numpyro.sample("state", dist.Bernoulli(0.5))
 
-        with pytest.raises(Exception, match="state"):
+        with pytest.raises(ValueError, match="latent site 'state' is discrete"):
             initial_params(AutoFlow(model))
