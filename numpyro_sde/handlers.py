@@ -230,7 +230,7 @@ class _ChangePath(Messenger):
         axis = value.ndim - 1 - len(clock.state_shape)
         if value.shape[axis] != len(index):
             msg["value"] = jnp.take(value, index, axis=axis)
-            remember_value(msg["value"], clock, source=value)
+            remember_value(msg["value"], clock, source=value, index=index)
 
 
 def _rewrap(fn: Any, change: Callable[[SDEPath], SDEPath]) -> Any:

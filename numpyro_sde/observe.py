@@ -93,7 +93,7 @@ def observe(
         states = jnp.take(x, rows, axis=len(batch_shape))
         path_times = path_times[..., rows]
     law = EmissionPath(emissions, path_times, states, clock.state_shape)
-    law.observed_path = x
+    law.observed_path, law.observed_rows = x, rows
     if obs is not None:
         check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
     return numpyro.sample(name, law, obs=obs)

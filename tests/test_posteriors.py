@@ -8,7 +8,9 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS, init_to_value
+from numpyro.infer import MCMC, NUTS
+from numpyro.infer.hmc import hmc
+from numpyro.infer.util import log_density
 from ou_oracle import normal_log_density, ou_moments
 
 import numpyro_sde as nsde
@@ -97,25 +99,25 @@ def test_calibration_of_the_integrated_model():
     (simultaneous band over all ranks, by 20,000 simulations, seed 0).
     """
     marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
-    mcmc = MCMC(
-        NUTS(marginal, init_strategy=init_to_value(values={"log_rate": 0.0, "log_scale": 0.0})),
-        num_warmup=200,
-        num_samples=63 * 6,
-        thinning=6,
-        progress_bar=False,
-        jit_model_args=True,
-    )
-    ranks = {"log_rate": [], "log_scale": []}
     times = jnp.asarray(TIMES)
-    simulate = jax.jit(draw_data)
-    for seed in range(200):
+    names = ("log_rate", "log_scale")
+
+    def rank(seed):
+        """All of one replicate, so that one compiled program serves the 200."""
         key_prior, key_data, key_fit = jax.random.split(jax.random.key(seed), 3)
-        prior = 0.7 * jax.random.normal(key_prior, (2,))
-        y = simulate(key_data, prior[0], prior[1])
-        mcmc.run(key_fit, times, y)
-        draws = mcmc.get_samples()
-        for value, name in zip(prior, ranks, strict=True):
-            ranks[name].append(int(np.sum(np.asarray(draws[name]) < float(value))))
+        truth = dict(zip(names, 0.7 * jax.random.normal(key_prior, (2,)), strict=True))
+        y = draw_data(key_data, *truth.values())
+        init, step = hmc(lambda theta: -log_density(marginal, (times, y), {}, theta)[0])
+        state = init(dict.fromkeys(names, jnp.zeros(())), 200, rng_key=key_fit)
+
+        def advance(state, _):
+            state = step(state)
+            return state, state.z
+
+        _, draws = jax.lax.scan(advance, state, None, 200 + 63 * 6)
+        return {name: jnp.sum(draws[name][200::6] < truth[name]) for name in names}
+
+    ranks = jax.jit(lambda seeds: jax.lax.map(rank, seeds))(jnp.arange(200))
     points = (np.arange(63) + 1) / 64
     sd = np.sqrt(points * (1 - points) / 200)
 

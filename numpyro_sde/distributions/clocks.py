@@ -43,7 +43,7 @@ class Clock(NamedTuple):
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.recent: deque[tuple[Any, Clock]] = deque(maxlen=64)
-        self.values: dict[int, tuple[Any, Clock, Any]] = {}
+        self.values: dict[int, tuple[Any, Clock, Any, Any]] = {}
 
 
 _memory = _Memory()
@@ -64,23 +64,24 @@ def remember_clock(clock: Clock) -> None:
         _memory.recent.append((weakref.ref(run), clock))
 
 
-def remember_value(value: Any, clock: Clock, source: Any = None) -> None:
+def remember_value(value: Any, clock: Clock, source: Any = None, index: Any = None) -> None:
     """Note that this very array holds states on this clock, as long as the array lives.
 
     Args:
         value: the array.
         clock: its clock.
         source: the path's own value, where `value` holds only some of its times.
+        index: which times of the path's own value these are; None for all.
     """
     key, values = id(value), _memory.values
     source = value if source is None else source
-    entry = (weakref.ref(value, lambda _: values.pop(key, None)), clock, id(source))
+    entry = (weakref.ref(value, lambda _: values.pop(key, None)), clock, id(source), index)
     values[key] = entry
 
 
-def _entry(value: Any) -> tuple[Any, Any, Any]:
-    entry = _memory.values.get(id(value), (None, None, None))
-    return entry if entry[0] is not None and entry[0]() is value else (None, None, None)
+def _entry(value: Any) -> tuple[Any, Any, Any, Any]:
+    entry = _memory.values.get(id(value), (None,) * 4)
+    return entry if entry[0] is not None and entry[0]() is value else (None,) * 4
 
 
 def clock_of_value(value: Any) -> Clock | None:
@@ -92,6 +93,11 @@ def identity_of_path(value: Any) -> int:
     """The `id` of the path's own value that this array shows, whole or in part."""
     source = _entry(value)[2]
     return id(value) if source is None else source
+
+
+def times_shown(value: Any) -> Any:
+    """Which times of the path's own value this array shows; None for all."""
+    return _entry(value)[3]
 
 
 def distinct(clocks: list[Clock]) -> list[Clock]:

@@ -234,9 +234,10 @@ class EmissionPath(dist.Distribution):
     emission: Emission
     structure: EmissionStructure
     state_shape: tuple[int, ...]
-    # The path value observed, for handlers that ask which path a site belongs to. Not part of
-    # the pytree: it means nothing outside the model's run.
+    # The path value observed and the indices into it, for handlers that ask which states a site
+    # belongs to. Not part of the pytree: they mean nothing outside the model's run.
     observed_path: Any = None
+    observed_rows: Any = None
 
     def __init__(
         self,

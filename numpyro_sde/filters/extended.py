@@ -72,7 +72,7 @@ class ExtendedKalman(AbstractFilter):
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
         self.check(model)
-        model = with_valid_inputs(model)
+        model = with_valid_inputs(model)._replace(scheme=model.scheme.linearizable())
 
         def predict(mean: Array, cov: Array, now: Any) -> tuple[Array, Array, Array]:
             t, dt, cache = now

@@ -50,6 +50,13 @@ class AbstractScheme(eqx.Module):
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         """Raise a `ValueError` if the scheme cannot treat this SDE."""
 
+    def linearizable(self) -> AbstractScheme:
+        """Return the scheme in a form that is differentiable in both modes, twice.
+
+        Filters and guides take the Jacobian of a step, and samplers the gradient through it.
+        """
+        return self
+
     def prepare(self, sde: SDE, times: Any, dt: Any) -> Any:  # noqa: ARG002
         """Compute, for the whole grid, what the steps share: leaves with leading axis `T - 1`.
 

@@ -20,6 +20,8 @@ from numpyro_sde.schemes.generator import as_point, half_second_derivative
 if TYPE_CHECKING:
     from numpyro_sde.sde import SDE
 
+# A step of a thousand time constants: beyond it a linearised step means nothing.
+LINEARIZABLE_DOUBLINGS = 10
 _SERIES_BELOW = 0.5
 _SERIES_TERMS = 14
 
@@ -50,6 +52,9 @@ class LocalLinear(GaussianScheme):
         ito_term: whether `M` has its second-derivative part (Shoji and Ozaki). Without it the
             mean is in error by `O(dt^2)` in a nonlinear drift, and no second derivatives are
             taken.
+        max_doublings: bound k on the squarings of the matrix exponential, NaN where
+            `dt |J| > 2^k`; None bounds nothing, but such a step cannot be differentiated in
+            forward mode.
 
     Example:
         >>> import numpyro_sde as nsde
@@ -60,9 +65,15 @@ class LocalLinear(GaussianScheme):
     """
 
     ito_term: bool = eqx.field(static=True, default=True)
+    max_doublings: int | None = eqx.field(static=True, default=None)
 
     def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
         return state_shape
+
+    def linearizable(self) -> LocalLinear:
+        if self.max_doublings is not None:
+            return self
+        return LocalLinear(self.ito_term, LINEARIZABLE_DOUBLINGS)
 
     def moments(
         self, sde: SDE, t: Array, dt: Array, x: Array, cache: Any = None
@@ -76,7 +87,7 @@ class LocalLinear(GaussianScheme):
             change = change + half_second_derivative(sde, sde.ito_drift_at, t, x)
         jacobian = jax.jacfwd(lambda s: sde.ito_drift_at(t, s))(x)
         noise = noise_columns(sde, t + 0.5 * dt, x)
-        mean, factor = linear_step(jacobian, drift, change, noise, dt)
+        mean, factor = linear_step(jacobian, drift, change, noise, dt, self.max_doublings)
         return x + mean, factor
 
 
@@ -86,7 +97,12 @@ def noise_columns(sde: SDE, t: Array, x: Array) -> Array:
 
 
 def linear_step(
-    jacobian: Array, drift: Array, change: Array | None, noise: Array, dt: Array
+    jacobian: Array,
+    drift: Array,
+    change: Array | None,
+    noise: Array,
+    dt: Array,
+    max_doublings: int | None = None,
 ) -> tuple[Array, Array]:
     """Law of `Y_dt` for `dY = (jacobian Y + drift + change s) ds + noise dW`, `Y_0 = 0`.
 
@@ -96,6 +112,7 @@ def linear_step(
         change: shape of the state, or None for zero.
         noise: shape `()` or `(d, m)`.
         dt: length of the step.
+        max_doublings: as in `LocalLinear`.
 
     Returns:
         Mean, and standard deviation or lower triangular factor of the covariance.
@@ -108,13 +125,13 @@ def linear_step(
         return mean, noise * jnp.sqrt(dt * _phi1(2.0 * a))
     d = drift.shape[0]
     if change is None:
-        _, mean, factor = transition_sqrt(jacobian, drift, noise, dt)
+        _, mean, factor = transition_sqrt(jacobian, drift, noise, dt, max_doublings=max_doublings)
         return mean, factor
     # Time itself as one more state, without noise.
     A = jnp.zeros((d + 1, d + 1), drift.dtype).at[:d, :d].set(jacobian).at[:d, d].set(change)
     b = jnp.append(drift, jnp.ones((), drift.dtype))
     L = jnp.concatenate([noise, jnp.zeros((1, noise.shape[1]), noise.dtype)])
-    _, mean, factor = transition_sqrt(A, b, L, dt)
+    _, mean, factor = transition_sqrt(A, b, L, dt, max_doublings=max_doublings)
     return mean[:d], factor[:d, :d]
 
 

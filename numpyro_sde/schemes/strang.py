@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,7 +26,11 @@ from numpyro_sde.linear import small
 from numpyro_sde.schemes.base import AbstractScheme, gaussian_log_density
 from numpyro_sde.schemes.dependence import require_additive
 from numpyro_sde.schemes.generator import as_point
-from numpyro_sde.schemes.local_linear import linear_step, noise_columns
+from numpyro_sde.schemes.local_linear import (
+    LINEARIZABLE_DOUBLINGS,
+    linear_step,
+    noise_columns,
+)
 from numpyro_sde.sde import Code
 
 if TYPE_CHECKING:
@@ -56,6 +61,8 @@ class Strang(AbstractScheme):
             system A must hold the coupling that carries the noise on: where that coupling
             changes with the state, only None gives the right density as `dt` shrinks.
 
+        max_doublings: as in `LocalLinear`.
+
     Raises:
         TypeError: `linear` is not a function.
 
@@ -68,13 +75,25 @@ class Strang(AbstractScheme):
     """
 
     linear: Code | None
+    max_doublings: int | None = eqx.field(static=True)
 
-    def __init__(self, linear: Callable[..., tuple[Any, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        linear: Callable[..., tuple[Any, Any]] | None = None,
+        max_doublings: int | None = None,
+    ) -> None:
         if linear is not None and not callable(linear):
             raise TypeError(
                 f"linear must be a function that returns (A, b), got {type(linear).__name__}"
             )
         self.linear = None if linear is None else Code(linear)
+        self.max_doublings = max_doublings
+
+    def linearizable(self) -> Strang:
+        if self.max_doublings is not None:
+            return self
+        linear = None if self.linear is None else self.linear.function
+        return Strang(linear, LINEARIZABLE_DOUBLINGS)
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         """Refuse noise that depends on the state, and a linear part that does not fit.
@@ -148,7 +167,9 @@ class Strang(AbstractScheme):
             return _runge_kutta(lambda y: drift(y) - linear(y), s, length)
 
         start = x if self.linear is None else flow(x, 0.5 * dt)
-        change, factor = linear_step(A, linear(start), None, noise_columns(sde, middle, x), dt)
+        change, factor = linear_step(
+            A, linear(start), None, noise_columns(sde, middle, x), dt, self.max_doublings
+        )
         return _Parts(
             start + change,
             factor,

@@ -1,6 +1,4 @@
-"""Reparametrisations of latent paths, as NumPyro `Reparam`s.
-
-    numpyro.handlers.reparam(model, config={"x": InnovationReparam()})
+"""The whitened path, and whitened bridges between states that are known.
 
 Auxiliary sites are `{name}_init` (the first state, unless it is fixed or known) and
 `{name}_innov` (standard normal innovations); the path becomes a deterministic site.
@@ -25,13 +23,16 @@ from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
 
 
-class _Unwrapped(NamedTuple):
+class Unwrapped(NamedTuple):
+    """The path law of a site, the batch shape around it, plates included, and its mask."""
+
     path: SDEPath
     lead: tuple[int, ...]
     mask: Any
 
 
-def _unwrap(name: str, fn: Any, reparam: Reparam) -> _Unwrapped:
+def unwrap(name: str, fn: Any, reparam: Reparam) -> Unwrapped:
+    """Find the path law of a site, or raise a `TypeError` that names it."""
     mask: Any = True
     shape = fn.shape()
     while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
@@ -43,10 +44,11 @@ def _unwrap(name: str, fn: Any, reparam: Reparam) -> _Unwrapped:
             f"{type(reparam).__name__} is for SDEPath sites, but site {name!r} is a "
             f"{type(fn).__name__}"
         )
-    return _Unwrapped(fn, shape[: len(shape) - fn.event_dim], mask)
+    return Unwrapped(fn, shape[: len(shape) - fn.event_dim], mask)
 
 
-def _refuse_conditioning(name: str, obs: Any, reparam: Reparam) -> None:
+def refuse_conditioning(name: str, obs: Any, reparam: Reparam) -> None:
+    """Raise a `ValueError` where the path has a value, here or by an outer `condition`."""
     outside = [
         handler
         for handler in _PYRO_STACK
@@ -60,7 +62,7 @@ def _refuse_conditioning(name: str, obs: Any, reparam: Reparam) -> None:
         )
 
 
-def _latent(name: str, law: dist.Distribution, unwrapped: _Unwrapped, shape: Any = None) -> Array:
+def latent(name: str, law: dist.Distribution, unwrapped: Unwrapped, shape: Any = None) -> Array:
     """Sample an auxiliary site of the path, of standard normals where a shape is given."""
     if shape is not None:
         law = dist.Normal(0.0, 1.0).expand(unwrapped.lead + shape).to_event(len(shape))
@@ -98,13 +100,13 @@ class InnovationReparam(Reparam):
     """
 
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:
-        _refuse_conditioning(name, obs, self)
-        unwrapped = _unwrap(name, fn, self)
+        refuse_conditioning(name, obs, self)
+        unwrapped = unwrap(name, fn, self)
         path = unwrapped.path
         start = path.fixed_start
         if start is None:
-            start = _latent(f"{name}_init", path.init, unwrapped)
-        z = _latent(f"{name}_innov", path.init, unwrapped, path.innovation_shape)
+            start = latent(f"{name}_init", path.init, unwrapped)
+        z = latent(f"{name}_innov", path.init, unwrapped, path.innovation_shape)
         value = path.forward(start, z)
         remember_value(value, path.clock)
         return None, value
@@ -196,8 +198,8 @@ class BridgeReparam(Reparam):
         return np.take(np.asarray(points), index, axis=axis), index
 
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:
-        _refuse_conditioning(name, obs, self)
-        unwrapped = _unwrap(name, fn, self)
+        refuse_conditioning(name, obs, self)
+        unwrapped = unwrap(name, fn, self)
         path = unwrapped.path
         _check_bridgeable(name, path)
         points, index = self._place(name, path)
@@ -213,9 +215,9 @@ class BridgeReparam(Reparam):
             start = jnp.take(points, 0, axis=len(unwrapped.lead))
             log_weight = path.init.expand(unwrapped.lead).log_prob(start)
         elif start is None:
-            start = _latent(f"{name}_init", path.init, unwrapped)
+            start = latent(f"{name}_init", path.init, unwrapped)
         free = (plan.free.size, *path.state_shape)
-        z = _latent(f"{name}_innov", path.init, unwrapped, free)
+        z = latent(f"{name}_innov", path.init, unwrapped, free)
         value, ratio = path._map(
             lambda *args: bridge_path(plan, *args),
             unwrapped.lead,

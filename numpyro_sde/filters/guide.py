@@ -1,0 +1,304 @@
+"""Guides: what all observations say about each step of a path, along a reference path.
+
+The SDE and its emissions are linearised along a reference path, the backward information filter
+(`numpyro_sde.linear.information`) gathers the observations, and each step's innovations are drawn
+given those to come. The innovations of the scheme itself are guided, so every scheme that is a map
+of standard normals can be: the guided path is a path of the model, its law has a density in the
+innovations, and the ratio of the two laws is exact whatever the guide.
+
+Source: Whiteley and Lee (2014), "Twisted particle filters", for the exact discrete step; Schauer,
+van der Meulen and van Zanten (2017), "Guided proposals for simulating multi-dimensional diffusion
+bridges", for its continuous counterpart.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from numpyro_sde.filters.extended import ExtendedKalman
+from numpyro_sde.filters.model import Instrument, StateSpaceModel
+from numpyro_sde.filters.updates import with_valid_inputs
+from numpyro_sde.linear.information import (
+    LinearizedSteps,
+    backward_information,
+    guided_innovations,
+    log_weight,
+)
+from numpyro_sde.linear.small import (
+    cholesky,
+    diagonal,
+    matmul,
+    matvec,
+    psd_factor,
+    solve_lower,
+    spd_solve,
+    transpose,
+)
+from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.euler import Euler
+
+# Scoring steps from the start towards the state that one observation alone points to.
+_SCORING_STEPS = 12
+_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.0)
+# Ridge of these steps, as a share of the observation's information: directions that it does not
+# see stay where they are.
+_RIDGE = 1e-3
+# A reference of a positive process stays above this share of the mean of its start.
+_POSITIVE_FLOOR = 1e-2
+
+
+class Guide(NamedTuple):
+    """What observations from each time on say, in deviations from a reference path.
+
+    Attributes:
+        reference: the path of linearisation, `(N, d)`.
+        H: precisions, `(N, d, d)`.
+        e: information vectors, `(N, d)`.
+    """
+
+    reference: Float[Array, "N d"]
+    H: Float[Array, "N d d"]
+    e: Float[Array, "N d"]
+
+
+class GuidedPath(NamedTuple):
+    """A path and the log ratio of its law under the model to its law under the guide.
+
+    Attributes:
+        path: states, `(N, d)`.
+        log_weight: log density ratio at this path, the observations not in it.
+    """
+
+    path: Float[Array, "N d"]
+    log_weight: Float[Array, ""]
+
+
+def affine_step(
+    model: StateSpaceModel, t: Any, dt: Any, x: Float[Array, " d"], cache: Any
+) -> tuple[Float[Array, " d"], Float[Array, "..."]]:
+    """Mean of a step and its derivative by the innovations, `(d,)` where that is diagonal.
+
+    Exact for Gaussian schemes; for others the step is expanded about innovations of zero.
+    """
+    scheme, state = model.scheme.linearizable(), model.to_state(x)
+    if isinstance(scheme, GaussianScheme):
+        mean, factor = scheme.moments(model.sde, t, dt, state, cache)
+        shape = (model.dim,) if jnp.ndim(factor) < 2 else jnp.shape(factor)
+        return jnp.reshape(mean, (model.dim,)), jnp.reshape(factor, shape)
+    shape = scheme.innovation_shape(model.sde, jnp.shape(state))
+    zero = jnp.zeros(int(np.prod(shape, dtype=int)), x.dtype)
+
+    def step(w: Array) -> tuple[Array, Array]:
+        new = scheme.step(model.sde, t, dt, state, jnp.reshape(w, shape), cache)
+        return jnp.reshape(new, (model.dim,)), jnp.reshape(new, (model.dim,))
+
+    factor, mean = jax.jacfwd(step, has_aux=True)(zero)
+    return mean, factor
+
+
+def observed_information(
+    instrument: Instrument, inputs: Any, y: Array, present: Bool[Array, " p"], x: Array
+) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
+    """Information of one observation about the state, and its score, at a state.
+
+    The information is the expected one of a Gaussian with the emission's mean and covariance
+    (for the exponential families in their mean, Fisher's); the score is the emission's own.
+    """
+
+    def mean_of(x: Array) -> tuple[Array, tuple[Array, Array]]:
+        mean, cov = instrument.moments(inputs, x)
+        return mean, (mean, cov)
+
+    C, (mean, R) = jax.jacfwd(mean_of, has_aux=True)(x)
+    both = present[:, None] & present[None, :]
+    C = jnp.where(present[:, None], C, 0.0)
+    R = jnp.where(both, R, jnp.eye(R.shape[0], dtype=R.dtype))
+    L = cholesky(R)
+    white = solve_lower(L, jnp.concatenate([C, jnp.where(present, y - mean, 0.0)[:, None]], 1))
+    information = matmul(transpose(white[:, :-1]), white[:, :-1])
+    if instrument.gaussian:
+        score = matvec(transpose(white[:, :-1]), white[:, -1])
+    else:
+        score = jax.grad(lambda x: instrument.log_prob(inputs, x, y, present))(x)
+    # An emission without moments (a Cauchy law) does not guide; its likelihood still counts.
+    usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
+    return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
+
+
+def observations_along(
+    model: StateSpaceModel, reference: Float[Array, "N d"]
+) -> tuple[Float[Array, "N d d"], Float[Array, "N d"]]:
+    """Information and score of all observations at each grid time, at the reference."""
+    model = with_valid_inputs(model)
+    J = jnp.zeros((*reference.shape, model.dim), reference.dtype)
+    s = jnp.zeros_like(reference)
+    for instrument in model.instruments:
+        rows = np.asarray(instrument.rows)
+        if rows.size == 0:
+            continue
+        now = jax.tree.map(
+            lambda a, rows=rows: jnp.asarray(a)[rows],
+            (instrument.inputs, instrument.values, instrument.present),
+        )
+        inform: Any = partial(observed_information, instrument)
+        more, score = jax.vmap(inform)(*now, reference[rows])
+        J, s = J.at[rows].add(more), s.at[rows].add(score)
+    return J, s
+
+
+def linearize_along(model: StateSpaceModel, reference: Float[Array, "N d"]) -> LinearizedSteps:
+    """Expand every step and every emission to first order about a reference path."""
+
+    def one(step: Any, x: Array, following: Array) -> tuple[Array, ...]:
+        t, dt, cache = step
+
+        def mean_of(x: Array) -> tuple[Array, tuple[Array, Array]]:
+            mean, factor = affine_step(model, t, dt, x, cache)
+            return mean, (mean, factor)
+
+        A, (mean, factor) = jax.jacfwd(mean_of, has_aux=True)(x)
+        return A, mean - following, factor
+
+    J, s = observations_along(model, reference)
+    A, c, B = jax.vmap(one)(model.step_inputs(), reference[:-1], reference[1:])
+    return LinearizedSteps(A, c, B, J, s)
+
+
+def make_guide(model: StateSpaceModel, reference: Float[Array, "N d"]) -> Guide:
+    """Gather the observations backward along a reference path.
+
+    Args:
+        model: the path and its instruments.
+        reference: states at which to linearise, `(N, d)`.
+    """
+    H, e = backward_information(linearize_along(model, reference))
+    return Guide(reference, H, e)
+
+
+def guided_start(
+    model: StateSpaceModel, guide: Guide, z: Float[Array, " d"]
+) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+    """First state, of a normal law, given all observations, and its log weight.
+
+    Args:
+        model: the model; only the mean and covariance of its start are used.
+        guide: the guide.
+        z: standard normals, `(d,)`.
+    """
+    S = psd_factor(model.init_cov)
+    ahead = model.init_mean - guide.reference[0]
+    w, log_det = guided_innovations(guide.H[0], guide.e[0], ahead, S, z)
+    return model.init_mean + matvec(S, w), log_weight(w, z, log_det)
+
+
+def guided_path(
+    model: StateSpaceModel, guide: Guide, x0: Float[Array, " d"], z: Float[Array, "N-1 m"]
+) -> GuidedPath:
+    """Map standard normals to a path that heads for the observations.
+
+    Args:
+        model: the path and its instruments.
+        guide: the guide.
+        x0: first state, `(d,)`.
+        z: standard normals, `(N - 1, *innovations)`.
+
+    Returns:
+        The path, and the log of the ratio of its density under the model to that of the map.
+    """
+    if model.num_times == 1:
+        return GuidedPath(x0[None], jnp.zeros((), x0.dtype))
+    shape = z.shape[1:]
+    flat = jnp.reshape(z, (z.shape[0], -1))
+    scheme = model.scheme
+
+    def step(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array, Array]]:
+        (t, dt, cache), H, e, following, z = inputs
+        mean, B = affine_step(model, t, dt, x, cache)
+        w, log_det = guided_innovations(H, e, mean - following, B, z)
+        if isinstance(scheme, GaussianScheme):
+            new = mean + (B * w if B.ndim == 1 else matvec(B, w))
+        else:
+            state = scheme.step(model.sde, t, dt, model.to_state(x), jnp.reshape(w, shape), cache)
+            new = jnp.reshape(state, (model.dim,))
+        new = new.astype(x.dtype)
+        return new, (new, w, log_det)
+
+    inputs = (model.step_inputs(), guide.H[1:], guide.e[1:], guide.reference[1:], flat)
+    _, (rest, w, log_det) = lax.scan(step, x0, inputs)
+    path = jnp.concatenate([x0[None], rest])
+    return GuidedPath(path, jnp.sum(log_weight(w, flat, log_det)))
+
+
+def _log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array, " N"]:
+    """Log density of the observations at each grid time, given the states."""
+    model = with_valid_inputs(model)
+    total = jnp.zeros(model.num_times, x.dtype)
+    for i in model.instruments:
+        total = total + jax.vmap(i.log_prob)(i.inputs, x, i.values, i.present)
+    return total
+
+
+def data_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
+    """States that the observations point to, interpolated in time, component by component.
+
+    Each observation is solved for the state by damped scoring from the mean of the start;
+    components that none of them sees stay there.
+    """
+    N, d = model.num_times, model.dim
+    start = jnp.broadcast_to(model.init_mean, (N, d))
+
+    def improve(x: Array, _: None) -> tuple[Array, None]:
+        J, s = observations_along(model, x)
+        ridge = _RIDGE * jnp.trace(J, axis1=1, axis2=2) / d
+        ridge = jnp.where(ridge > 0, ridge, 1.0)
+        move = spd_solve(J + ridge[:, None, None] * jnp.eye(d, dtype=J.dtype), s[..., None])
+        # Of a few lengths the one that fits best, at each time: a full step may overshoot far.
+        points = _keep_positive(
+            model, x + jnp.asarray(_LENGTHS, x.dtype)[:, None, None] * move[..., 0]
+        )
+        fit = jax.vmap(lambda x: _log_emissions(model, x))(points)
+        best = jnp.argmax(jnp.where(jnp.isnan(fit), -jnp.inf, fit), axis=0)
+        return points[best, jnp.arange(N)], None
+
+    x, _ = lax.scan(improve, start, None, _SCORING_STEPS)
+    J, _ = observations_along(model, x)
+    seen = diagonal(J) > 0
+    times = jnp.asarray(model.times, x.dtype)
+    return jax.vmap(lambda seen, x: _interpolate(times, seen, x), (1, 1), 1)(seen, x)
+
+
+def _interpolate(times: Array, seen: Array, x: Array) -> Array:
+    """Linear between the times seen, constant beyond them; as given where none is."""
+    index = jnp.arange(times.shape[0])
+    before = lax.cummax(jnp.where(seen, index, -1))
+    after = lax.cummin(jnp.where(seen, index, times.shape[0]), reverse=True)
+    before = jnp.where(before < 0, after, before)
+    after = jnp.where(after >= times.shape[0], before, after)
+    before, after = (jnp.clip(i, 0, times.shape[0] - 1) for i in (before, after))
+    width = times[after] - times[before]
+    share = jnp.where(width > 0, (times - times[before]) / jnp.where(width > 0, width, 1.0), 0.0)
+    return x[before] + share * (x[after] - x[before])
+
+
+def smoothed_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
+    """Mean of the extended Kalman smoother, or interpolated data where that is not finite."""
+    gaussian = isinstance(model.scheme, GaussianScheme)
+    scheme = model.scheme if gaussian else Euler()
+    cache = model.cache if gaussian else scheme.prepare(model.sde, model.times, model.dt)
+    linearised = model._replace(scheme=scheme, cache=cache)
+    mean, _ = ExtendedKalman(emission="moments").filter(linearised).smooth()
+    mean = _keep_positive(model, mean)
+    return jnp.where(jnp.all(jnp.isfinite(mean)), mean, data_reference(model))
+
+
+def _keep_positive(model: StateSpaceModel, x: Array) -> Array:
+    if not model.sde.positive:
+        return x
+    return jnp.maximum(x, _POSITIVE_FLOOR * jnp.abs(model.init_mean))

@@ -1,0 +1,183 @@
+"""Backward information filter: what later observations say about each state.
+
+Along a reference path, in deviations d_k = x_k - ref_k from it, the model is
+
+    d_{k+1} = A_k d_k + c_k + B_k w_k,   w_k ~ N(0, I),
+
+and what is observed at time k multiplies the density by exp(-d'J_k d / 2 + s_k'd) (a Gaussian
+observation y = C d + N(0, R) has J = C'R^-1 C and s = C'R^-1 y). Then the likelihood of the
+observations from k on, given the state, is proportional to h_k = exp(-d'H_k d / 2 + e_k'd), with
+
+    H_k = J_k + A'(I + H Q)^-1 H A,   e_k = s_k + A'(I + H Q)^-1 (e - H c),   Q = B B',
+
+H and e on the right being those of k + 1 (Fraser and Potter 1969; Mayne 1966). Nothing singular
+is inverted: not Q, which has low rank where few noises drive many states, nor H, which is zero
+after the last observation. The symmetric product is taken in the form of Joseph, so that H stays
+positive semi-definite in float32.
+
+Conditioning one step on h_{k+1} is a change of its innovations: given the state, w has the
+density N(w; 0, I) h_{k+1}, normal with precision I + B'H B, whatever the rank of B.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from numpyro_sde.linear.small import (
+    cholesky,
+    congruence,
+    diagonal,
+    matmul,
+    matvec,
+    outer,
+    solve_lower,
+    symmetrize,
+    transpose,
+)
+
+
+class LinearizedSteps(NamedTuple):
+    """A linear-Gaussian model in deviations from a reference path of N times.
+
+    Attributes:
+        A: transition matrices, `(N - 1, d, d)`.
+        c: offsets, what the reference leaves out of the mean, `(N - 1, d)`.
+        B: factors of the noise: `(N - 1, d, m)`, or `(N - 1, d)` where it is diagonal.
+        J: information of the observations at each time, `(N, d, d)`.
+        s: their score at the reference, `(N, d)`.
+    """
+
+    A: Float[Array, "N-1 d d"]
+    c: Float[Array, "N-1 d"]
+    B: Float[Array, "..."]
+    J: Float[Array, "N d d"]
+    s: Float[Array, "N d"]
+
+
+class Information(NamedTuple):
+    """Information in the observations from each time on, about the deviation at that time.
+
+    Attributes:
+        H: precision, `(N, d, d)`.
+        e: `H` times the deviation that the observations point to, `(N, d)`.
+    """
+
+    H: Float[Array, "N d d"]
+    e: Float[Array, "N d"]
+
+
+def backward_information(steps: LinearizedSteps) -> Information:
+    """Run the backward recursion.
+
+    Args:
+        steps: the linear model, one entry for each step and time.
+
+    Returns:
+        Precisions `(N, d, d)` and information vectors `(N, d)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one = jnp.ones((1, 1, 1))
+        >>> steps = LinearizedSteps(
+        ...     A=one, c=jnp.zeros((1, 1)), B=one, J=jnp.array([[[0.0]], [[1.0]]]),
+        ...     s=jnp.array([[0.0], [2.0]]))
+        >>> H, e = backward_information(steps)
+        >>> H[0].tolist(), e[0].round(4).tolist()  # a unit of noise halves the information
+        ([[0.5]], [1.0])
+    """
+    d = steps.J.shape[-1]
+
+    def step(Z: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
+        A, c, B, J, s = now
+        H, e = Z[:, :d], Z[:, d]
+        M, K = _discount(H, B)
+        V = matmul(transpose(A), matmul(M, jnp.concatenate([H, (e - matvec(H, c))[:, None]], 1)))
+        W = matmul(transpose(A), K)
+        # A'M H M'A + W W': V has A'M H in front, the rest of the congruence is on its right.
+        left = matmul(V[:, :d], matmul(transpose(M), A)) + matmul(W, transpose(W))
+        Z = jnp.concatenate([symmetrize(left) + J, (V[:, d] + s)[:, None]], axis=1)
+        return Z, Z
+
+    last = jnp.concatenate([steps.J[-1], steps.s[-1][:, None]], axis=1)
+    inputs = (steps.A, steps.c, steps.B, steps.J[:-1], steps.s[:-1])
+    _, rest = lax.scan(jax.checkpoint(step), last, inputs, reverse=True)
+    Z = jnp.concatenate([rest, last[None]])
+    return Information(Z[..., :d], Z[..., d])
+
+
+def _discount(H: Array, B: Array) -> tuple[Array, Array]:
+    """`M = (I + H B B')^-1` and the gain `K = H B (I + B'H B)^-1`, with `M = I - K B'`."""
+    eye = jnp.eye(H.shape[-1], dtype=H.dtype)
+    HB = H * B if B.ndim == 1 else matmul(H, B)
+    L = cholesky(innovation_precision(H, B))
+    K = transpose(solve_lower(L, solve_lower(L, transpose(HB)), transposed=True))
+    return eye - (K * B if B.ndim == 1 else matmul(K, transpose(B))), K
+
+
+def innovation_precision(H: Float[Array, "d d"], B: Float[Array, "..."]) -> Float[Array, "m m"]:
+    """Precision `I + B'H B` of one step's innovations given the later observations.
+
+    Args:
+        H: precision of the next state in the later observations, `(d, d)`.
+        B: factor of the step's noise, `(d, m)`, or `(d,)` where it is diagonal.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> innovation_precision(jnp.eye(2), jnp.array([1.0, 2.0])).tolist()
+        [[2.0, 0.0], [0.0, 5.0]]
+    """
+    product = H * outer(B, B) if B.ndim == 1 else congruence(transpose(B), H)
+    return product + jnp.eye(B.shape[-1], dtype=H.dtype)
+
+
+def guided_innovations(
+    H: Float[Array, "d d"],
+    e: Float[Array, " d"],
+    ahead: Float[Array, " d"],
+    B: Float[Array, "..."],
+    z: Float[Array, " m"],
+) -> tuple[Float[Array, " m"], Float[Array, ""]]:
+    """Turn standard normals into innovations of one step given the later observations.
+
+    Args:
+        H: precision of the next state in the later observations, `(d, d)`.
+        e: information vector of its deviation from the reference, `(d,)`.
+        ahead: the step's mean less the reference at the next time, `(d,)`.
+        B: factor of the step's noise, `(d, m)`, or `(d,)` where it is diagonal.
+        z: standard normals, `(m,)`.
+
+    Returns:
+        The innovations `w = P^-1 r + L^-T z`, where `P = I + B'H B = L L'` and
+        `r = B'(e - H ahead)`, and `log det L`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one = jnp.ones(1)
+        >>> w, log_det = guided_innovations(3.0 * jnp.eye(1), 4.0 * one, 0.0 * one, one, one)
+        >>> w.tolist()
+        [1.5]
+    """
+    r = e - matvec(H, ahead)
+    r = B * r if B.ndim == 1 else matvec(transpose(B), r)
+    L = cholesky(innovation_precision(H, B))
+    half = solve_lower(L, r[:, None]) + z[:, None]
+    w = solve_lower(L, half, transposed=True)[:, 0]
+    return w, jnp.sum(jnp.log(diagonal(L)))
+
+
+def log_weight(w: Array, z: Array, log_det: Any) -> Array:
+    """Log density of innovations `w`, standard normal, over that of the map from `z`.
+
+    Sums over the last axis; `log_det` as `guided_innovations` gives it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(log_weight(jnp.ones(2), jnp.ones(2), 0.0))
+        0.0
+    """
+    return 0.5 * jnp.sum((z - w) * (z + w), axis=-1) - log_det
