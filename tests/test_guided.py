@@ -91,7 +91,12 @@ def log_terms(model, path):
     )
 
 
-@pytest.mark.parametrize("name", PATHS)
+QUICK = ("scalar, exact", "hypoelliptic, Euler")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PATHS]
+)
 def test_weights_of_a_linear_model_are_its_likelihood(x64, name):
     """One guided path, whatever its innovations and the reference: the exact log likelihood."""
     path = PATHS[name]()
@@ -124,6 +129,7 @@ def test_weights_of_a_linear_model_are_its_likelihood(x64, name):
     np.testing.assert_allclose(totals, totals[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_references_pass_through_precise_data(x64):
     path = PATHS["scalar, exact"]()
     y = np.sin(TIMES)
@@ -168,7 +174,11 @@ def well_model(y=None):
     nsde.observe("u", x, lambda t, x: dist.Normal(x**2, 0.2), obs=later, at=[8, 11])
 
 
-@pytest.mark.parametrize("options", [{}, {"frozen": True}, {"reference": "data"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}]
+    + [pytest.param(o, marks=pytest.mark.slow) for o in ({"frozen": True}, {"reference": "data"})],
+)
 def test_density_is_that_of_the_path(x64, options):
     """log p(z) = log p(x(z)) + log |dx/dz|, the Jacobian by automatic differentiation."""
     model = guided(well_model, **options)
@@ -189,6 +199,7 @@ def test_density_is_that_of_the_path(x64, options):
     np.testing.assert_allclose(trace["x"]["value"], centred["x"], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_float32_is_close_to_float64():
     values = {"scale": 0.6, "x_init_innov": np.full(1, 0.3), "x_innov": np.full(11, -0.4)}
     options = {"at": {"scale": 0.5}}
@@ -208,6 +219,7 @@ def test_without_data_it_is_the_prior():
     np.testing.assert_allclose(path, sites["x"]["value"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_data_by_condition_guide_as_data_by_obs():
     y = {"y": WELL, "u": jnp.array([1.0, 1.3])}
     by_condition = handlers.condition(guided(well_model, at={"scale": 0.5}), y)
@@ -237,6 +249,7 @@ def test_masked_observations_do_not_guide():
     np.testing.assert_array_equal(path[1], 0.0)
 
 
+@pytest.mark.slow
 def test_a_refined_grid_is_guided_at_its_own_times():
     y = np.where(np.isnan(WELL), 0.9, WELL)
 
@@ -342,6 +355,7 @@ def test_draws_predict_with_the_guided_model(fit):
     np.testing.assert_allclose(again["x"].shape, (5, 12))
 
 
+@pytest.mark.slow
 def test_refreshed_guides_are_exact_too(fit):
     """The same density of the path whatever the guide: at the draws, log p(z) + log |dz/dx|."""
     _, mcmc = fit
@@ -361,6 +375,7 @@ def test_refreshed_guides_are_exact_too(fit):
     assert np.all(usual.efficiency > 0.3)
 
 
+@pytest.mark.slow
 def test_traced_data_fall_back_on_the_current_parameters():
     model = guided(well_model)
     svi = SVI(model, AutoNormal(model), numpyro.optim.Adam(1e-2), Trace_ELBO())

