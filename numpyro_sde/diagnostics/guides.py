@@ -23,6 +23,13 @@ class GuideQuality(NamedTuple):
             above 0.7 it does not, and draws by NUTS may miss a part of it as well.
         efficiency: effective share of the guide's draws.
         log_likelihood: log marginal likelihood at the parameters, by importance sampling.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import GuideQuality
+        >>> quality = GuideQuality(np.array([0.2, 0.9]), np.array([0.8, 0.1]), np.zeros(2))
+        >>> (quality.khat < 0.7).tolist()  # at which parameters the guide covers the posterior
+        [True, False]
     """
 
     khat: Float[np.ndarray, " points"]
