@@ -112,6 +112,8 @@ def test_weights_of_a_linear_model_are_its_likelihood(x64, name):
         exact = nsde.filters.ExtendedKalman().log_likelihood(gaussian)
         return first + rest + log_terms(model, states), exact
 
+    dims = (1, len(path.innovation_shape), 2)
+    compiled = jax.jit(lambda *a: run_on_model(path, (), statements(path), weigh, a, dims))
     totals = []
     d = max(1, len(path.state_shape) and path.state_shape[0])
     for seed in range(3):
@@ -121,8 +123,7 @@ def test_weights_of_a_linear_model_are_its_likelihood(x64, name):
             jnp.asarray(rng.normal(size=path.innovation_shape)),
             jnp.asarray(rng.normal(size=(12, d))),
         )
-        dims = (1, len(path.innovation_shape), 2)
-        total, exact = run_on_model(path, (), statements(path), weigh, arrays, dims)
+        total, exact = compiled(*arrays)
         totals.append(float(total))
         if name != "not a Gaussian scheme":
             np.testing.assert_allclose(total, exact, rtol=1e-9)
@@ -150,7 +151,7 @@ def test_data_reference_solves_a_nonlinear_emission_and_leaves_the_rest(x64):
     counts = np.array([3, 8, 20, 55, 150, 400, 150, 55, 20, 8, 3, 1])
     emission = Emission(lambda t, x: dist.Poisson(jnp.exp(x[0])), None, None, None, 12, ())
     data = [(make_statement(emission, np.arange(12), (2,), ()), counts)]
-    reference = run_on_model(path, (), data, data_reference)
+    reference = jax.jit(lambda: run_on_model(path, (), data, data_reference))()
     np.testing.assert_allclose(reference[:, 0], np.log(counts), atol=0.02)
     np.testing.assert_array_equal(reference[:, 1], 0.0)
 
