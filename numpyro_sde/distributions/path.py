@@ -204,8 +204,8 @@ class SDEPath(dist.Distribution):
 
     @validate_sample
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
-        start, transitions = self._terms(value)
-        return start + jnp.sum(transitions, -1)
+        start, total = self._density(value, "log_density_sum")
+        return start if total is None else start + total
 
     def log_prob_pointwise(self, value: ArrayLike) -> Float[Array, "*batch T"]:
         """Terms of the log density, shape `(*lead, T)`.
@@ -213,11 +213,13 @@ class SDEPath(dist.Distribution):
         The density of the first state, 0 where it is fixed, then of each state given the one
         before: what leave-one-out statistics of a directly observed path are made of.
         """
-        start, transitions = self._terms(value)
+        start, transitions = self._density(value, "log_densities")
+        if transitions is None:
+            return start[..., None]
         return jnp.concatenate([start[..., None], transitions], axis=-1)
 
-    def _terms(self, value: ArrayLike) -> tuple[Array, Array]:
-        """Log density of the first state, and of each transition."""
+    def _density(self, value: ArrayLike, what: str) -> tuple[Array, Any]:
+        """Log density of the first state, and the scheme's of the transitions, if there are any."""
         value = jnp.asarray(value)
         lead = self._lead(value)
         value = jnp.broadcast_to(value, lead + self.event_shape)
@@ -230,12 +232,12 @@ class SDEPath(dist.Distribution):
         def transitions(
             sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
         ) -> Array:
-            axes = (None, 0, 0, 0, 0, None if cache is None else 0)
-            return jax.vmap(scheme.log_density, axes)(sde, times[:-1], dt, x[:-1], x[1:], cache)
+            density: Array = getattr(scheme, what)(sde, times, dt, x, cache)
+            return density
 
         start = self._expanded_init().log_prob(self._take(value, 0))
         if self.num_times == 1:
-            return start, jnp.zeros((*lead, 0), start.dtype)
+            return start, None
         return start, self._map(transitions, lead, (value,), (self.event_dim,))
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:

@@ -75,6 +75,19 @@ class AbstractScheme(eqx.Module):
     ) -> Float[Array, ""]:
         """Log density of the next state given the state `x`."""
 
+    def log_densities(
+        self, sde: SDE, times: Any, dt: Any, path: Array, cache: Any
+    ) -> Float[Array, "T-1"]:
+        """Log density of each step of a path of shape `(T, *state)`."""
+        axes = (None, 0, 0, 0, 0, None if cache is None else 0)
+        return jax.vmap(self.log_density, axes)(sde, times[:-1], dt, path[:-1], path[1:], cache)
+
+    def log_density_sum(
+        self, sde: SDE, times: Any, dt: Any, path: Array, cache: Any
+    ) -> Float[Array, ""]:
+        """Sum of `log_densities`; to override where the sum is cheaper than its terms."""
+        return jnp.sum(self.log_densities(sde, times, dt, path, cache))
+
     @abstractmethod
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
         """Next state as a map of standard normal innovations `z`."""
