@@ -100,6 +100,7 @@ def test_nuts_gives_the_posterior_of_the_exact_likelihood(truth):
         assert abs(draws.std() - sd) < 4 * sd / np.sqrt(2 * spread), name
 
 
+@pytest.mark.slow
 def test_svi_on_the_same_model_is_close(truth):
     """A full-rank normal guide: means within 0.25 and log sds within 0.25 posterior sds.
 

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-SLOW = {"first_model"}  # fits two models and converts both; the README's example is its short form
+# Pages that fit or compile for more than ten seconds; the README's example stands for them.
+SLOW = {"first_model", "flows", "integrated_out", "schemes", "treatments"}
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -15,9 +15,13 @@ MODULES = {
     name: count for name, count in modules_with_examples().items() if name.split(".")[0] not in PURE
 }
 PUBLIC = public_objects()
+# Those that compile for more than five seconds.
+SLOW = {"testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"}
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in MODULES]
+)
 def test_examples(module: str) -> None:
     run_examples(module, MODULES[module])
 

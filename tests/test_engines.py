@@ -104,6 +104,7 @@ def test_posterior_predictive_and_log_likelihood(fitted, data, key, parallel):
         np.testing.assert_allclose(each[i], numpy_log_likelihood(draws, data, i), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_chains_side_by_side_with_traced_arguments(data):
     """`jit_model_args` hands the clocks over as traced arrays."""
     mcmc = MCMC(

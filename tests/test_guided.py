@@ -184,15 +184,15 @@ def test_density_is_that_of_the_path(x64, options):
     """log p(z) = log p(x(z)) + log |dx/dz|, the Jacobian by automatic differentiation."""
     model = guided(well_model, **options)
     rng = np.random.default_rng(0)
-    values = {"scale": 0.6, "x_init_innov": rng.normal(size=1), "x_innov": rng.normal(size=11)}
+    values = {"scale": 0.6, "x_init_innov": rng.normal(), "x_innov": rng.normal(size=11)}
     log_z, trace = log_density(model, (WELL,), {}, values)
 
     def to_path(flat):
-        moved = {"scale": 0.6, "x_init_innov": flat[:1], "x_innov": flat[1:]}
+        moved = {"scale": 0.6, "x_init_innov": flat[0], "x_innov": flat[1:]}
         seeded = handlers.substitute(handlers.seed(model, 0), moved)
         return handlers.trace(seeded).get_trace(WELL)["x"]["value"]
 
-    flat = jnp.concatenate([values["x_init_innov"], values["x_innov"]])
+    flat = jnp.append(values["x_init_innov"], values["x_innov"])
     _, log_det = jnp.linalg.slogdet(jax.jacobian(to_path)(flat))
     centred = {"scale": 0.6, "x": to_path(flat)}
     log_x, _ = log_density(well_model, (WELL,), {}, centred)
@@ -202,7 +202,7 @@ def test_density_is_that_of_the_path(x64, options):
 
 @pytest.mark.slow
 def test_float32_is_close_to_float64():
-    values = {"scale": 0.6, "x_init_innov": np.full(1, 0.3), "x_innov": np.full(11, -0.4)}
+    values = {"scale": 0.6, "x_init_innov": 0.3, "x_innov": np.full(11, -0.4)}
     options = {"at": {"scale": 0.5}}
     low = log_density(guided(well_model, **options), (WELL,), {}, values)[0]
     with jax.enable_x64(True):
@@ -215,7 +215,7 @@ def test_without_data_it_is_the_prior():
     assert list(sites) == ["scale", "x_init_innov", "x_innov", "x", "y", "u"]
     innovations = {k: sites[k]["value"] for k in ("scale", "x_innov")}
     white = handlers.reparam(well_model, config={"x": InnovationReparam()})
-    same = handlers.substitute(white, {**innovations, "x_init": sites["x_init_innov"]["value"][0]})
+    same = handlers.substitute(white, {**innovations, "x_init": sites["x_init_innov"]["value"]})
     path = handlers.trace(handlers.seed(same, 0)).get_trace()["x"]["value"]
     np.testing.assert_allclose(path, sites["x"]["value"], rtol=1e-5)
 
@@ -224,7 +224,7 @@ def test_without_data_it_is_the_prior():
 def test_data_by_condition_guide_as_data_by_obs():
     y = {"y": WELL, "u": jnp.array([1.0, 1.3])}
     by_condition = handlers.condition(guided(well_model, at={"scale": 0.5}), y)
-    values = {"scale": 0.6, "x_init_innov": np.zeros(1), "x_innov": np.zeros(11)}
+    values = {"scale": 0.6, "x_init_innov": 0.0, "x_innov": np.zeros(11)}
     one, first = log_density(by_condition, (), {}, values)
     two, second = log_density(guided(well_model, at={"scale": 0.5}), (WELL,), {}, values)
     np.testing.assert_allclose(first["x"]["value"], second["x"]["value"], rtol=1e-6)
@@ -242,7 +242,7 @@ def test_masked_observations_do_not_guide():
             with handlers.mask(mask=keep):
                 nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.01), obs=y)
 
-    values = {"x_init_innov": jnp.zeros((2, 1)), "x_innov": jnp.zeros((2, 11))}
+    values = {"x_init_innov": jnp.zeros(2), "x_innov": jnp.zeros((2, 11))}
     _, sites = log_density(guided(model), (), {}, values)
     path = np.asarray(sites["x"]["value"])
     seen = ~np.isnan(WELL)
@@ -260,7 +260,7 @@ def test_a_refined_grid_is_guided_at_its_own_times():
         nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.01), obs=y[3:], at=np.arange(3, 12))
 
     fine = nsde.TimeGrid(TIMES, max_step=0.05)
-    values = {"x_init_innov": jnp.zeros(1), "x_innov": jnp.zeros(fine.times.size - 1)}
+    values = {"x_init_innov": 0.0, "x_innov": jnp.zeros(fine.times.size - 1)}
     _, sites = log_density(guided(nsde.handlers.refine(model, 0.05)), (), {}, values)
     path = np.asarray(sites["x"]["value"])
     if path.size == fine.times.size:

@@ -149,7 +149,9 @@ class GuidedReparam(Reparam):
         if not data:
             return None, _guided_site(name, site, [], None, None)[0]
         plan = None
-        if run.is_concrete and _is_concrete(site.path, data):
+        # States that the user gave are the reference as they are.
+        searched = self.frozen or isinstance(self.reference, str)
+        if searched and run.is_concrete and _is_concrete(site.path, data):
             plan = self._plan(run).get(name)
         if plan is None:
             return None, _guided_site(name, site, data, self._given(name, site), None)[0]
@@ -217,14 +219,11 @@ def _guided_site(
     start = path.fixed_start
     normal = start is None and is_gaussian(path.init)
     if normal:
-        start = latent(f"{name}_init_innov", path.init, site, (int(np.prod(path.state_shape)),))
+        start = latent(f"{name}_init_innov", path.init, site, path.state_shape)
     elif start is None:
         start = latent(f"{name}_init", path.init, site)
     z = latent(f"{name}_innov", path.init, site, path.innovation_shape)
-    dims: tuple[int, ...] = (
-        1 if normal else len(path.state_shape),
-        len(path.innovation_shape),
-    )
+    dims: tuple[int, ...] = (len(path.state_shape), len(path.innovation_shape))
     if not data:
         value = path.forward(_prior_start(path, start) if normal else start, z)
         remember_value(value, path.clock)
@@ -244,7 +243,7 @@ def _guided_site(
             find = smoothed_reference if reference == "smoother" else data_reference
             guide = make_guide(model, find(model))
         if normal:
-            x0, weight = guided_start(model, guide, start)
+            x0, weight = guided_start(model, guide, jnp.reshape(start, (model.dim,)))
         else:
             x0, weight = jnp.reshape(start, (model.dim,)), jnp.zeros((), z.dtype)
         states, more = guided_path(model, guide, x0, z)
@@ -261,10 +260,10 @@ def _guided_site(
 
 
 def _prior_start(path: SDEPath, z: Array) -> Array:
-    """First state of a normal law from standard normals `(*lead, d)`."""
+    """First state of a normal law from standard normals `(*lead, *state)`."""
     mean, cov = mean_and_cov(path.init, len(path.state_shape))
-    x0 = mean + matvec(psd_factor(cov), z)
-    return x0[..., 0] if path.state_shape == () else x0
+    x0 = mean + matvec(psd_factor(cov), z if path.state_shape else z[..., None])
+    return x0 if path.state_shape else x0[..., 0]
 
 
 class _Along(Reparam):
@@ -290,6 +289,7 @@ class _Along(Reparam):
 def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
     """Search for the posterior mode along the guided paths, moving the reference to them."""
     users: list[GuidedReparam] = []
+    given: set[str] = set()  # paths along states that the user gave
 
     def guided_model(references: Mapping[str, Any], found: dict) -> Any:
         def config(site: Any) -> Any:
@@ -298,6 +298,8 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
                 return chosen
             if not any(chosen is user for user in users):
                 users.append(chosen)
+            if not isinstance(chosen.reference, str):
+                given.add(site["name"])
             return _Along(chosen, references, found)
 
         return run.conditioned(reparam(run.fn, config=config))
@@ -310,9 +312,9 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
         found: dict[str, Any] = {}
 
         def value(site: Any) -> Any:
-            given = _given_value(site, users)
-            if given is not None or site["type"] != "sample" or site["is_observed"]:
-                return given
+            fixed = _given_value(site, users)
+            if fixed is not None or site["type"] != "sample" or site["is_observed"]:
+                return fixed
             value = median(site)
             if value is not None and not site["fn"].support.is_discrete:
                 free[site["name"]] = biject_to(site["fn"].support).inv(value)
@@ -353,9 +355,9 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
         return dict(jax.tree_util.tree_unflatten(structure, parts))
 
     flat = flat.astype(jnp.result_type(float))
-    references = _paths_or_references(found)
+    references = _moved(found, given)
     both = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    return _search(both.lower(flat, references).compile(), flat, references), users
+    return _search(both.lower(flat, references).compile(), flat, references, given), users
 
 
 def _given_value(site: Any, users: list[GuidedReparam]) -> Any:
@@ -368,7 +370,9 @@ def _given_value(site: Any, users: list[GuidedReparam]) -> Any:
     return None
 
 
-def _search(objective: Any, flat: np.ndarray, references: dict[str, Any]) -> dict[str, Plan]:
+def _search(
+    objective: Any, flat: np.ndarray, references: dict[str, Any], given: set[str]
+) -> dict[str, Plan]:
     """Alternate between parameters that fit best and the guided paths at them."""
 
     def evaluate(x: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray]:
@@ -385,13 +389,13 @@ def _search(objective: Any, flat: np.ndarray, references: dict[str, Any]) -> dic
         if best.size:
             options = {"maxiter": _STEPS}
             best = minimize(on_host, best, jac=True, method="L-BFGS-B", options=options).x
-        references = _paths_or_references(evaluate(best)[1])
+        references = _moved(evaluate(best)[1], given)
     return {name: Plan(*guide) for name, (_, guide) in evaluate(best)[1].items()}
 
 
-def _paths_or_references(found: dict[str, Any]) -> dict[str, Any]:
-    """The guided paths as the next references; a path that is not finite stays behind."""
+def _moved(found: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The guided paths as the next references; those given, and what is not finite, stay."""
     return {
-        name: states if np.all(np.isfinite(states)) else guide.reference
+        name: guide.reference if name in given or not np.all(np.isfinite(states)) else states
         for name, (states, guide) in found.items()
     }

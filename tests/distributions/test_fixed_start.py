@@ -112,6 +112,7 @@ def test_nuts_with_a_latent_start(key):
     assert replicated.shape == (1500, 5)
 
 
+@pytest.mark.slow
 def test_chains_side_by_side(key):
     mcmc = MCMC(NUTS(latent_start), num_warmup=5, num_samples=5, num_chains=2,
                 chain_method="vectorized", progress_bar=False)  # fmt: skip

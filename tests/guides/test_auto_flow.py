@@ -228,6 +228,7 @@ class TestFit:
             got = np.log(np.asarray(guide.quantiles(params, probabilities)["rate"]))
             assert np.max(np.abs(got - exact)) / sd < 0.1
 
+    @pytest.mark.slow
     def test_a_hierarchical_model_stays_finite_from_the_first_steps(self):
         """Eight schools: undamped flows throw a draw so far in five steps that it overflows."""
         effects = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -310,6 +311,7 @@ class TestGuideInterface:
         assert out["y"].shape == (7, 4)
         assert out["twice"].shape == (7, 4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("flow", ["iaf", "bnaf"])
     def test_median_of_the_autoregressive_flows(self, flow):
         guide = AutoFlow(mixed_model, flow=flow, num_quantile_draws=1024)
