@@ -349,7 +349,8 @@ class SDEPath(dist.Distribution):
             return x, x
 
         x0 = x0.astype(dtype)
-        _, rest = lax.scan(cast_step, x0, inputs)
+        # Recomputing a step in the backward pass beats storing its parts.
+        _, rest = lax.scan(jax.checkpoint(cast_step), x0, inputs)
         return jnp.concatenate([x0[None], rest])
 
     def _lead(self, value: Array) -> tuple[int, ...]:

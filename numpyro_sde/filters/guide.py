@@ -231,7 +231,8 @@ def guided_path(
         return new, (new, w, log_det)
 
     inputs = (model.step_inputs(), guide.H[1:], guide.e[1:], guide.reference[1:], flat)
-    _, (rest, w, log_det) = lax.scan(step, x0, inputs)
+    # Recomputing a step in the backward pass beats storing its parts.
+    _, (rest, w, log_det) = lax.scan(jax.checkpoint(step), x0, inputs)
     path = jnp.concatenate([x0[None], rest])
     return GuidedPath(path, jnp.sum(log_weight(w, flat, log_det)))
 
