@@ -26,8 +26,10 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PYTEST) -m 'slow or not slow'
 
+# Undefined names apart: in the package jaxtyping's shape strings would look like some.
 lint: $(STAMP)
 	$(BIN)/ruff check numpyro_sde tests benchmarks examples
+	$(BIN)/ruff check --isolated --select F821 tests benchmarks examples
 	$(BIN)/ruff format --check numpyro_sde tests benchmarks examples
 	$(BIN)/mypy
 

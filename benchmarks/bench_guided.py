@@ -181,12 +181,14 @@ def smallest_ess(values: np.ndarray) -> float:
     return min(float(effective_sample_size(moving[None, :, i])) for i in range(moving.shape[1]))
 
 
-def fit(case: Case, treatment: str, draws: int) -> None:
+def fit(case: Case, treatment: str, draws: int, acceptance: float) -> None:
     """Fit once and print one row of the table."""
     target = treat(case, treatment)
     if target is None:
         return
-    kernel = NUTS(target, init_strategy=init_to_median(num_samples=20))
+    kernel = NUTS(
+        target, init_strategy=init_to_median(num_samples=20), target_accept_prob=acceptance
+    )
     mcmc = MCMC(kernel, num_warmup=draws, num_samples=draws, progress_bar=False)
     start = time.perf_counter()
     try:
@@ -246,6 +248,7 @@ if __name__ == "__main__":
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--treatments", nargs="*", choices=TREATMENTS, default=list(TREATMENTS))
     parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--acceptance", type=float, default=0.8)
     chosen = parser.parse_args()
     for name in chosen.cases:
         print(f"\n{name}, {chosen.draws} + {chosen.draws} iterations\n")
@@ -256,4 +259,4 @@ if __name__ == "__main__":
         print("|" + " --- |" * 9)
         case = CASES[name]()
         for treatment in chosen.treatments:
-            fit(case, treatment, chosen.draws)
+            fit(case, treatment, chosen.draws, chosen.acceptance)
