@@ -202,10 +202,19 @@ class SDEPath(dist.Distribution):
             (self.leaf_dims[:num_sde], self.leaf_dims[num_sde:-2], 1, 1, *dims),
         )
 
-    @validate_sample
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
+        traced = isinstance(value, jax.core.Tracer)
+        if traced and self.fixed_start is None and not self.sde.positive:
+            # On the whole real line only NaN and infinity are outside, and give NaN or -inf by
+            # themselves: a test of every state would cost a sixth of the density.
+            return self._log_prob(value)
+        return self._checked_log_prob(value)
+
+    def _log_prob(self, value: ArrayLike) -> Array:
         start, total = self._density(value, "log_density_sum")
         return start if total is None else start + total
+
+    _checked_log_prob = validate_sample(_log_prob)
 
     def log_prob_pointwise(self, value: ArrayLike) -> Float[Array, "*batch T"]:
         """Terms of the log density, shape `(*lead, T)`.
