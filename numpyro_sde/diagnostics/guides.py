@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PRNGKeyArray
-from numpyro.handlers import block, seed, substitute, trace
-from numpyro.infer.util import log_density
 
+from numpyro_sde.diagnostics.sites import is_latent, trace_model
 from numpyro_sde.diagnostics.statistics import fit_weights
 
 
@@ -82,33 +81,24 @@ def guide_quality(
         >>> bool(np.all(quality.efficiency > 0.99))  # linear and Gaussian: the guide is exact
         True
     """
-    with block(), trace() as sites, seed(rng_seed=0):
-        model(*model_args, **model_kwargs)
+    sites = trace_model(model, model_args, model_kwargs, {}, jax.random.key(0))
     guided = {name.removesuffix("_guide") for name in sites if name.endswith("_guide")}
     if not guided:
         raise ValueError("guide_quality: the model has no path under GuidedReparam")
     drawn = {f"{name}{suffix}" for name in guided for suffix in ("_innov", "_init_innov", "_init")}
-    latent = [
-        name
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"] and name not in drawn
-    ]
+    latent = [name for name, site in sites.items() if is_latent(site) and name not in drawn]
     kept = {name: jnp.asarray(samples[name]) for name in latent if name in samples}
     length = min((len(v) for v in kept.values()), default=1)
     chosen = np.linspace(0, length - 1, num_points).astype(int)
 
     def log_weight(theta: Any, key: PRNGKeyArray) -> Any:
-        draw = trace(seed(substitute(model, data=theta), key)).get_trace(
-            *model_args, **model_kwargs
-        )
-        values = {
-            name: site["value"]
-            for name, site in draw.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
-        total, _ = log_density(model, model_args, model_kwargs, values)
-        for name, value in values.items():
-            total = total - jnp.sum(draw[name]["fn"].log_prob(value))
+        # Latent sites come from their own laws, so that data and factors are the whole weight.
+        draw = trace_model(model, model_args, model_kwargs, theta, key)
+        total = jnp.zeros(())
+        for site in draw.values():
+            if site["type"] == "sample" and site["is_observed"]:
+                scale = 1.0 if site["scale"] is None else site["scale"]
+                total = total + jnp.sum(scale * site["fn"].log_prob(site["value"]))
         return total
 
     def at(theta: Any, key: PRNGKeyArray) -> Any:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.model import Instrument, StateSpaceModel
-from numpyro_sde.filters.updates import with_valid_inputs
+from numpyro_sde.filters.updates import drop_missing, linearize
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     backward_information,
@@ -111,17 +111,9 @@ def observed_information(
     The information is the expected one of a Gaussian with the emission's mean and covariance
     (for the exponential families in their mean, Fisher's); the score is the emission's own.
     """
-
-    def mean_of(x: Array) -> tuple[Array, tuple[Array, Array]]:
-        mean, cov = instrument.moments(inputs, x)
-        return mean, (mean, cov)
-
-    C, (mean, R) = jax.jacfwd(mean_of, has_aux=True)(x)
-    both = present[:, None] & present[None, :]
-    C = jnp.where(present[:, None], C, 0.0)
-    R = jnp.where(both, R, jnp.eye(R.shape[0], dtype=R.dtype))
-    L = cholesky(R)
-    white = solve_lower(L, jnp.concatenate([C, jnp.where(present, y - mean, 0.0)[:, None]], 1))
+    mean, R, C = linearize(instrument, inputs, x)
+    residual, C, R = drop_missing(y - mean, C, R, present)
+    white = solve_lower(cholesky(R), jnp.concatenate([C, residual[:, None]], axis=1))
     information = matmul(transpose(white[:, :-1]), white[:, :-1])
     if instrument.gaussian:
         score = matvec(transpose(white[:, :-1]), white[:, -1])
@@ -136,21 +128,21 @@ def observations_along(
     model: StateSpaceModel, reference: Float[Array, "N d"]
 ) -> tuple[Float[Array, "N d d"], Float[Array, "N d"]]:
     """Information and score of all observations at each grid time, at the reference."""
-    model = with_valid_inputs(model)
     J = jnp.zeros((*reference.shape, model.dim), reference.dtype)
     s = jnp.zeros_like(reference)
     for instrument in model.instruments:
-        rows = np.asarray(instrument.rows)
-        if rows.size == 0:
-            continue
-        now = jax.tree.map(
-            lambda a, rows=rows: jnp.asarray(a)[rows],
-            (instrument.inputs, instrument.values, instrument.present),
-        )
+        rows, now = _observed_times(instrument)
         inform: Any = partial(observed_information, instrument)
         more, score = jax.vmap(inform)(*now, reference[rows])
         J, s = J.at[rows].add(more), s.at[rows].add(score)
     return J, s
+
+
+def _observed_times(instrument: Instrument) -> tuple[np.ndarray, Any]:
+    """Grid indices of an instrument's observations; its inputs, values and presence there."""
+    rows = np.asarray(instrument.rows, dtype=int)
+    data = (instrument.inputs, instrument.values, instrument.present)
+    return rows, jax.tree.map(lambda a: jnp.asarray(a)[rows], data)
 
 
 def linearize_along(model: StateSpaceModel, reference: Float[Array, "N d"]) -> LinearizedSteps:
@@ -239,10 +231,11 @@ def guided_path(
 
 def _log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array, " N"]:
     """Log density of the observations at each grid time, given the states."""
-    model = with_valid_inputs(model)
     total = jnp.zeros(model.num_times, x.dtype)
-    for i in model.instruments:
-        total = total + jax.vmap(i.log_prob)(i.inputs, x, i.values, i.present)
+    for instrument in model.instruments:
+        rows, (inputs, values, present) = _observed_times(instrument)
+        terms = jax.vmap(instrument.log_prob)(inputs, x[rows], values, present)
+        total = total.at[rows].add(terms)
     return total
 
 
@@ -296,7 +289,8 @@ def smoothed_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
     linearised = model._replace(scheme=scheme, cache=cache)
     mean, _ = ExtendedKalman(emission="moments").filter(linearised).smooth()
     mean = _keep_positive(model, mean)
-    return jnp.where(jnp.all(jnp.isfinite(mean)), mean, data_reference(model))
+    finite = jnp.all(jnp.isfinite(mean))
+    return lax.cond(finite, lambda: mean, lambda: data_reference(model).astype(mean.dtype))
 
 
 def _keep_positive(model: StateSpaceModel, x: Array) -> Array:

@@ -81,11 +81,8 @@ def linear_update(
         >>> round(float(mean[0]), 4), round(float(cov[0, 0]), 4)
         (0.5, 0.5)
     """
-    p, d = H.shape
-    both = present[:, None] & present[None, :]
-    residual = jnp.where(present, residual, 0.0)
-    H = jnp.where(present[:, None], H, 0.0)
-    R = jnp.where(both, R, jnp.eye(p, dtype=R.dtype))
+    d = H.shape[1]
+    residual, H, R = drop_missing(residual, H, R, present)
     HP = matmul(H, cov)
     L = cholesky(symmetrize(matmul(HP, transpose(H))) + R)
     white = solve_lower(L, jnp.concatenate([residual[:, None], HP], axis=1))
@@ -97,6 +94,21 @@ def linear_update(
         mean + matvec(transpose(white[:, 1:]), white[:, 0]),
         congruence(keep, cov) + congruence(gain, R),
         log_density,
+    )
+
+
+def drop_missing(
+    residual: Float[Array, " p"],
+    H: Float[Array, "p d"],
+    R: Float[Array, "p p"],
+    present: Bool[Array, " p"],
+) -> tuple[Float[Array, " p"], Float[Array, "p d"], Float[Array, "p p"]]:
+    """Make missing components of a linear observation say nothing, at unit noise of their own."""
+    both = present[:, None] & present[None, :]
+    return (
+        jnp.where(present, residual, 0.0),
+        jnp.where(present[:, None], H, 0.0),
+        jnp.where(both, R, jnp.eye(R.shape[0], dtype=R.dtype)),
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike
 from numpyro.distributions import biject_to
 from numpyro.handlers import reparam, seed, substitute
@@ -306,8 +307,10 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
 
     median = init_to_median(num_samples=15)
 
+    unravel: list[Any] = []
+
     def start() -> tuple[Any, Any]:
-        """Unconstrained medians of the free sites, and the guided paths there."""
+        """Unconstrained medians of the free sites as one vector, and the guided paths there."""
         free: dict[str, Array] = {}
         found: dict[str, Any] = {}
 
@@ -321,11 +324,13 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
             return value
 
         substitute(seed(guided_model({}, found), 0), substitute_fn=value)(*run.args, **run.kwargs)
-        return free, found
+        flat, back = ravel_pytree(free)
+        unravel.append(back)
+        return flat.astype(jnp.result_type(float)), found
 
     def objective(flat: Array, references: Any) -> tuple[Array, Any]:
         """Minus the log density of unconstrained values with innovations of zero."""
-        unconstrained = unravel(flat)
+        unconstrained = unravel[0](flat)
         found: dict[str, Any] = {}
         log_det = [jnp.zeros(())]
 
@@ -343,18 +348,7 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
         return -(log_joint + sum(log_det)), found
 
     # Compiled ahead of time: a compiled function runs at once, also inside an outer trace.
-    free, found = jax.jit(start).lower().compile()()
-    free, found = jax.tree.map(np.asarray, (free, found))
-    leaves, structure = jax.tree_util.tree_flatten(free)
-    sizes = np.cumsum([leaf.size for leaf in leaves])
-    flat = np.concatenate([leaf.ravel() for leaf in leaves] or [np.zeros(0)])
-
-    def unravel(flat: Array) -> dict[str, Array]:
-        parts = jnp.split(flat, sizes[:-1]) if leaves else []
-        parts = [p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)]
-        return dict(jax.tree_util.tree_unflatten(structure, parts))
-
-    flat = flat.astype(jnp.result_type(float))
+    flat, found = jax.tree.map(np.asarray, jax.jit(start).lower().compile()())
     references = _moved(found, given)
     both = jax.jit(jax.value_and_grad(objective, has_aux=True))
     return _search(both.lower(flat, references).compile(), flat, references, given), users

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.handlers import condition, reparam, seed, substitute, trace
 from numpyro.primitives import _PYRO_STACK, Messenger
@@ -27,6 +26,7 @@ from numpyro_sde.distributions.marginal import Rows, Statement
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.handlers import path_law
+from numpyro_sde.reparam.path import peel
 
 
 class Run(NamedTuple):
@@ -154,7 +154,7 @@ class _Recorder(Messenger):
             return
         if self.value is None or not msg["is_observed"]:
             return
-        law, mask = _peel(msg["fn"])
+        law, mask = peel(msg["fn"])
         if not isinstance(law, EmissionPath) or law.observed_rows is None:
             return
         if identity_of_path(law.observed_path) != id(self.value):
@@ -169,15 +169,6 @@ class _Recorder(Messenger):
             seen = jnp.reshape(mask, jnp.shape(mask) + (1,) * len(statement.event_shape))
             y = jnp.where(seen, jnp.asarray(y, jnp.result_type(float)), jnp.nan)
         self.data.append((statement, y))
-
-
-def _peel(fn: Any) -> tuple[Any, Any]:
-    mask: Any = True
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            mask = fn._mask if mask is True else mask & fn._mask
-        fn = fn.base_dist
-    return fn, mask
 
 
 def stand_in(path: SDEPath, lead: tuple[int, ...]) -> Array:

@@ -31,14 +31,20 @@ class Unwrapped(NamedTuple):
     mask: Any
 
 
-def unwrap(name: str, fn: Any, reparam: Reparam) -> Unwrapped:
-    """Find the path law of a site, or raise a `TypeError` that names it."""
+def peel(fn: Any) -> tuple[Any, Any]:
+    """The distribution inside `expand`, `to_event` and `mask`, and the mask; True for none."""
     mask: Any = True
-    shape = fn.shape()
     while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         if isinstance(fn, dist.MaskedDistribution):
             mask = mask & fn._mask
         fn = fn.base_dist
+    return fn, mask
+
+
+def unwrap(name: str, fn: Any, reparam: Reparam) -> Unwrapped:
+    """Find the path law of a site, or raise a `TypeError` that names it."""
+    shape = fn.shape()
+    fn, mask = peel(fn)
     if not isinstance(fn, SDEPath):
         raise TypeError(
             f"{type(reparam).__name__} is for SDEPath sites, but site {name!r} is a "
