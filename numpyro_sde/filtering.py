@@ -10,10 +10,10 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import ArrayLike
 
-from numpyro_sde.distributions.marginal import make_statement, run_on_model
+from numpyro_sde.distributions.marginal import make_statement, run_method
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.filters.model import AbstractFilter, FilterResult
 from numpyro_sde.observe import check_data, check_indices
 
 
@@ -74,8 +74,6 @@ def filter_path(
         np.shape(y)[: np.ndim(y) - len(statement.event_shape)],
     )
 
-    def run(model: StateSpaceModel) -> FilterResult:
-        method.check(model)
-        return method.filter(model)
-
-    return run_on_model(path, lead, [(statement, y)], run)
+    return run_method(
+        path, lead, [(statement, y)], method, lambda method, model: method.filter(model)
+    )

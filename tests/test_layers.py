@@ -15,15 +15,20 @@ LAYERS = [
     ["linear.small", "linear.discretize", "linear.affine"],
     ["closures", "grid", "noise", "interop", "sde", "schemes", "processes", "bridge"],
     ["linear"],
+    [
+        *("filters.model", "filters.checks", "filters.quadrature", "filters.updates"),
+        *("filters.gaussian", "filters.extended", "filters.guide"),
+    ],
+    ["smc"],
     ["filters"],
     ["distributions"],
     ["observe", "handlers", "reparam", "smoothing", "filtering"],
-    ["guides"],
+    ["guides", "infer"],
     ["diagnostics", "datasets", "testing"],
 ]
 PURE = (
     *("closures", "grid", "noise", "sde", "schemes", "processes", "bridge"),
-    *("linear", "filters", "interop"),
+    *("linear", "filters", "smc", "interop"),
 )
 OPTIONAL = ("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import equinox as eqx
@@ -145,6 +147,8 @@ def run_on_model(
 ) -> Any:
     """Map `fn(model, *arrays)` of the unbatched state-space model over `lead`."""
     mean, cov = mean_and_cov(path.init, len(path.state_shape))
+    # A start given in whole numbers is a real state all the same.
+    mean, cov = mean.astype(jnp.result_type(mean, float)), cov.astype(jnp.result_type(cov, float))
     state_shape, chosen, normal_start = path.state_shape, path.scheme_chosen, is_gaussian(path.init)
     flat: list[Any] = []
     flat_dims: list[Any] = []
@@ -175,6 +179,60 @@ def run_on_model(
         return fn(model, *others)
 
     return path._map(one, lead, (mean, cov, *flat, *arrays), (1, 2, *flat_dims, *dims))
+
+
+def run_method(
+    path: SDEPath,
+    lead: tuple[int, ...],
+    data: list[tuple[Statement, Any]],
+    method: AbstractFilter,
+    fn: Callable[[AbstractFilter, StateSpaceModel], Any],
+) -> Any:
+    """Map `fn(method, model)` over `lead`, each element with random numbers of its own."""
+    key = method.random_key
+    if key is None:
+
+        def plain(model: StateSpaceModel) -> Any:
+            method.check(model)
+            return fn(method, model)
+
+        return run_on_model(path, lead, data, plain)
+    first = key if key.ndim == 0 else key[0]
+    starts = draw_starts(path, lead, method.num_starts, jax.random.fold_in(first, 1))
+    keys = _keys_for(key, lead)
+
+    def seeded(model: StateSpaceModel, key: PRNGKeyArray, *starts: Array) -> Any:
+        model = with_starts(model, *starts)
+        chosen = method.with_key(key)
+        chosen.check(model)
+        return fn(chosen, model)
+
+    dims = (keys.ndim - len(lead), *(1 + len(path.state_shape) for _ in starts))
+    return run_on_model(path, lead, data, seeded, (keys, *starts), dims)
+
+
+def _keys_for(key: PRNGKeyArray, lead: tuple[int, ...]) -> PRNGKeyArray:
+    """Independent keys `(*lead, ...)`, made of one key or of each of several."""
+    if key.ndim == 0:
+        return jax.random.split(key, lead)
+    return jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, lead))(key), 0, -1)
+
+
+def draw_starts(
+    path: SDEPath, lead: tuple[int, ...], num_starts: int, key: PRNGKeyArray
+) -> tuple[Array, ...]:
+    """Draws of first states that are not normal, one array `(*lead, M, *state)`, or none."""
+    if num_starts == 0 or is_gaussian(path.init):
+        return ()
+    draws = path.init.expand(lead).sample(key, (num_starts,))
+    return (jnp.moveaxis(draws, 0, len(lead)).astype(jnp.result_type(float)),)
+
+
+def with_starts(model: StateSpaceModel, *starts: Array) -> StateSpaceModel:
+    """Give a model the draws that `draw_starts` made."""
+    if not starts:
+        return model
+    return model._replace(starts=jnp.reshape(starts[0], (starts[0].shape[0], model.dim)))
 
 
 class MarginalPath(dist.Distribution):
@@ -239,11 +297,10 @@ class MarginalPath(dist.Distribution):
         return jnp.broadcast_shapes(self.batch_shape, value.shape[:cut], *leads)
 
     def _run(self, data: list[tuple[Statement, Any]], lead: tuple[int, ...], what: str) -> Array:
-        def evaluate(model: StateSpaceModel) -> Array:
-            self.method.check(model)
-            return getattr(self.method, what)(model)
+        def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
+            return getattr(method, what)(model)
 
-        return run_on_model(self.path, lead, data, evaluate)
+        return run_method(self.path, lead, data, self.method, evaluate)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
         value = _as_array(value)
@@ -302,14 +359,24 @@ def draw_smoothed(
     key: PRNGKeyArray,
 ) -> Array:
     """Draw one path for each element of `lead`, given the data, shape `(*lead, T, *state)`."""
-    keys = jax.random.split(key, lead)
+    filter_key, draw_key = jax.random.split(key)
+    keys = jax.random.split(draw_key, lead)
+    # Draws for many parameter values must not share the filter's random numbers.
+    method = method.for_smoothing().with_key(filter_key)
+    method_key = method.random_key
+    method_keys = keys if method_key is None else jax.random.split(method_key, lead)
+    starts = draw_starts(path, lead, method.num_starts, jax.random.fold_in(key, 1))
 
-    def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
-        method.check(model)
-        draw = method.filter(model).sample(key, 1)[0]
+    def one(model: StateSpaceModel, key: PRNGKeyArray, other: Any, *starts: Array) -> Array:
+        model = with_starts(model, *starts)
+        chosen = method.with_key(other)
+        chosen.check(model)
+        draw = chosen.filter(model).sample(key, 1)[0]
         return draw[:, 0] if model.scalar else draw
 
-    return run_on_model(path, lead, data, one, (keys,), (keys.ndim - len(lead),))
+    key_dim = keys.ndim - len(lead)
+    dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
+    return run_on_model(path, lead, data, one, (keys, method_keys, *starts), dims)
 
 
 @promote_batch_shape.register
@@ -375,7 +442,12 @@ class IntegratedPath:
 
     def law_of(self, statement: Statement) -> MarginalPath:
         """The law of one more statement's data, given those seen so far."""
-        return MarginalPath(self.path, self.method, statement, tuple(self.seen), self.lead)
+        method, key = self.method, self.method.random_key
+        if key is not None:
+            # Random numbers of its own for each path: estimates multiply only if independent.
+            own = partial(jax.random.fold_in, data=zlib.crc32(self.name.encode()))
+            method = method.with_key(own(key) if key.ndim == 0 else jax.vmap(own)(key))
+        return MarginalPath(self.path, method, statement, tuple(self.seen), self.lead)
 
     def note(self, statement: Statement, value: Array) -> None:
         """Remember a statement's data for the statements after it."""

@@ -1,6 +1,7 @@
 """Filters: ways to integrate a path out of a model.
 
-`Kalman` is exact for linear-Gaussian models; the others approximate nonlinear ones. All work on
+`Kalman` is exact for linear-Gaussian models; `Particle` estimates the likelihood of any other
+without bias; the others approximate nonlinear ones. All work on
 a `StateSpaceModel` and return a `FilterResult`.
 """
 
@@ -10,6 +11,7 @@ from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.kalman import Kalman
 from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.filters.moment_matching import MomentMatching
+from numpyro_sde.filters.particle import Particle, ParticleCollapseWarning, ParticleResult
 from numpyro_sde.filters.unscented import UnscentedKalman
 
 __all__ = [
@@ -21,6 +23,9 @@ __all__ = [
     "Instrument",
     "Kalman",
     "MomentMatching",
+    "Particle",
+    "ParticleCollapseWarning",
+    "ParticleResult",
     "StateSpaceModel",
     "UnscentedKalman",
     "closure_check",

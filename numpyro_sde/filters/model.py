@@ -77,6 +77,8 @@ class StateSpaceModel(NamedTuple):
         init_gaussian: whether the first state is normal (a fixed one counts).
         scalar: whether the process is written for states of shape `()`.
         instruments: the observation statements.
+        starts: draws of the first state, `(M, d)`, for methods that need them where it is not
+            normal.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -104,6 +106,7 @@ class StateSpaceModel(NamedTuple):
     init_gaussian: bool
     scalar: bool
     instruments: tuple[Instrument, ...]
+    starts: Any = None
 
     @property
     def dim(self) -> int:
@@ -198,7 +201,7 @@ class FilterResult(eqx.Module):
     cov: Float[Array, "N d d"]
     predicted_mean: Float[Array, "N d"]
     predicted_cov: Float[Array, "N d d"]
-    cross: Float[Array, "{N}-1 d d"]
+    cross: Float[Array, "{N}-1 d d"] | None
     particles: Any = None
     log_weights: Any = None
     kernel: BackwardKernel | None = None
@@ -211,6 +214,7 @@ class FilterResult(eqx.Module):
         """
         if self.kernel is not None:
             return self.kernel
+        assert self.cross is not None
         gain = jax.vmap(_right_divide)(self.cross, self.predicted_cov[1:])
         rest = self.cov[:-1] - gain @ jnp.swapaxes(self.cross, -1, -2)
         return BackwardKernel(
@@ -272,6 +276,24 @@ class AbstractFilter(eqx.Module):
 
     def check(self, model: StateSpaceModel) -> None:
         """Raise a `ValueError` where the method cannot treat this model."""
+
+    @property
+    def num_starts(self) -> int:
+        """Draws of the first state that the method needs where it is not normal; 0 for none."""
+        return 0
+
+    @property
+    def random_key(self) -> PRNGKeyArray | None:
+        """The key of its random numbers; None for methods without any."""
+        return None
+
+    def with_key(self, key: PRNGKeyArray) -> AbstractFilter:  # noqa: ARG002
+        """The same method on other random numbers."""
+        return self
+
+    def for_smoothing(self) -> AbstractFilter:
+        """The same method, keeping what draws of the path need."""
+        return self
 
     def simulator(self, path: Any) -> Any:
         """The path law to simulate where the method discretises otherwise than the path."""

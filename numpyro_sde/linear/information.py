@@ -170,6 +170,29 @@ def guided_innovations(
     return w, jnp.sum(jnp.log(diagonal(L)))
 
 
+def whiten_innovations(
+    H: Float[Array, "d d"],
+    e: Float[Array, " d"],
+    ahead: Float[Array, " d"],
+    B: Float[Array, "..."],
+    w: Float[Array, " m"],
+) -> tuple[Float[Array, " m"], Float[Array, ""]]:
+    """Standard normals that `guided_innovations` turns into `w`: its inverse, and `log det L`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one = jnp.ones(1)
+        >>> z, _ = whiten_innovations(3.0 * jnp.eye(1), 4.0 * one, 0.0 * one, one, 1.5 * one)
+        >>> z.tolist()
+        [1.0]
+    """
+    r = e - matvec(H, ahead)
+    r = B * r if B.ndim == 1 else matvec(transpose(B), r)
+    L = cholesky(innovation_precision(H, B))
+    z = matvec(transpose(L), w) - solve_lower(L, r[:, None])[:, 0]
+    return z, jnp.sum(jnp.log(diagonal(L)))
+
+
 def log_weight(w: Array, z: Array, log_det: Any) -> Array:
     """Log density of innovations `w`, standard normal, over that of the map from `z`.
 

@@ -132,12 +132,18 @@ def outside_all_handlers() -> Iterator[None]:
         _PYRO_STACK[:] = saved
 
 
-class _Recorder(Messenger):
-    """Give a path a stand-in value and note what is observed of it."""
+class Recorder(Messenger):
+    """Give a path a value and note its law and what is observed of it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: the path's site.
+        value: its value; None for its start's mean at all times.
+    """
+
+    def __init__(self, name: str, value: Any = None) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.given = name, value
+        self.fn: Any = None
         self.value: Any = None
         self.data: list[tuple[Statement, Array]] = []
 
@@ -147,8 +153,9 @@ class _Recorder(Messenger):
         if msg["name"] == self.name:
             path = path_law(msg["fn"])
             if path is not None:
-                shape = msg["fn"].shape()
-                self.value = stand_in(path, shape[: len(shape) - path.event_dim])
+                self.fn, shape = msg["fn"], msg["fn"].shape()
+                lead = shape[: len(shape) - path.event_dim]
+                self.value = stand_in(path, lead) if self.given is None else self.given + 0.0
                 msg["value"] = self.value
                 remember_value(self.value, path.clock)
             return
@@ -184,7 +191,7 @@ def look_ahead(name: str, run: Run) -> list[tuple[Statement, Array]]:
 
     Statements without data are left out; what is masked out counts as missing.
     """
-    recorder = _Recorder(name)
+    recorder = Recorder(name)
     with (
         outside_all_handlers(),
         trace(),

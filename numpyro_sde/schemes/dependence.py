@@ -39,15 +39,17 @@ def dependence(sde: SDE, role: str, state_shape: tuple[int, ...]) -> Dependence:
         return one._call(getattr(one, role), t, x)
 
     jaxpr = jax.make_jaxpr(coefficient)(sde.unbatched_shapes(), t, x).jaxpr
-    return Dependence(_reaches_output(jaxpr, -2), _reaches_output(jaxpr, -1))
+    return Dependence(reaches_output(jaxpr, -2), reaches_output(jaxpr, -1))
 
 
-def _reaches_output(jaxpr: Any, index: int) -> bool:
+def reaches_output(jaxpr: Any, index: int, output: int | None = None) -> bool:
+    """Whether one input of a trace can influence its outputs, or one of them."""
     reached = {jaxpr.invars[index]}
     for eqn in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
             reached.update(eqn.outvars)
-    return any(not isinstance(v, Literal) and v in reached for v in jaxpr.outvars)
+    outputs = jaxpr.outvars if output is None else [jaxpr.outvars[output]]
+    return any(not isinstance(v, Literal) and v in reached for v in outputs)
 
 
 def require_additive(sde: SDE, state_shape: tuple[int, ...], scheme: str, remedy: str) -> None:

@@ -1,0 +1,225 @@
+"""Conditional SMC as a block of NumPyro's Gibbs sampler."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import identity
+
+from numpyro_sde.distributions.marginal import draw_starts, run_on_model, with_starts
+from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
+from numpyro_sde.filters.model import StateSpaceModel
+from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
+from numpyro_sde.smc.backward import invertible
+from numpyro_sde.smc.conditional import conditional_smc
+from numpyro_sde.smc.particle_filter import Setting
+from numpyro_sde.smc.proposals import PROPOSALS
+from numpyro_sde.smc.resampling import SCHEMES
+
+_PROPOSALS = ("guided", "bootstrap")
+# Sweeps from a draw of the prior before the first iteration.
+_FIRST_SWEEPS = 2
+
+
+class ConditionalSMCState(NamedTuple):
+    """State of `ConditionalSMC`.
+
+    Attributes:
+        z: the paths by site, `(*batch, T, *state)`.
+        renewed: whether the state at each time changed in the last sweep, by site, `(*batch, T)`.
+        ess: effective sample sizes of the last sweep at each time, by site.
+        rng_key: key of the next sweep.
+    """
+
+    z: dict[str, Array]
+    renewed: dict[str, Array]
+    ess: dict[str, Array]
+    rng_key: PRNGKeyArray
+
+
+class ConditionalSMC(MCMCKernel):
+    """Update paths given the rest of a model by conditional sequential Monte Carlo.
+
+    A block kernel for `numpyro.infer.gibbs.Gibbs`:
+    `Gibbs([(ConditionalSMC(model), ["x"]), (NUTS(model), None)])`, which `ParticleGibbs` makes for
+    you. Each sweep runs a particle filter that keeps the present path and draws a new one backward,
+    block by block between observation times, with new bridges inside the blocks; any number of
+    particles keeps the law of the path given data and parameters.
+
+    Extra fields are `renewed` and `ess` of `ConditionalSMCState`: under `Gibbs`
+    `"block_states.0.renewed"`. Do not use it where the diffusion's parameters are to be learnt on a
+    very fine grid: given the path they hardly move (Roberts and Stramer 2001); `GuidedReparam` and
+    `PMMH` have no such limit.
+
+    Args:
+        model: the model, its path sites as they are: no `marginalize`, no reparametrisation.
+        sites: names of the path sites; None for all of the model.
+        num_particles: number of particles, at least 2.
+        proposal: "guided" or "bootstrap".
+        backward: draw the path backward among all particles; False follows the ancestors, which
+            all paths share at the beginning of long series.
+        resampling: scheme of the conditional filter.
+        ess_threshold: share of particles below which the effective size calls for resampling.
+
+    Raises:
+        ValueError: an option out of range. When run: a model without path sites, a path that enters
+            the density elsewhere than in `observe`, a transition without density, or noise that is
+            not Brownian.
+        TypeError: a count that is no integer.
+
+    Example:
+        >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro.infer.gibbs import Gibbs
+        >>> def model(y=None):
+        ...     scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        ...     sde = nsde.SDE(lambda t, x, p: -x, lambda t, x, p: p, params=scale)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, np.arange(4.0), dist.Normal(0.0, 1.0)))
+        ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.5), obs=y)
+        >>> block = nsde.infer.ConditionalSMC(model, num_particles=8)
+        >>> mcmc = MCMC(Gibbs([(block, ["x"]), (NUTS(model), None)]), num_warmup=10,
+        ...             num_samples=10, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), np.array([0.5, -0.2, 0.1, 0.4]))
+        >>> mcmc.get_samples()["x"].shape
+        (10, 4)
+    """
+
+    sample_field = "z"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        sites: Sequence[str] | None = None,
+        num_particles: int = 64,
+        *,
+        proposal: str = "guided",
+        backward: bool = True,
+        resampling: str = "systematic",
+        ess_threshold: float = 0.5,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be a function, got {type(model).__name__}")
+        if isinstance(sites, str):
+            raise TypeError(f"sites must be a list of names, got the string {sites!r}")
+        check_count("num_particles", num_particles, least=2)
+        check_choice("proposal", proposal, _PROPOSALS)
+        check_choice("resampling", resampling, tuple(SCHEMES))
+        if not 0 <= ess_threshold <= 1:
+            raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
+        self._model = model
+        self.sites = None if sites is None else tuple(sites)
+        self.num_particles = num_particles
+        self.backward = backward
+        self.setting = Setting(
+            num_particles, PROPOSALS[proposal](), SCHEMES[resampling], float(ess_threshold)
+        )
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model."""
+        return self._model
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        return ("z",)
+
+    def get_diagnostics_str(self, state: ConditionalSMCState) -> str:
+        shares = [jnp.mean(renewed) for renewed in state.renewed.values()]
+        return f"path renewed {float(sum(shares) / len(shares)):.2f}"
+
+    def init(
+        self,
+        rng_key: PRNGKeyArray,
+        num_warmup: int,  # noqa: ARG002
+        init_params: Any,
+        model_args: Any,
+        model_kwargs: Any,
+    ) -> ConditionalSMCState:
+        if not init_params:
+            raise ValueError(
+                "ConditionalSMC is a block of numpyro.infer.gibbs.Gibbs, which hands it paths to "
+                "begin with: use Gibbs([(ConditionalSMC(model), sites), ...]) or ParticleGibbs"
+            )
+        kwargs = {} if model_kwargs is None else model_kwargs
+        z = {
+            name: jnp.asarray(value, jnp.result_type(float)) for name, value in init_params.items()
+        }
+        refuse_other_uses(self._model, model_args, kwargs, tuple(z), z)
+
+        # Compiled as one: a sweep outside `jit` would compile every operation apart.
+        def first(key: PRNGKeyArray, z: dict[str, Array]) -> ConditionalSMCState:
+            state = ConditionalSMCState(z, {}, {}, key)
+            for _ in range(_FIRST_SWEEPS):
+                state = self.sample(state, model_args, kwargs)
+            return state
+
+        return jax.jit(first)(rng_key, z)
+
+    def sample(
+        self, state: ConditionalSMCState, model_args: Any, model_kwargs: Any
+    ) -> ConditionalSMCState:
+        kwargs = {} if model_kwargs is None else model_kwargs
+        rng_key, *keys = jax.random.split(state.rng_key, 1 + len(state.z))
+        z, renewed, ess = dict(state.z), {}, {}
+        for (name, value), key in zip(state.z.items(), keys, strict=True):
+            observed = run_with(self._model, model_args, kwargs, name, z)
+            z[name], renewed[name], ess[name] = self._sweep(observed, value, key)
+        return ConditionalSMCState(z, renewed, ess, rng_key)
+
+    def _sweep(
+        self, observed: ObservedPath, value: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Array, Array]:
+        path, lead = observed.path, observed.lead
+        start_key, key = jax.random.split(key)
+        keys = jax.random.split(key, lead)
+        starts = draw_starts(path, lead, self.num_particles, start_key)
+
+        def one(
+            model: StateSpaceModel, key: PRNGKeyArray, x: Array, *starts: Array
+        ) -> tuple[Array, Array, Array]:
+            self._check(model)
+            model = with_starts(model, *starts)
+            states = jnp.reshape(x, (model.num_times, model.dim))
+            sweep = conditional_smc(model, self.setting, states, key, backward=self.backward)
+            return jnp.reshape(sweep.path, x.shape), sweep.renewed, sweep.ess
+
+        state_dim = len(path.state_shape)
+        dims = (keys.ndim - len(lead), 1 + state_dim, *(1 + state_dim for _ in starts))
+        return run_on_model(path, lead, observed.data, one, (keys, value, *starts), dims)
+
+    def _check(self, model: StateSpaceModel) -> None:
+        check_brownian(model, "ConditionalSMC()")
+        reason = invertible(model)
+        if reason:
+            raise ValueError(
+                f"ConditionalSMC weighs transitions of the path, but {reason}. Use PMMH, or "
+                "reparam.GuidedReparam with NUTS, which work on the innovations"
+            )
+
+    def refresh(
+        self, state: ConditionalSMCState, model_args: Any, model_kwargs: Any
+    ) -> ConditionalSMCState:
+        """The state: nothing of the other sites is kept in it."""
+        del model_args, model_kwargs
+        return state
+
+    def wrap_model(self, wrapper: Callable[..., Any]) -> ConditionalSMC:
+        """The same kernel on a wrapped model."""
+        new = copy.copy(self)
+        new._model = wrapper(self._model)
+        return new
+
+    def get_constrain_fn(self, model_args: Any, model_kwargs: Any) -> Callable[..., Any]:
+        """The identity: paths are kept as they are."""
+        del model_args, model_kwargs
+        return identity
+
+    def select_sites(self, model_trace: Any) -> tuple[str, ...]:
+        """Names of the sites it updates, found in a trace of the model."""
+        return path_sites(model_trace) if self.sites is None else self.sites

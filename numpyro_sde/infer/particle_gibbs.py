@@ -1,0 +1,77 @@
+"""Particle Gibbs: parameters by NUTS given the path, the path by conditional SMC given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numpyro.infer import NUTS
+from numpyro.infer.gibbs import Gibbs
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_sde.infer.conditional import ConditionalSMC
+
+
+class ParticleGibbs(Gibbs):
+    """Gibbs sampling of paths and parameters, for any SDE with a transition density.
+
+    Runs under `numpyro.infer.MCMC` with warm-up of the inner kernel, a progress bar, several chains
+    (`chain_method` "sequential" or "parallel"), pickling and resumption. Extra fields:
+    `ParticleGibbs.PATH_RENEWED` (a dict of site to `(*batch, T)`, whether each state changed) and
+    `ParticleGibbs.INNER_ACCEPTANCE`.
+
+    Use it where paths are multimodal or emissions unusual. On grids much finer than the data the
+    parameters of the diffusion mix slowly given a path: prefer `reparam.GuidedReparam` with NUTS,
+    or `PMMH`, there.
+
+    Args:
+        model: the model, its path sites as they are.
+        num_particles: number of particles of the conditional filter, at least 2.
+        inner: the kernel of all other sites, a class or function called with the model and
+            `inner_options`.
+        sites: names of the path sites; None for all.
+        inner_options: keyword arguments of `inner`.
+        **options: as of `ConditionalSMC`: `proposal`, `backward`, `resampling`, `ess_threshold`.
+
+    Raises:
+        ValueError: as `ConditionalSMC`; or no other sites than paths.
+        TypeError: `inner` gives no MCMC kernel.
+
+    Example:
+        >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> from numpyro.infer import MCMC
+        >>> def model(y=None):
+        ...     scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        ...     sde = nsde.SDE(lambda t, x, p: -x, lambda t, x, p: p, params=scale)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, np.arange(4.0), dist.Normal(0.0, 1.0)))
+        ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.5), obs=y)
+        >>> kernel = nsde.infer.ParticleGibbs(model, num_particles=8)
+        >>> mcmc = MCMC(kernel, num_warmup=20, num_samples=10, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), np.array([0.5, -0.2, 0.1, 0.4]),
+        ...          extra_fields=(kernel.PATH_RENEWED,))
+        >>> mcmc.get_samples()["x"].shape
+        (10, 4)
+        >>> mcmc.get_extra_fields()[kernel.PATH_RENEWED]["x"].shape
+        (10, 4)
+    """
+
+    PATH_RENEWED = "block_states.0.renewed"
+    INNER_ACCEPTANCE = "block_states.1.accept_prob"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_particles: int = 64,
+        inner: Callable[..., MCMCKernel] = NUTS,
+        *,
+        sites: Sequence[str] | None = None,
+        inner_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        paths = ConditionalSMC(model, sites, num_particles, **options)
+        rest = inner(model, **(inner_options or {}))
+        if not isinstance(rest, MCMCKernel):
+            raise TypeError(
+                f"inner must make an MCMC kernel of a model, as NUTS does, got {rest!r}"
+            )
+        super().__init__([(paths, paths.select_sites), (rest, None)])

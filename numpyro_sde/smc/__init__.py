@@ -1,0 +1,1 @@
+"""Sequential Monte Carlo: resampling, particle filters, smoothers, conditional moves."""

@@ -1,0 +1,151 @@
+"""Conditional sequential Monte Carlo: a Markov kernel on paths that keeps their smoothing law.
+
+A particle filter runs with the present path in slot 0, resampling conditionally on its survival;
+then a path is drawn backward among all particles, block by block (`smc.backward`). Any number of
+particles leaves the law of the path given the data invariant; more of them, better proposals and
+backward sampling make it forget its past sooner.
+
+Sources: Andrieu, Doucet and Holenstein (2010), "Particle Markov chain Monte Carlo methods";
+Whiteley (2010) (backward sampling); Chopin and Singh (2015); Lindsten, Jordan and Schon (2014)
+(ancestor sampling, which this replaces: the block's bridge would have to be redrawn forward).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from numpyro_sde.filters.guide import smoothed_reference
+from numpyro_sde.filters.model import StateSpaceModel
+from numpyro_sde.filters.updates import with_valid_inputs
+from numpyro_sde.linear.information import log_weight, whiten_innovations
+from numpyro_sde.linear.small import psd_factor, solve_lower
+from numpyro_sde.smc.backward import Dynamics, blocks_of, choose_piece, make_pool
+from numpyro_sde.smc.particle_filter import (
+    History,
+    Retained,
+    Setting,
+    over_particles,
+    run_filter,
+)
+from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal
+from numpyro_sde.smc.smoothers import _current_piece, assemble
+
+
+class Sweep(NamedTuple):
+    """One conditional particle filter and the path drawn from it.
+
+    Attributes:
+        path: the new path, `(N, d)`.
+        renewed: whether the state changed, at each grid time, `(N,)`.
+        history: all particles of the run.
+        law: the dynamics, for what is to be computed from the history.
+        ess: effective sample sizes at each grid time, `(N,)`.
+    """
+
+    path: Float[Array, "N d"]
+    renewed: Bool[Array, " N"]
+    history: History
+    law: Dynamics
+    ess: Float[Array, " N"]
+
+
+def retain(model: StateSpaceModel, proposal: Proposal, plan: Plan, path: Array) -> Retained:
+    """The log ratios that a path would have had as a particle."""
+    zero = jnp.zeros((), path.dtype)
+    if isinstance(proposal, Bootstrap):
+        return Retained(path, zero, jnp.zeros(path.shape[0] - 1, path.dtype))
+    assert isinstance(proposal, Guided)
+    ratios = jax.vmap(partial(proposal.ratio, model))(plan.steps, path[:-1], path[1:])
+    return Retained(path, _start_ratio(model, plan, path[0]), ratios)
+
+
+def _start_ratio(model: StateSpaceModel, plan: Plan, x: Array) -> Array:
+    if model.starts is not None:
+        return jnp.zeros((), x.dtype)
+    assert plan.guide is not None
+    S = psd_factor(model.init_cov)
+    # A pivot of zero belongs to a direction that is fixed.
+    pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
+    w = solve_lower(S + jnp.diag(pivots), (x - model.init_mean)[:, None])[:, 0]
+    ahead = model.init_mean - plan.guide.reference[0]
+    z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, S, w)
+    return log_weight(w, z, log_det)
+
+
+def conditional_smc(
+    model: StateSpaceModel,
+    setting: Setting,
+    path: Float[Array, "N d"],
+    key: PRNGKeyArray,
+    *,
+    backward: bool = True,
+) -> Sweep:
+    """Replace a path by another one of its smoothing law, given the data.
+
+    Args:
+        model: the path law and its instruments; its steps must have a density.
+        setting: particles (at least 2), proposal (bootstrap or guided), resampling.
+        path: the present path.
+        key: random key.
+        backward: draw the path backward among all particles; else along the ancestors.
+    """
+    model = with_valid_inputs(model)
+    filter_key, last_key, back_key = jax.random.split(key, 3)
+    proposal = setting.proposal
+    plan = proposal.plan(model)
+    run = run_filter(
+        model,
+        setting,
+        filter_key,
+        diagnose=True,
+        history=True,
+        retained=retain(model, proposal, plan, path),
+        plan=plan,
+    )
+    history = run.history
+    assert history is not None
+    reference = smoothed_reference(model) if plan.guide is None else plan.guide.reference
+    law = Dynamics.of(model, reference)
+    scores = history.log_weights[-1]
+    usable = jnp.isfinite(jnp.max(scores))
+    last = jax.random.categorical(last_key, jnp.where(usable, scores, 0.0))
+    last = jnp.where(usable, last, 0).astype(history.ancestors.dtype)
+    new = _trace_back(law, history, plan, proposal, last, back_key, backward)
+    return Sweep(new, jnp.any(new != path, axis=-1), history, law, run.ess)
+
+
+def _trace_back(
+    law: Dynamics,
+    history: History,
+    plan: Plan,
+    proposal: Proposal,
+    last: Array,
+    key: PRNGKeyArray,
+    backward: bool,
+) -> Float[Array, "N d"]:
+    end = history.particles[-1][:, last]
+    if len(law.nodes) == 1:
+        return end[None]
+    blocks, model = blocks_of(law), law.model
+
+    def back(carry: tuple[Array, Array], now: Any) -> tuple[Any, Any]:
+        index, end = carry
+        block, node, key = now
+        piece = _current_piece(model, block, history, index, end)
+        if backward:
+            x = history.particles[block.start]
+            ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(x)
+            pool = make_pool(x, history.log_weights[block.start], ahead)
+            piece, _ = choose_piece(model, block, pool, piece, end, key)
+        return (piece.ancestor, piece.start), (piece.start, piece.states)
+
+    keys = jax.random.split(key, len(law.nodes) - 1)
+    nodes = jax.tree.map(lambda a: a[jnp.asarray(blocks.start)], plan.nodes)
+    _, (starts, states) = lax.scan(back, (last, end), (blocks, nodes, keys), reverse=True)
+    return assemble(blocks, law, starts[:, None], states[:, None], end[None])[0]

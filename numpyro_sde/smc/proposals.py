@@ -1,0 +1,370 @@
+"""How particles move between observations, and what they know of those to come.
+
+A proposal moves one particle over one grid step and gives the log ratio of the model's transition
+to its own, both in the step's innovations; at the times where particles are resampled its
+look-ahead function multiplies the weights and is divided out afterwards (a twisted, or auxiliary,
+filter: Pitt and Shephard 1999; Whiteley and Lee 2014). All is written for one particle.
+
+- `Bootstrap`: the model's own steps (Gordon, Salmond and Smith 1993).
+- `Auxiliary`: the same steps, weights that look at the next observation (Pitt and Shephard 1999).
+- `Guided`: innovations given all later observations of the linearised model.
+- `ModifiedBridge`: towards the next observation, drift and diffusion frozen (Durham and Gallant
+  2002; with noisy, partial observations as in Golightly and Wilkinson 2008).
+- `ResidualBridge`: the same for what a drift-only path leaves (Whitaker, Golightly, Boys and
+  Sherlock 2017, section 3.1).
+
+Observations enter the bridges by the information and score of the emission where the particle is
+predicted to be, so every emission with moments can guide.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from numpyro_sde.filters import guide as guides
+from numpyro_sde.filters.guide import affine_step, observed_information
+from numpyro_sde.filters.model import StateSpaceModel
+from numpyro_sde.linear.information import (
+    backward_information,
+    guided_innovations,
+    log_weight,
+    whiten_innovations,
+)
+from numpyro_sde.linear.small import (
+    cholesky,
+    diagonal,
+    matmul,
+    matvec,
+    psd_factor,
+    solve,
+    solve_lower,
+    transpose,
+)
+from numpyro_sde.schemes.base import GaussianScheme
+
+
+class Plan(NamedTuple):
+    """What a proposal computes once for all particles.
+
+    Attributes:
+        steps: inputs of each step, leading axis N - 1.
+        nodes: inputs of the look-ahead function at each time, leading axis N.
+        guide: the guide along the whole path, where there is one.
+    """
+
+    steps: Any
+    nodes: Any
+    guide: guides.Guide | None = None
+
+
+def observed_rows(model: StateSpaceModel) -> np.ndarray:
+    """Grid indices at which any instrument may have observed something, increasing."""
+    rows = [np.asarray(i.rows, dtype=int) for i in model.instruments]
+    return np.unique(np.concatenate([np.zeros(0, int), *rows]))
+
+
+class Proposal(eqx.Module):
+    """One way to move particles; subclasses say how.
+
+    Example:
+        >>> from numpyro_sde.smc.proposals import PROPOSALS, Proposal
+        >>> sorted(PROPOSALS)
+        ['auxiliary', 'bootstrap', 'guided', 'modified_bridge', 'residual_bridge']
+    """
+
+    def plan(self, model: StateSpaceModel) -> Plan:
+        """Compute what all particles share."""
+        return Plan(model.step_inputs(), None)
+
+    def start(
+        self, model: StateSpaceModel, plan: Plan, z: Float[Array, " d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """First state, of a normal law, from standard normals, and its log ratio."""
+        del plan
+        return model.init_mean + matvec(psd_factor(model.init_cov), z), jnp.zeros((), z.dtype)
+
+    def enter(self, model: StateSpaceModel, node: Any, x: Float[Array, " d"]) -> Any:  # noqa: ARG002
+        """What a particle carries from this observation time to the next."""
+        return None
+
+    def look_ahead(
+        self, model: StateSpaceModel, node: Any, x: Float[Array, " d"]
+    ) -> Float[Array, ""] | None:
+        """Log of the function that weights are multiplied by when resampling; None for 1."""
+
+    @abstractmethod
+    def move(
+        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
+    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        """Next state, what it carries on, and the log ratio of the two laws of the step."""
+
+
+def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
+    """Next state by the scheme's own innovations, flat `(m,)`."""
+    t, dt, cache = step
+    state = model.to_state(x)
+    shape = model.scheme.innovation_shape(model.sde, jnp.shape(state))
+    new = model.scheme.step(model.sde, t, dt, state, jnp.reshape(z, shape), cache)
+    return jnp.reshape(new, (model.dim,)).astype(x.dtype)
+
+
+def innovation_size(model: StateSpaceModel) -> int:
+    """Number m of standard normals in one step."""
+    state_shape = () if model.scalar else (model.dim,)
+    return int(np.prod(model.scheme.innovation_shape(model.sde, state_shape), dtype=int))
+
+
+class Bootstrap(Proposal):
+    """The model's own steps; the observations come in by the weights alone.
+
+    Example:
+        >>> Bootstrap()
+        Bootstrap()
+    """
+
+    def move(
+        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
+    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        return plain_step(model, step, x, z), memo, jnp.zeros((), x.dtype)
+
+
+def _given(model: StateSpaceModel, step: Any, x: Array, z: Array, h: Any) -> tuple[Array, Array]:
+    """One step with its innovations given information `H, e` about `ahead` of its mean."""
+    t, dt, cache = step
+    mean, B = affine_step(model, t, dt, x, cache)
+    H, e, base = h
+    w, log_det = guided_innovations(H, e, mean - base, B, z)
+    if isinstance(model.scheme, GaussianScheme):
+        new = (mean + (B * w if B.ndim == 1 else matvec(B, w))).astype(x.dtype)
+    else:
+        new = plain_step(model, step, x, w)
+    return new, log_weight(w, z, log_det)
+
+
+class Guided(Proposal):
+    """Innovations of each step given all later observations of the linearised model.
+
+    The exact discrete guided step along the mean of the extended Kalman smoother: for linear
+    Gaussian models all weights are equal and one particle gives the exact likelihood.
+
+    Example:
+        >>> Guided()
+        Guided()
+    """
+
+    def plan(self, model: StateSpaceModel) -> Plan:
+        reference = guides.smoothed_reference(model)
+        steps = guides.linearize_along(model, reference)
+        H, e = backward_information(steps)
+        # What the observations after each time say: its own is in the weights already.
+        later = (H - steps.J, e - steps.s, reference)
+        inputs = (model.step_inputs(), (H[1:], e[1:], reference[1:]))
+        return Plan(inputs, later, guides.Guide(reference, H, e))
+
+    def start(
+        self, model: StateSpaceModel, plan: Plan, z: Float[Array, " d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        assert plan.guide is not None
+        return guides.guided_start(model, plan.guide, z)
+
+    def look_ahead(
+        self,
+        model: StateSpaceModel,  # noqa: ARG002
+        node: Any,
+        x: Float[Array, " d"],
+    ) -> Float[Array, ""] | None:
+        H, e, reference = node
+        ahead = x - reference
+        return jnp.sum(ahead * (e - 0.5 * matvec(H, ahead)))
+
+    def move(
+        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
+    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        now, h = step
+        new, ratio = _given(model, now, x, z, h)
+        return new, memo, ratio
+
+    def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
+        """Log ratio of a step that was taken, for schemes with a square factor of the noise."""
+        (t, dt, cache), (H, e, base) = step
+        mean, B = affine_step(model, t, dt, x, cache)
+        w = model.scheme.invert(
+            model.sde, t, dt, model.to_state(x), model.to_state(following), cache
+        )
+        w = jnp.reshape(w, (-1,))
+        z, log_det = whiten_innovations(H, e, mean - base, B, w)
+        return log_weight(w, z, log_det)
+
+
+def _next_observation(model: StateSpaceModel) -> tuple[Any, np.ndarray, np.ndarray]:
+    """For each step: data of the next observed time, whether there is one, and time left."""
+    rows = observed_rows(model)
+    steps = np.arange(model.num_times - 1)
+    place = np.searchsorted(rows, steps + 1)
+    seen = place < rows.size
+    target = rows[np.minimum(place, rows.size - 1)] if rows.size else np.zeros_like(steps)
+    target = np.where(seen, target, steps + 1)
+    data = jax.tree.map(lambda a: jnp.asarray(a)[target], model.observation_inputs())
+    return data, target, seen
+
+
+def _information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
+    """Information and score of the observations of one time, at the point `p`."""
+    J = jnp.zeros((model.dim, model.dim), p.dtype)
+    s = jnp.zeros(model.dim, p.dtype)
+    for instrument, now in zip(model.instruments, data, strict=True):
+        inputs, y, present = now
+        more, score = observed_information(instrument, inputs, y, present, p)
+        # Padding where an instrument has no observation may hold anything, NaN included.
+        J = J + jnp.where(jnp.any(present), more, 0.0)
+        s = s + jnp.where(jnp.any(present), score, 0.0)
+    return J, s
+
+
+class _TowardsNext(Proposal):
+    """Proposals that look at the next observation alone."""
+
+    def plan(self, model: StateSpaceModel) -> Plan:
+        data, target, seen = _next_observation(model)
+        steps = jnp.arange(model.num_times - 1)
+        times = jnp.asarray(model.times)
+        left = times[target] - times[:-1]
+        after = times[target] - times[1:]
+        num_left = jnp.asarray(target) - steps
+        inputs = (model.step_inputs(), data, left, after, jnp.asarray(seen))
+        node = (steps, num_left, data, left, jnp.asarray(seen))
+        # The last time has no step after it: its node is never used.
+        node = jax.tree.map(lambda a: jnp.concatenate([a, a[-1:]]), node)
+        return Plan(inputs, node)
+
+    def _bridge(
+        self, model: StateSpaceModel, step: Any, x: Array, end: Array, z: Array
+    ) -> tuple[Array, Array]:
+        """Step given the next observation, `end` being where the particle is predicted then."""
+        now, data, left, after, seen = step
+        J, s = _information_at(model, data, end)
+        J, s = jnp.where(seen, J, 0.0), jnp.where(seen, s, 0.0)
+        L = model.factor(now[0], x)
+        rest = matmul(L, transpose(L)) * after
+        M = solve(
+            jnp.eye(model.dim, dtype=x.dtype) + matmul(J, rest),
+            jnp.concatenate([J, s[:, None]], axis=1),
+        )
+        t, dt, cache = now
+        mean, _ = affine_step(model, t, dt, x, cache)
+        del left
+        # The mean of the step is what the prediction goes through: nothing is ahead of it.
+        return _given(model, now, x, z, (M[:, :-1], M[:, -1], mean))
+
+
+class ModifiedBridge(_TowardsNext):
+    """Towards the next observation with drift and diffusion frozen at the particle.
+
+    Example:
+        >>> ModifiedBridge()
+        ModifiedBridge()
+    """
+
+    def move(
+        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
+    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        end = x + model.drift(step[0][0], x) * step[2]
+        new, ratio = self._bridge(model, step, x, end, z)
+        return new, memo, ratio
+
+
+def _drift_only(model: StateSpaceModel, node: Any, x: Array) -> Array:
+    """State at the next observation by Euler steps without noise."""
+    first, count = node[0], node[1]
+    times, dt = jnp.asarray(model.times), jnp.asarray(model.dt)
+
+    def one(k: Any, x: Array) -> Array:
+        return (x + model.drift(times[k], x) * dt[k]).astype(x.dtype)
+
+    return lax.fori_loop(first, first + count, one, x)
+
+
+class ResidualBridge(_TowardsNext):
+    """Towards the next observation along a path without noise from the last one.
+
+    The noiseless path takes the curvature of the drift; the bridge is needed for the rest only.
+
+    Example:
+        >>> ResidualBridge()
+        ResidualBridge()
+    """
+
+    def enter(self, model: StateSpaceModel, node: Any, x: Float[Array, " d"]) -> Any:
+        return x, _drift_only(model, node, x)
+
+    def move(
+        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
+    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        along, target = memo
+        (t, dt, _), left = step[0], step[2]
+        slope = model.drift(t, along)
+        end = target + (x - along) + (model.drift(t, x) - slope) * left
+        new, ratio = self._bridge(model, step, x, end, z)
+        return new, ((along + slope * dt).astype(x.dtype), target), ratio
+
+
+class Auxiliary(_TowardsNext):
+    """The model's own steps, resampled by what the next observation is expected to say.
+
+    Example:
+        >>> Auxiliary()
+        Auxiliary()
+    """
+
+    def look_ahead(
+        self, model: StateSpaceModel, node: Any, x: Float[Array, " d"]
+    ) -> Float[Array, ""] | None:
+        _, _, data, left, seen = node
+        p = _drift_only(model, node, x)
+        J, s = _information_at(model, data, p)
+        L = model.factor(jnp.asarray(model.times)[node[0]], x) * jnp.sqrt(left)
+        gain = cholesky(jnp.eye(L.shape[-1], dtype=x.dtype) + matmul(transpose(L), matmul(J, L)))
+        white = solve_lower(gain, matvec(transpose(L), s)[:, None])[:, 0]
+        fit = 0.5 * jnp.sum(white**2) - jnp.sum(jnp.log(diagonal(gain)))
+        fit = fit + log_emission(model, data, p)
+        return jnp.where(seen & jnp.isfinite(fit), fit, 0.0)
+
+    def move(
+        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
+    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        return plain_step(model, step[0], x, z), memo, jnp.zeros((), x.dtype)
+
+
+def log_emission(model: StateSpaceModel, data: Any, x: Float[Array, " d"]) -> Float[Array, ""]:
+    """Log density of the observations of one time, given the state.
+
+    Args:
+        model: the model.
+        data: inputs, values and presence at that time, of each instrument.
+        x: the state.
+    """
+    total = jnp.zeros((), x.dtype)
+    for instrument, (inputs, y, present) in zip(model.instruments, data, strict=True):
+        term = instrument.log_prob(inputs, x, y, present)
+        if len(instrument.rows) < model.num_times:
+            term = jnp.where(jnp.any(present), term, 0.0)
+        total = total + term
+    return total
+
+
+PROPOSALS: dict[str, type[Proposal]] = {
+    "guided": Guided,
+    "bootstrap": Bootstrap,
+    "auxiliary": Auxiliary,
+    "modified_bridge": ModifiedBridge,
+    "residual_bridge": ResidualBridge,
+}
+"""The proposals by name."""
