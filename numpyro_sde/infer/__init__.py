@@ -1,6 +1,16 @@
 """MCMC kernels with paths in them; they run under `numpyro.infer.MCMC`."""
 
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
+from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
+from numpyro_sde.infer.pmmh import PMMH, PMMHState
 
-__all__ = ["ConditionalSMC", "ConditionalSMCState", "ParticleGibbs"]
+__all__ = [
+    "PMMH",
+    "ConditionalSMC",
+    "ConditionalSMCState",
+    "PMMHState",
+    "ParisianEstimate",
+    "ParticleGibbs",
+    "parisian_gibbs",
+]

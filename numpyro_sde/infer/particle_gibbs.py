@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PRNGKeyArray
 from numpyro.infer import NUTS
-from numpyro.infer.gibbs import Gibbs
+from numpyro.infer.gibbs import Gibbs, GibbsState
 from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import is_prng_key
 
 from numpyro_sde.infer.conditional import ConditionalSMC
+from numpyro_sde.infer.start import approximate_mode
+
+# Chains begin this many standard deviations of the approximation apart.
+_SPREAD = 1.0
 
 
 class ParticleGibbs(Gibbs):
@@ -75,3 +83,25 @@ class ParticleGibbs(Gibbs):
                 f"inner must make an MCMC kernel of a model, as NUTS does, got {rest!r}"
             )
         super().__init__([(paths, paths.select_sites), (rest, None)])
+
+    def init(
+        self,
+        rng_key: PRNGKeyArray,
+        num_warmup: int,
+        init_params: Any,
+        model_args: Any,
+        model_kwargs: Any,
+    ) -> GibbsState:
+        """Begin at the mode of an extended Kalman approximation where no start is given.
+
+        From a draw of the prior a chain may begin where every path but its own is impossible, and
+        stay there.
+        """
+        if init_params is None and is_prng_key(rng_key):
+            kwargs = {} if model_kwargs is None else model_kwargs
+            start_key, rng_key = jax.random.split(rng_key)
+            start, _ = approximate_mode(self._model, model_args, kwargs, start_key)
+            flat, back = ravel_pytree(start.z)
+            spread = start.factor @ jax.random.normal(start_key, flat.shape, flat.dtype)
+            init_params = back(flat + _SPREAD * spread)
+        return super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)

@@ -178,7 +178,7 @@ def run_filter(
     observed[observed_rows(model)] = True
     data = jax.tree.map(jnp.asarray, model.observation_inputs())
     m = innovation_size(model)
-    reports = _Reports(diagnose, moments, history)
+    reports = _Reports(diagnose, moments, history, choices=diagnose or history or variance)
 
     def select(p: _Particles, node: Any, chance: Any) -> tuple[_Particles, Any]:
         return _select(model, setting, p, node, chance, retained is not None, key.ndim == 1)
@@ -339,13 +339,9 @@ def _log_mean(log_weights: Array) -> Array:
 class _Reports:
     """What is kept of each time."""
 
-    def __init__(self, diagnose: bool, moments: bool, history: bool) -> None:
+    def __init__(self, diagnose: bool, moments: bool, history: bool, choices: bool) -> None:
         self.diagnose, self.moments, self.history = diagnose, moments, history
-
-    @property
-    def choices(self) -> bool:
-        """Whether the outcome of resampling is kept."""
-        return self.diagnose or self.history
+        self.choices = choices
 
     def at(self, before: _Particles, after: _Particles) -> dict[str, Any]:
         kept: dict[str, Any] = {}

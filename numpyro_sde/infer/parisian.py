@@ -1,0 +1,175 @@
+"""Parisian particle Gibbs: expectations of sums along a path, with a bias that vanishes fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+
+from numpyro_sde.distributions.marginal import (
+    draw_starts,
+    make_statement,
+    run_on_model,
+    with_starts,
+)
+from numpyro_sde.distributions.observation import Emission
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
+from numpyro_sde.filters.model import StateSpaceModel
+from numpyro_sde.observe import check_data, check_indices
+from numpyro_sde.smc.backward import invertible
+from numpyro_sde.smc.conditional import conditional_smc
+from numpyro_sde.smc.particle_filter import Setting, run_filter
+from numpyro_sde.smc.proposals import PROPOSALS
+from numpyro_sde.smc.resampling import SCHEMES
+from numpyro_sde.smc.smoothers import additive, genealogy
+
+
+class ParisianEstimate(NamedTuple):
+    """What `parisian_gibbs` returns.
+
+    Attributes:
+        mean: the expected sum given all data.
+        standard_error: its Monte Carlo error, from the spread of the iterations' estimates in
+            batches.
+        trace: each iteration's estimate, `(num_iterations, ...)`.
+    """
+
+    mean: Array
+    standard_error: Array
+    trace: Float[Array, "iterations ..."]
+
+
+def parisian_gibbs(
+    path: SDEPath,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    functional: Callable[[Array, Array, Array, Array], Array],
+    *,
+    rng_key: PRNGKeyArray,
+    num_particles: int = 64,
+    num_iterations: int = 200,
+    burn_in: int = 20,
+    num_backward: int = 2,
+    proposal: str = "guided",
+    params: Any = None,
+    event_dims: Any = None,
+    inputs: Any = None,
+    at: ArrayLike | None = None,
+) -> ParisianEstimate:
+    """Estimate the expected sum of a functional along a path, given data and parameters.
+
+    Conditional SMC with backward sampling moves a path; at each iteration PaRIS runs along all its
+    particles, and their estimates are averaged after `burn_in` iterations. The bias falls
+    geometrically in `burn_in`, where that of one particle smoother falls like the inverse of the
+    number of particles.
+
+    Args:
+        path: the law of one path, its parameters given.
+        emission: as in `observe`.
+        obs: the data, `(K, *observation)`; NaN marks what is missing.
+        functional: `functional(t, dt, x, x_next)`, the term of one grid step, states `(d,)`.
+        rng_key: random key.
+        num_particles: number of particles, at least 2.
+        num_iterations: iterations, those of `burn_in` included.
+        burn_in: iterations that are not averaged.
+        num_backward: ancestors drawn for each particle, at least 2.
+        proposal: "guided" or "bootstrap".
+        params: as in `observe`.
+        event_dims: as in `observe`.
+        inputs: as in `observe`.
+        at: indices into the path of the K times observed; None for all.
+
+    Returns:
+        Mean, standard error and trace.
+
+    Raises:
+        ValueError: a batch of paths, an option out of range, data that do not fit, or a transition
+            without density.
+        TypeError: a path that is none, or a count that is no integer.
+
+    Source: Cardoso, El Moujahid, Le Corff, Moulines and Olsson (2023), "State and parameter
+    learning with Parisian particle Gibbs".
+
+    Example:
+        >>> import jax, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> ou = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=1.0)
+        >>> path = nsde.SDEPath(ou, [0.0, 1.0, 2.0], init=dist.Normal(0.0, 0.7))
+        >>> area = nsde.infer.parisian_gibbs(
+        ...     path, lambda t, x: dist.Normal(x, 0.5), [0.3, 0.4, -0.1],
+        ...     lambda t, dt, x, x_next: 0.5 * dt * (x + x_next)[0],
+        ...     rng_key=jax.random.key(0), num_particles=16, num_iterations=60,
+        ... )
+        >>> area.mean.shape, area.trace.shape
+        ((), (60,))
+    """
+    if not isinstance(path, SDEPath):
+        raise TypeError(f"path must be an SDEPath, got {type(path).__name__}")
+    if path.batch_shape:
+        raise ValueError(f"path must be one path, got a batch of shape {path.batch_shape}")
+    for name, value, least in (
+        ("num_particles", num_particles, 2),
+        ("num_iterations", num_iterations, 2),
+        ("burn_in", burn_in, 0),
+        ("num_backward", num_backward, 2),
+    ):
+        check_count(name, value, least)
+    if burn_in >= num_iterations:
+        raise ValueError(f"burn_in must be below num_iterations = {num_iterations}, got {burn_in}")
+    check_choice("proposal", proposal, ("guided", "bootstrap"))
+    rows = np.arange(path.num_times) if at is None else check_indices("y", at, path.num_times)
+    emissions = Emission(emission, params, event_dims, inputs, len(rows), ())
+    statement = make_statement(emissions, rows, path.state_shape, ())
+    check_data("y", obs, (), statement.event_shape, statement.structure)
+    y = obs if isinstance(obs, np.ndarray) else jnp.asarray(obs)
+    setting = Setting(num_particles, PROPOSALS[proposal](), SCHEMES["systematic"], 0.5)
+    start_key, rng_key = jax.random.split(rng_key)
+    starts = draw_starts(path, (), num_particles, start_key)
+
+    def run(model: StateSpaceModel, *starts: Array) -> Array:
+        model = with_starts(model, *starts)
+        check_brownian(model, "parisian_gibbs")
+        reason = invertible(model)
+        if reason:
+            raise ValueError(f"parisian_gibbs weighs transitions of the path, but {reason}")
+        return _iterate(model, setting, functional, rng_key, num_iterations, num_backward)
+
+    dims = tuple(1 + len(path.state_shape) for _ in starts)
+    trace = jax.jit(lambda *starts: run_on_model(path, (), [(statement, y)], run, starts, dims))(
+        *starts
+    )
+    kept = trace[burn_in:]
+    batches = max(2, int(np.sqrt(kept.shape[0])))
+    size = kept.shape[0] // batches
+    means = jnp.reshape(kept[: batches * size], (batches, size, *kept.shape[1:])).mean(axis=1)
+    error = jnp.std(means, axis=0, ddof=1) / np.sqrt(batches)
+    return ParisianEstimate(jnp.mean(kept, axis=0), error, trace)
+
+
+def _iterate(
+    model: StateSpaceModel,
+    setting: Setting,
+    functional: Callable[..., Array],
+    key: PRNGKeyArray,
+    num_iterations: int,
+    num_backward: int,
+) -> Array:
+    first_key, choice_key, key = jax.random.split(key, 3)
+    run = run_filter(model, setting, first_key, history=True)
+    assert run.history is not None
+    chosen = jax.random.categorical(choice_key, run.history.log_weights[-1])
+    start = genealogy(run.history)[chosen]
+
+    def step(path: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        move_key, sum_key = jax.random.split(key)
+        sweep = conditional_smc(model, setting, path, move_key)
+        sums = additive(sweep.law, sweep.history, sum_key, functional, num_backward=num_backward)
+        return sweep.path, sums[-1]
+
+    return lax.scan(step, start, jax.random.split(key, num_iterations))[1]

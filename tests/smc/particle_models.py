@@ -1,0 +1,65 @@
+"""Small models with exact answers, as the particle engine takes them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import numpyro.distributions as dist
+
+import numpyro_sde as nsde
+from numpyro_sde.distributions.marginal import make_statement, run_on_model
+from numpyro_sde.distributions.observation import Emission
+from numpyro_sde.smc.particle_filter import Setting
+from numpyro_sde.smc.proposals import PROPOSALS
+from numpyro_sde.smc.resampling import SCHEMES
+
+OU = nsde.processes.OrnsteinUhlenbeck(1.0, 0.3, 0.7)
+TIMES = np.array([0.0, 0.5, 1.0, 1.6])
+Y = np.array([0.5, -0.6, np.nan, 0.9])
+
+
+def emission(t, x):
+    return dist.Normal(x, 0.4)
+
+
+def setting(num_particles, proposal="bootstrap", scheme="systematic", threshold=0.5):
+    return Setting(num_particles, PROPOSALS[proposal](), SCHEMES[scheme], threshold)
+
+
+def ou_path(fine: bool):
+    """Four times, the third not observed; with `fine`, steps between them too."""
+    grid = nsde.TimeGrid(TIMES, 0.21) if fine else TIMES
+    path = nsde.SDEPath(OU, grid, dist.Normal(0.0, 0.6), scheme=nsde.schemes.Euler())
+    return path, (grid.index if fine else np.arange(4))
+
+
+def on_model(path, at, y, fn, law=emission):
+    """Apply `fn` to the state-space model of one path and its data."""
+    statement = make_statement(
+        Emission(law, None, None, None, len(at), ()), at, path.state_shape, ()
+    )
+    return run_on_model(path, (), [(statement, y)], fn)
+
+
+def exact(fine: bool):
+    """Kalman filter and smoother of the same discretised model."""
+    path, at = ou_path(fine)
+    return nsde.filter_path(path, emission, Y, method=nsde.filters.Kalman(), at=at)
+
+
+def replicate(fine, one, num, seed=0, batch_size=1000):
+    """`one(model, key)` for `num` keys, compiled once."""
+    path, at = ou_path(fine)
+    keys = jax.random.split(jax.random.key(seed), num)
+
+    def run(model):
+        return jax.lax.map(lambda k: one(model, k), keys, batch_size=batch_size)
+
+    return jax.tree.map(np.asarray, jax.jit(lambda: on_model(path, at, Y, run))())
+
+
+def standard_scores(values, truth):
+    """Deviations of means over the first axis from the truth, in standard errors."""
+    values = np.asarray(values, np.float64)
+    error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+    return np.abs(values.mean(axis=0) - np.asarray(truth)) / (error + 1e-12)
