@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -193,6 +194,12 @@ class Particle(AbstractFilter):
         The variance of the log likelihood is estimated by a second run with multinomial
         resampling, the only scheme for which particles' ancestors tell it (Lee and Whiteley 2018).
         """
+        # Compiled as one: outside `jit` every operation would be compiled apart.
+        result = jax.jit(lambda: self._filter(model))()
+        jax.debug.callback(_warn_of_collapse, result.log_likelihood)
+        return result
+
+    def _filter(self, model: StateSpaceModel) -> ParticleResult:
         run_key, second_key = jax.random.split(self.random_key)
         setting = self.setting
         plan = setting.proposal.plan(model)
@@ -210,7 +217,6 @@ class Particle(AbstractFilter):
             variance = run_filter(model, multinomial, second_key, variance=True, plan=plan).variance
         else:
             variance = jnp.full((), jnp.nan, model.init_mean.dtype)
-        jax.debug.callback(_warn_of_collapse, run.log_likelihood)
         law = guide = None
         if self.history:
             reference = smoothed_reference(model) if plan.guide is None else plan.guide.reference
@@ -324,15 +330,14 @@ class ParticleResult(FilterResult):
                 "method='rejection' bounds the transition between observed times, but this grid "
                 f"has up to {law.longest} steps between them: use 'mcmc' or 'exact'"
             )
-        return draw_paths(
-            law,
-            history,
-            key,
-            num_draws,
+        draw = partial(
+            draw_paths,
+            num_draws=num_draws,
             method=method,
             num_moves=num_moves,
             look_ahead=self._look_ahead(law),
-        )[0]
+        )
+        return jax.jit(lambda: draw(law, history, key)[0])()
 
     def smooth(
         self, key: PRNGKeyArray | None = None, *, lag: int | None = None
@@ -384,14 +389,8 @@ class ParticleResult(FilterResult):
         reason = invertible(law.model)
         if reason:
             raise ValueError(f"additive weighs transitions, but {reason}")
-        return additive(
-            law,
-            history,
-            key,
-            functional,
-            num_backward=num_backward,
-            look_ahead=self._look_ahead(law),
-        )
+        run = partial(additive, num_backward=num_backward, look_ahead=self._look_ahead(law))
+        return jax.jit(lambda: run(law, history, key, functional))()
 
     def backward_kernel(self) -> Any:
         """Not for particles: they have no Gaussian backward kernel."""

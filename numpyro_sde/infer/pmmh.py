@@ -43,6 +43,10 @@ _MOST_PARTICLES = 200_000
 class _Estimator(Particle):
     """A particle filter inside its own kernel: no warnings, no refusal."""
 
+    # Equinox would otherwise make another constructor from the fields.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
         return run_filter(model, self.setting, self.random_key).log_likelihood
 

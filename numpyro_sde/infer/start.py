@@ -14,11 +14,18 @@ from numpyro.infer.initialization import init_to_median
 from numpyro.infer.util import initialize_model, potential_energy
 
 from numpyro_sde.filters.extended import ExtendedKalman
-from numpyro_sde.filters.particle import Particle
+from numpyro_sde.filters.model import AbstractFilter, StateSpaceModel
 from numpyro_sde.handlers import marginalize, observed_paths
 
 # Scale of a proposal in a direction where the approximation says nothing, unconstrained.
 _PLAIN_SCALE = 0.1
+
+
+class _NoData(AbstractFilter):
+    """Makes nothing of the data: enough to find a model's sites, supports and prior medians."""
+
+    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        return jnp.zeros((), model.init_mean.dtype)
 
 
 class Start(NamedTuple):
@@ -52,8 +59,7 @@ def approximate_mode(
         raise ValueError("the model has no latent SDEPath site that it observes")
     info = initialize_model(
         key,
-        # Any method will do to find sites and supports: this one is not differentiated.
-        marginalize(model, method=Particle(1, proposal="bootstrap")),
+        marginalize(model, method=_NoData()),
         init_strategy=init_to_median(num_samples=15),
         dynamic_args=True,
         model_args=args,

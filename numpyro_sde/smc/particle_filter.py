@@ -362,6 +362,7 @@ def weighted_moments(
 ) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
     """Mean and covariance of weighted particles."""
     w, _ = _weights(log_weights)
+    w = jnp.where(jnp.sum(w) > 0, w, 1.0)
     w = w / jnp.sum(w)
     mean = x @ w
     centred = x - mean[:, None]

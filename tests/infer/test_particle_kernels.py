@@ -102,6 +102,7 @@ def test_pmmh_agrees(pmmh, reference):
     assert 0.1 < float(mcmc.last_state.mean_accept_prob) < 0.4
 
 
+@pytest.mark.slow
 def test_runs_go_on_and_states_pickle(pmmh, gibbs):
     for mcmc, kernel in (pmmh, gibbs):
         before = mcmc.get_samples()["rate"]
@@ -235,6 +236,9 @@ def test_what_kernels_refuse():
             progress_bar=False,
         ).run(jax.random.key(0), np.array([0.1, 0.4]))
 
+
+@pytest.mark.slow
+def test_degenerate_noise_is_refused():
     def hypoelliptic(y=None):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
         sde = nsde.processes.FitzHughNagumo(epsilon=0.1, gamma=1.5, beta=0.8, scale=scale)

@@ -13,7 +13,7 @@ NUM = 100_000
 @pytest.mark.parametrize(
     ("fine", "num_particles", "proposal", "scheme", "threshold", "backward"),
     [
-        (False, 3, "bootstrap", "systematic", 1.0, False),
+        pytest.param(False, 3, "bootstrap", "systematic", 1.0, False, marks=pytest.mark.slow),
         (True, 2, "guided", "systematic", 1.0, True),
         pytest.param(True, 3, "bootstrap", "killing", 0.9, True, marks=pytest.mark.slow),
         *[

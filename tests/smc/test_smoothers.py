@@ -85,6 +85,7 @@ def test_additive_functional(x64):
     assert np.max(standard_scores(w * (sums - wanted), 0.0)) < 4
 
 
+@pytest.mark.slow
 def test_fixed_lag_of_the_whole_series_is_the_genealogy(x64):
     path, at = ou_path(True)
     result = nsde.filter_path(path, emission, Y, method=Particle(200, history=True), at=at)
@@ -120,6 +121,10 @@ def test_smoothers_say_what_they_cannot_do():
         result.additive(jax.random.key(0), lambda t, dt, x, y: x, num_backward=1)
     with pytest.raises(TypeError, match="no Gaussian backward kernel"):
         result.backward_kernel()
+
+
+@pytest.mark.slow
+def test_degenerate_noise_leaves_the_genealogy():
     fhn = nsde.processes.FitzHughNagumo(epsilon=0.1, gamma=1.5, beta=0.8, scale=0.3)
     rough = nsde.SDEPath(
         fhn, [0.0, 0.05, 0.1], jnp.array([-0.8, -0.5]), scheme=nsde.schemes.Euler()
