@@ -17,14 +17,12 @@ from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import conditional_smc
+from numpyro_sde.smc.conditional import conditional_smc, first_path
 from numpyro_sde.smc.particle_filter import Setting
 from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
 
 _PROPOSALS = ("guided", "bootstrap")
-# Sweeps from a draw of the prior before the first iteration.
-_FIRST_SWEEPS = 2
 
 
 class ConditionalSMCState(NamedTuple):
@@ -154,10 +152,15 @@ class ConditionalSMC(MCMCKernel):
 
         # Compiled as one: a sweep outside `jit` would compile every operation apart.
         def first(key: PRNGKeyArray, z: dict[str, Array]) -> ConditionalSMCState:
-            state = ConditionalSMCState(z, {}, {}, key)
-            for _ in range(_FIRST_SWEEPS):
-                state = self.sample(state, model_args, kwargs)
-            return state
+            # Paths drawn by filters: those of the prior, which Gibbs hands over, may be such that
+            # no other one ever replaces them.
+            key, *keys = jax.random.split(key, 1 + len(z))
+            for name, own in zip(tuple(z), keys, strict=True):
+                z = {
+                    **z,
+                    name: self._first(run_with(self._model, model_args, kwargs, name, z), own),
+                }
+            return self.sample(ConditionalSMCState(z, {}, {}, key), model_args, kwargs)
 
         return jax.jit(first)(rng_key, z)
 
@@ -171,6 +174,20 @@ class ConditionalSMC(MCMCKernel):
             observed = run_with(self._model, model_args, kwargs, name, z)
             z[name], renewed[name], ess[name] = self._sweep(observed, value, key)
         return ConditionalSMCState(z, renewed, ess, rng_key)
+
+    def _first(self, observed: ObservedPath, key: PRNGKeyArray) -> Array:
+        path, lead = observed.path, observed.lead
+        start_key, key = jax.random.split(key)
+        keys = jax.random.split(key, lead)
+        starts = draw_starts(path, lead, self.num_particles, start_key)
+
+        def one(model: StateSpaceModel, key: PRNGKeyArray, *starts: Array) -> Array:
+            self._check(model)
+            states = first_path(with_starts(model, *starts), self.setting, key)
+            return states[:, 0] if model.scalar else states
+
+        dims = (keys.ndim - len(lead), *(1 + len(path.state_shape) for _ in starts))
+        return run_on_model(path, lead, observed.data, one, (keys, *starts), dims)
 
     def _sweep(
         self, observed: ObservedPath, value: Array, key: PRNGKeyArray

@@ -24,11 +24,11 @@ from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import conditional_smc
-from numpyro_sde.smc.particle_filter import Setting, run_filter
+from numpyro_sde.smc.conditional import conditional_smc, first_path
+from numpyro_sde.smc.particle_filter import Setting
 from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
-from numpyro_sde.smc.smoothers import additive, genealogy
+from numpyro_sde.smc.smoothers import additive
 
 
 class ParisianEstimate(NamedTuple):
@@ -160,11 +160,8 @@ def _iterate(
     num_iterations: int,
     num_backward: int,
 ) -> Array:
-    first_key, choice_key, key = jax.random.split(key, 3)
-    run = run_filter(model, setting, first_key, history=True)
-    assert run.history is not None
-    chosen = jax.random.categorical(choice_key, run.history.log_weights[-1])
-    start = genealogy(run.history)[chosen]
+    first_key, key = jax.random.split(key)
+    start = first_path(model, setting, first_key)
 
     def step(path: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
         move_key, sum_key = jax.random.split(key)

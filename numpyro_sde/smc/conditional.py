@@ -34,7 +34,7 @@ from numpyro_sde.smc.particle_filter import (
     run_filter,
 )
 from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal
-from numpyro_sde.smc.smoothers import _current_piece, assemble
+from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
 
 
 class Sweep(NamedTuple):
@@ -76,6 +76,20 @@ def _start_ratio(model: StateSpaceModel, plan: Plan, x: Array) -> Array:
     ahead = model.init_mean - plan.guide.reference[0]
     z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, S, w)
     return log_weight(w, z, log_det)
+
+
+def first_path(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> Float[Array, "N d"]:
+    """Draw a path from an unconditional particle filter, to begin with.
+
+    A path from elsewhere, far from all that the proposal makes, may weigh more than everything
+    else and be kept for very long.
+    """
+    filter_key, choice_key = jax.random.split(key)
+    run = run_filter(model, setting, filter_key, history=True)
+    assert run.history is not None
+    scores = run.history.log_weights[-1]
+    scores = jnp.where(jnp.isfinite(jnp.max(scores)), scores, 0.0)
+    return genealogy(run.history)[jax.random.categorical(choice_key, scores)]
 
 
 def conditional_smc(
@@ -137,7 +151,7 @@ def _trace_back(
     def back(carry: tuple[Array, Array], now: Any) -> tuple[Any, Any]:
         index, end = carry
         block, node, key = now
-        piece = _current_piece(model, block, history, index, end)
+        piece = current_piece(model, block, history, index, end)
         if backward:
             x = history.particles[block.start]
             ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(x)

@@ -87,7 +87,7 @@ def fixed_lag(history: History, lag: int) -> tuple[Float[Array, "N d"], Float[Ar
     return lax.map(one, jnp.arange(N))
 
 
-def _current_piece(
+def current_piece(
     model: StateSpaceModel, block: Block, history: History, index: Array, end: Array
 ) -> Piece:
     """The part that a particle at the block's end came by."""
@@ -150,7 +150,7 @@ def draw_paths(
         block, key = now
         x = history.particles[block.start]
         pool = make_pool(x, history.log_weights[block.start], ahead(block.start, x))
-        piece = jax.vmap(partial(_current_piece, model, block, history))(index, end)
+        piece = jax.vmap(partial(current_piece, model, block, history))(index, end)
         moved = _refresh(model, block, pool, piece, end, key, method, num_moves)
         changed = jnp.mean(moved.ancestor != piece.ancestor)
         return (moved.ancestor, moved.start), (moved.start, moved.states, changed)
@@ -303,7 +303,7 @@ def additive(
         x = history.particles[block.start]
         pool = make_pool(x, history.log_weights[block.start], ahead(block.start, x))
         end = history.particles[block.end].T
-        piece = jax.vmap(partial(_current_piece, model, block, history))(jnp.arange(M), end)
+        piece = jax.vmap(partial(current_piece, model, block, history))(jnp.arange(M), end)
         total = jnp.zeros_like(sums)
         for i, part in enumerate(jax.random.split(key, num_backward)):
             if i > 0:
