@@ -18,7 +18,7 @@ PUBLIC = public_objects()
 # Those that compile for more than five seconds.
 SLOW = {
     *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
-    *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian"),
+    *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
 }
 
 

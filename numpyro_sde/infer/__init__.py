@@ -4,6 +4,7 @@ from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
 from numpyro_sde.infer.pmmh import PMMH, PMMHState
+from numpyro_sde.infer.score import Score, score
 
 __all__ = [
     "PMMH",
@@ -12,5 +13,7 @@ __all__ = [
     "PMMHState",
     "ParisianEstimate",
     "ParticleGibbs",
+    "Score",
     "parisian_gibbs",
+    "score",
 ]
