@@ -6,6 +6,7 @@ from numpyro_sde import (
     filters,
     guides,
     handlers,
+    multiscale,
     noise,
     processes,
     reparam,
@@ -14,6 +15,7 @@ from numpyro_sde import (
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filtering import filter_path
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.multiscale import SlowFastSDE, average
 from numpyro_sde.observe import observe
 from numpyro_sde.sde import SDE
 from numpyro_sde.smoothing import smooth
@@ -23,13 +25,16 @@ __version__ = "0.1.0"
 __all__ = [
     "SDE",
     "SDEPath",
+    "SlowFastSDE",
     "TimeGrid",
+    "average",
     "datasets",
     "diagnostics",
     "filter_path",
     "filters",
     "guides",
     "handlers",
+    "multiscale",
     "noise",
     "observe",
     "processes",
