@@ -15,7 +15,7 @@ from numpyro_sde import (
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filtering import filter_path
 from numpyro_sde.grid import TimeGrid
-from numpyro_sde.multiscale import SlowFastSDE, average
+from numpyro_sde.multiscale import SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
 from numpyro_sde.sde import SDE
 from numpyro_sde.smoothing import smooth
@@ -34,6 +34,7 @@ __all__ = [
     "filters",
     "guides",
     "handlers",
+    "homogenize",
     "multiscale",
     "noise",
     "observe",

@@ -16,7 +16,8 @@ LAYERS = [
     [
         *("closures", "grid", "noise", "interop", "sde", "schemes", "processes", "bridge"),
         *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
-        *("multiscale.fast_law", "multiscale.effective"),
+        *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
+        *("multiscale.cell_problem", "multiscale.green_kubo"),
     ],
     ["linear"],
     ["filters"],
@@ -29,7 +30,8 @@ PURE = (
     *("closures", "grid", "noise", "sde", "schemes", "processes", "bridge"),
     *("linear", "filters", "interop"),
     *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
-    *("multiscale.fast_law", "multiscale.effective"),
+    *("multiscale.cell_problem", "multiscale.green_kubo"),
+    *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
 )
 OPTIONAL = ("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax")
 

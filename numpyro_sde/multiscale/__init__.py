@@ -1,9 +1,12 @@
 """Slow-fast systems and their limits: averaging, homogenisation, learned invariant laws."""
 
 from numpyro_sde.multiscale.average import average
+from numpyro_sde.multiscale.cell_problem import CellProblem
 from numpyro_sde.multiscale.effective import EffectiveSDE, SampledEffectiveSDE, TwoHalvesEuler
 from numpyro_sde.multiscale.fast_law import ScalarFast, UnnormalizedDensity
 from numpyro_sde.multiscale.frozen import ErgodicAverage
+from numpyro_sde.multiscale.green_kubo import GreenKubo
+from numpyro_sde.multiscale.homogenize import homogenize
 from numpyro_sde.multiscale.rules import (
     Coordinatewise,
     GaussHermite,
@@ -12,12 +15,15 @@ from numpyro_sde.multiscale.rules import (
 )
 from numpyro_sde.multiscale.slow_fast import SlowFastSDE
 from numpyro_sde.multiscale.table import Table
+from numpyro_sde.multiscale.two_scale import TwoScaleLangevin
 
 __all__ = [
+    "CellProblem",
     "Coordinatewise",
     "EffectiveSDE",
     "ErgodicAverage",
     "GaussHermite",
+    "GreenKubo",
     "MonteCarlo",
     "QuasiMonteCarlo",
     "SampledEffectiveSDE",
@@ -25,6 +31,8 @@ __all__ = [
     "SlowFastSDE",
     "Table",
     "TwoHalvesEuler",
+    "TwoScaleLangevin",
     "UnnormalizedDensity",
     "average",
+    "homogenize",
 ]

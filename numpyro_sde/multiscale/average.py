@@ -23,6 +23,7 @@ from numpyro_sde.multiscale.fast_law import (
     UnnormalizedDensity,
     degree_of,
     density_nodes,
+    fast_noise_shape,
     fast_shape_of,
     linear_nodes,
     scalar_nodes,
@@ -30,7 +31,7 @@ from numpyro_sde.multiscale.fast_law import (
 from numpyro_sde.multiscale.frozen import ErgodicAverage, ergodic_nodes, innovation_shape
 from numpyro_sde.multiscale.laws import law_nodes
 from numpyro_sde.multiscale.rules import AbstractRule, MonteCarlo, as_rule, default_rule
-from numpyro_sde.multiscale.slow_fast import SlowFastSDE, call, check_diffusion_shape
+from numpyro_sde.multiscale.slow_fast import SlowFastSDE, call, check_diffusion_shape, square_of
 from numpyro_sde.multiscale.table import Table, as_table, tabulate
 from numpyro_sde.sde import as_function
 
@@ -150,17 +151,8 @@ def nodes_of(slow_fast: SlowFastSDE, invariant: Any, rule: AbstractRule | None) 
             if size_of(shape) != 1:
                 raise ValueError(f"ScalarFast is for one fast coordinate, fast_dim is {shape[0]}")
             return Partial(scalar_nodes, invariant, *dynamics, shape)
-        noise = jax.eval_shape(
-            lambda one: call(
-                one.functions["fast_diffusion"],
-                jnp.zeros(()),
-                jnp.zeros(slow_fast.slow_shape),
-                jnp.zeros(shape),
-                one.user_params,
-            ),
-            slow_fast.unbatched_shapes(),
-        )
-        innovations = invariant.innovations(innovation_shape(noise.shape, shape))
+        noise = fast_noise_shape(slow_fast, shape)
+        innovations = invariant.innovations(innovation_shape(noise, shape))
         return Partial(ergodic_nodes, invariant, shape, innovations, *dynamics)
     as_function(invariant, "invariant", "x", {"p": ("params", given)})
     declared = None if slow_fast.layout.fast_dim is None else shape
@@ -198,15 +190,6 @@ def _average_square(diffusion: Any, nodes: Nodes, t: Any, x: Any, p: Any) -> Arr
     y, weights = nodes(t, x, p)
     values = jax.vmap(lambda one: call(diffusion, t, x, one, p))(y)
     return jnp.tensordot(weights, square_of(values, jnp.ndim(x)), axes=1)
-
-
-def square_of(values: Array, state_ndim: int) -> Array:
-    """Squares of diffusions `(L, ...)`: variances where noise is diagonal, else matrices."""
-    if values.ndim - 1 <= state_ndim:
-        return values**2
-    if state_ndim == 0:
-        return jnp.sum(values**2, axis=-1)
-    return jnp.einsum("lim,ljm->lij", values, values)
 
 
 def _at_any_fast_state(diffusion: Any, fast: tuple[int, ...], t: Any, x: Any, p: Any = None) -> Any:

@@ -232,3 +232,13 @@ def degree_of(slow_fast: SlowFastSDE, role: str, argument: str, fast: tuple[int,
 
     index = 1 + list(shapes).index(argument)
     return degree_in(coefficient, (slow_fast.unbatched_shapes(), *arrays), index)
+
+
+def fast_noise_shape(slow_fast: SlowFastSDE, fast: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape that the fast diffusion returns."""
+
+    def diffusion(one: SlowFastSDE) -> Array:
+        t, x, y = (jnp.zeros(shape) for shape in ((), slow_fast.slow_shape, fast))
+        return call(one.functions["fast_diffusion"], t, x, y, one.user_params)
+
+    return jax.eval_shape(diffusion, slow_fast.unbatched_shapes()).shape

@@ -113,6 +113,11 @@ def antithetic(seed: int, steps: int, chains: int, shape: tuple[int, ...]) -> np
     return np.concatenate([half, -half], axis=1)
 
 
+def independent(seed: int, steps: int, chains: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Independent standard normals, float32."""
+    return np.random.default_rng(seed).standard_normal((steps, chains, *shape), np.float32)
+
+
 def innovation_shape(diffusion: tuple[int, ...], state: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the noise of one step, from the shapes of the diffusion and the state."""
     return diffusion[-1:] if len(diffusion) > len(state) else state

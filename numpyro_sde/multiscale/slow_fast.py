@@ -77,6 +77,14 @@ def call(fn: Callable[..., Any], t: Any, x: Any, y: Any, p: Any) -> Array:
     return jnp.asarray(fn(t, x, y) if p is None else fn(t, x, y, p))
 
 
+def call_of_state(fn: Callable[..., Any], x: Any, p: Any) -> Array:
+    """A scalar function of one state, a potential; `p` is None where there are no params."""
+    value = jnp.asarray(fn(x) if p is None else fn(x, p))
+    if value.shape != ():
+        raise ValueError(f"a potential must return a scalar, got shape {value.shape}")
+    return value
+
+
 def _full_drift(layout: Layout, parts: dict[str, Any], t: Any, state: Any, p: Any) -> Array:
     x, y = layout.split(state)
     user, eps = p.get(_USER), p["epsilon"]
@@ -114,6 +122,24 @@ def _full_diffusion(layout: Layout, parts: dict[str, Any], t: Any, state: Any, p
     zero = jnp.zeros((slow.shape[0], fast.shape[1]), slow.dtype)
     under = jnp.zeros((fast.shape[0], slow.shape[1]), slow.dtype)
     return jnp.block([[slow, zero], [under, fast]])
+
+
+def square_of(values: Array, state_ndim: int) -> Array:
+    """Squares of diffusions `(L, ...)`: variances where noise is diagonal, else matrices."""
+    if values.ndim - 1 <= state_ndim:
+        return values**2
+    if state_ndim == 0:
+        return jnp.sum(values**2, axis=-1)
+    return jnp.einsum("lim,ljm->lij", values, values)
+
+
+def slow_squares(functions: dict[str, Any], t: Any, x: Array, p: Any, y: Array) -> Array:
+    """`s s'` at every node: scalars for a scalar slow state, else matrices."""
+    slow = jax.vmap(lambda one: call(functions["slow_diffusion"], t, x, one, p))(y)
+    square = square_of(slow, x.ndim)
+    if x.ndim == 0 or square.ndim == 3:
+        return square
+    return jax.vmap(lambda v: jnp.diag(jnp.broadcast_to(v, x.shape)))(square)
 
 
 def check_diffusion_shape(role: str, got: tuple[int, ...], state: tuple[int, ...]) -> None:

@@ -130,3 +130,59 @@ def tagged_particle_drift(x):
     spread = WIDTH**2 + np.diag(bath_covariance())
     push = x * WIDTH**3 / spread**1.5 * np.exp(-(x**2) / (2.0 * spread))
     return -KAPPA * x[..., 0] + DEPTH / WIDTH**2 * push.mean(axis=-1)
+
+
+def rough_potential(epsilon=0.05):
+    """S4: V = x^2/2 and p = cos at temperature 1/2; slowed down by 1 / I_0(2)^2."""
+    return nsde.multiscale.TwoScaleLangevin(
+        lambda x, p: p["alpha"] * x**2 / 2,
+        lambda y, p: jnp.cos(y),
+        epsilon,
+        0.5,
+        params={"alpha": 1.0},
+    )
+
+
+TRIAD = {"B": (-1.0, 0.4, 0.6), "gamma": (1.0, 2.0), "sigma": (1.0, 1.0)}
+
+
+def triad(epsilon=0.1):
+    """S6: Majda, Timofeyev and Vanden-Eijnden's triad."""
+    return nsde.SlowFastSDE(
+        lambda t, x, y, p: 0.0 * x,
+        lambda t, x, y, p: 0.0,
+        lambda t, x, y, p: -p["gamma"] * y,
+        lambda t, x, y, p: p["sigma"],
+        epsilon,
+        params={k: jnp.asarray(v) for k, v in TRIAD.items()},
+        event_dims={"B": 1, "gamma": 1, "sigma": 1},
+        fast_dim=2,
+        scaling="homogenization",
+        slow_forcing=lambda t, x, y, p: p["B"][0] * y[0] * y[1],
+        fast_forcing=lambda t, x, y, p: x * jnp.stack([p["B"][1] * y[1], p["B"][2] * y[0]]),
+    )
+
+
+def triad_limit(x):
+    (b1, b2, b3), (g1, g2), (s1, s2) = TRIAD.values()
+    rate = b1 / (2 * (g1 + g2)) * (b2 * s2**2 / g2 + b3 * s1**2 / g1)
+    return rate * np.asarray(x), (b1 * s1 * s2) ** 2 / (2 * g1 * g2 * (g1 + g2))
+
+
+def coloured_noise(epsilon=0.1):
+    """S7: dX = -x + sqrt((1 + x^2) / 4) y / eps with an Ornstein-Uhlenbeck y."""
+    return nsde.SlowFastSDE(
+        lambda t, x, y: -x,
+        lambda t, x, y: 0.0,
+        lambda t, x, y: -y,
+        lambda t, x, y: jnp.sqrt(2.0),
+        epsilon,
+        scaling="homogenization",
+        slow_forcing=lambda t, x, y: jnp.sqrt(0.25 + 0.25 * x**2) * y,
+    )
+
+
+def coloured_noise_limit(x):
+    """Ito drift h + f f' and square 2 f^2."""
+    x = np.asarray(x)
+    return -x + 0.25 * x, 0.5 + 0.5 * x**2
