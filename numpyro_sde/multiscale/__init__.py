@@ -4,6 +4,7 @@ from numpyro_sde.multiscale.average import average
 from numpyro_sde.multiscale.cell_problem import CellProblem
 from numpyro_sde.multiscale.effective import EffectiveSDE, SampledEffectiveSDE, TwoHalvesEuler
 from numpyro_sde.multiscale.fast_law import ScalarFast, UnnormalizedDensity
+from numpyro_sde.multiscale.flow import ConditionalFlow
 from numpyro_sde.multiscale.frozen import ErgodicAverage
 from numpyro_sde.multiscale.green_kubo import GreenKubo
 from numpyro_sde.multiscale.homogenize import homogenize
@@ -19,6 +20,7 @@ from numpyro_sde.multiscale.two_scale import TwoScaleLangevin
 
 __all__ = [
     "CellProblem",
+    "ConditionalFlow",
     "Coordinatewise",
     "EffectiveSDE",
     "ErgodicAverage",
