@@ -3,7 +3,7 @@
 With `pi(. | x)` the stationary law of the fast process at a frozen slow state x,
 `drift(x) = int f(x, y) pi(dy | x)` and `diffusion(x) diffusion(x)' = int s s'(x, y) pi(dy | x)`:
 the root of the averaged square, not the average of the root. Source: Pavliotis and Stuart (2008),
-section 10.3; Freidlin and Wentzell (2012), chapter 7.
+chapter 10; Freidlin and Wentzell (2012), chapter 7.
 """
 
 from __future__ import annotations

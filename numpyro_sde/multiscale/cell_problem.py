@@ -1,7 +1,7 @@
 """The cell problem of homogenisation, solved in polynomials of the fast state.
 
 `-L Phi = F` with L the generator of the frozen fast process, by a Galerkin method in the fast law:
-Pavliotis and Stuart (2008), section 11.3 and, for linear fast dynamics, 11.7.
+Pavliotis and Stuart (2008), chapter 11.
 """
 
 from __future__ import annotations

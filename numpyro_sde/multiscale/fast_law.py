@@ -1,9 +1,9 @@
 """The law of the fast variable at a frozen slow state, from its dynamics or its density.
 
 Each source becomes nodes and weights, `nodes(t, x, p) -> (y, w)` with `y` of shape `(L, *fast)`,
-`w` of shape `(L,)` and sum one. Sources: Pavliotis and Stuart (2008), sections 6.4 and 10.3; for
-the scalar law Pavliotis (2014), equation 4.34; linear dynamics through the Lyapunov equation,
-Gardiner (2009), section 4.4.6.
+`w` of shape `(L,)` and sum one. Sources: Pavliotis and Stuart (2008), chapters 6 and 10; for
+the scalar law Pavliotis (2014), chapter 4; linear dynamics through the Lyapunov equation,
+Gardiner (2009), section 4.4.
 """
 
 from __future__ import annotations

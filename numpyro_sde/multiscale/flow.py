@@ -3,7 +3,7 @@
 The law of the fast variable at a frozen slow state x is the image of a standard normal law under a
 coupling flow whose networks see x. Everything is differentiable in x, in the draws and in the
 weights, so that a latent path or parameter may be the condition. Source: Saha and Ganguly (2026),
-arXiv:2605.09718, section 3, for the idea and the penalised likelihood (there without a
+arXiv:2605.09718, for the idea and the penalised likelihood (there without a
 condition); the flow is that of `numpyro_sde.guides.flows`.
 """
 

@@ -2,7 +2,7 @@
 
 With `Phi = int_0^inf E F(x, Y_s) ds` the effective square is twice the integrated correlation of
 the force, and the drift its integrated response to small kicks, both taken along the same chains.
-Source: Pavliotis and Stuart (2008), Remark 11.2; Pavliotis (2014), section 9.2.
+Source: Pavliotis and Stuart (2008), chapter 11; Pavliotis (2014), chapter 9.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ frozen fast process. The limit is the Ito equation with
     drift  = int (f + d_x Phi F + d_y Phi h) dpi,
     square = int (s s' + F Phi' + Phi F') dpi.
 
-Source: Pavliotis and Stuart (2008), Result 11.1 and section 11.3; the Green-Kubo form, with
-`Phi = int_0^inf E F(x, Y_s) ds`, their Remark 11.2 and section 11.7.
+Source: Pavliotis and Stuart (2008), chapter 11, with the Green-Kubo form
+`Phi = int_0^inf E F(x, Y_s) ds` there too.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Averaging: `dX = f(X, Y) dt + s(X, Y) dW`, `dY = (1/eps) g(X, Y) dt + (1/sqrt(ep
 with the slow coefficients of order one. Homogenisation: a force of size `1/eps` that averages to
 zero acts on the slow variable, and the fast one runs at speed `1/eps^2`. Sources: Pavliotis and
 Stuart (2008), Multiscale Methods: Averaging and Homogenization, chapters 10 and 11; the same
-systems are equations 1.1 and 1.2 of Saha and Ganguly (2026), arXiv:2605.09718.
+systems are those of Saha and Ganguly (2026), arXiv:2605.09718.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `dX = -V'(X) dt - (1/eps) p'(X/eps) dt + sqrt(2 temperature) dW`: a smooth potential V, and a
 fluctuation p of period L that is `eps` times finer. At scales above `eps` the particle moves in
 V alone, but slowed down by `K = L^2 / (int exp(-p/T) int exp(p/T)) <= 1`, drift and
-diffusivity alike. Source: Pavliotis and Stuart (2007), J. Stat. Phys. 127, 741-781, section 2.
+diffusivity alike. Source: Pavliotis and Stuart (2007), J. Stat. Phys. 127, 741-781.
 """
 
 # ruff: noqa: ARG001
