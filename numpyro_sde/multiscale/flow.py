@@ -15,6 +15,7 @@ from typing import Any, get_args
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
@@ -96,7 +97,8 @@ class ConditionalFlow(eqx.Module):
         at_least("slow_dim", slow_dim, 0)
         if kind not in get_args(CouplingKind):
             raise ValueError(f"kind must be 'affine' or 'spline', got {kind!r}")
-        if not bool(jnp.all(jnp.asarray(scale) > 0)):
+        # In a traced model jnp would trace a plain number too; what is traced gives NaN later.
+        if not isinstance(scale, jax.core.Tracer) and not np.all(np.asarray(scale) > 0):
             raise ValueError(f"scale must be positive, got {scale}")
         self.fast_dim, self.slow_dim = int(fast_dim), int(slow_dim)
         self.flow = CouplingFlow.create(

@@ -1,0 +1,218 @@
+"""Averaging and homogenisation against the full systems: accuracy, learning, coverage.
+
+    python benchmarks/multiscale_study.py weak       weak errors of the limit against epsilon
+    python benchmarks/multiscale_study.py coverage   intervals from a path with a hidden scale
+    python benchmarks/multiscale_study.py learning   a drift learned from one path, three ways
+
+Each takes some minutes of CPU time; tables in docs/multiscale.md come from here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import lax
+from numpyro.infer import MCMC, NUTS
+from scipy.special import i0
+
+import numpyro_sde as nsde
+from numpyro_sde.diagnostics import filtered_estimate, sampling_scale_scan
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "multiscale"))
+import systems
+
+# --- Weak errors ------------------------------------------------------------------------------
+
+
+def weak_error(epsilon, num_paths=200_000, steps_per_scale=20, seed=0):
+    """`E X_1^2` of the Landau system S2 less that of its average, and its standard error.
+
+    Both are driven by one Brownian motion, so that their difference has little variance. The
+    fast variable is stepped exactly at a frozen slow one; steps shrink with epsilon.
+    """
+    full = systems.landau(epsilon)
+    limit = nsde.average(full)
+    steps = round(steps_per_scale / epsilon)
+    dt, v, s = 1.0 / steps, systems.LANDAU["v"], systems.LANDAU["s"]
+    decay = np.exp(-dt / epsilon)
+    slow = full.functions["slow_drift"]
+
+    def step(carry, key):
+        x, y, mean = carry
+        w, z = jax.random.normal(key, (2, num_paths))
+        noise = s * np.sqrt(dt) * w
+        after = x + slow(0.0, x, y, full.user_params) * dt + noise
+        y = x + (y - x) * decay + np.sqrt(v * (1.0 - decay**2)) * z
+        drift = jax.vmap(lambda one: limit.drift_at(0.0, one))(mean)
+        return (after, y, mean + drift * dt + noise), None
+
+    def run(key):
+        first, rest = jax.random.split(key)
+        x = jnp.full(num_paths, 0.5)
+        y = x + np.sqrt(v) * jax.random.normal(first, (num_paths,))
+        (x, _, mean), _ = lax.scan(step, (x, y, x), jax.random.split(rest, steps))
+        gap = x**2 - mean**2
+        return jnp.mean(gap), jnp.std(gap) / np.sqrt(num_paths)
+
+    return tuple(float(a) for a in jax.jit(run)(jax.random.key(seed)))
+
+
+def linear_weak_error(epsilon):
+    """The same for S1, `E X_1^2` from `X_0 = 1`, without simulation: both are Gaussian."""
+    full = systems.ou_ou(epsilon)
+    limit = nsde.average(full)
+    linear = nsde.schemes.LocalLinear()
+    c, q = systems.OU["c"], systems.OU["q"]
+    mean, factor = linear.moments(full, 0.0, 1.0, jnp.array([1.0, c]))
+    # The spread of the first fast state, carried along by the linear flow.
+    shifted, _ = linear.moments(full, 0.0, 1.0, jnp.array([1.0, c + 1.0]))
+    variance = jnp.sum(factor[0] ** 2) + q * (shifted[0] - mean[0]) ** 2
+    limit_mean, limit_sd = linear.moments(limit, 0.0, 1.0, jnp.array(1.0))
+    return float(mean[0] ** 2 + variance - limit_mean**2 - limit_sd**2)
+
+
+def slope(epsilons, errors):
+    """Least-squares slope in logarithms."""
+    return float(np.polyfit(np.log(epsilons), np.log(np.abs(errors)), 1)[0])
+
+
+def weak():
+    epsilons = (0.1, 0.03, 0.01)
+    with jax.enable_x64(True):
+        exact = [linear_weak_error(eps) for eps in epsilons]
+    print(f"S1, exact: {exact}, slope {slope(epsilons, exact):.3f}")
+    sampled = [weak_error(eps) for eps in epsilons]
+    print(f"S2, sampled (error, standard error): {sampled}")
+    print(f"S2 slope {slope(epsilons, [error for error, _ in sampled]):.3f}")
+
+
+# --- Coverage with a hidden scale -------------------------------------------------------------
+
+
+def rough_paths(epsilon=0.05, num=64, total=500.0, dt=2.5e-4, kept=0.02, seed=0):
+    """Paths of S4 by Euler steps that resolve epsilon squared: shape `(num, N)`, and times."""
+    every = round(kept / dt)
+
+    def step(x, z):
+        return x + (-x + jnp.sin(x / epsilon) / epsilon) * dt + np.sqrt(dt) * z, None
+
+    def keep(x, key):
+        x, _ = lax.scan(step, x, jax.random.normal(key, (every, num)))
+        return x, x
+
+    def run(key):
+        first, rest = jax.random.split(key)
+        start = np.sqrt(0.5) * jax.random.normal(first, (num,))
+        _, kept_states = lax.scan(keep, start, jax.random.split(rest, round(total / kept)))
+        return jnp.concatenate([start[None], kept_states]).T
+
+    with jax.enable_x64(True):
+        paths = np.asarray(jax.jit(run)(jax.random.key(seed)))
+    return paths, np.arange(paths.shape[1]) * kept
+
+
+def slow_model(A, Sigma):
+    """The homogenised model of S4."""
+    return nsde.processes.OrnsteinUhlenbeck(A, 0.0, jnp.sqrt(2.0 * Sigma))
+
+
+def priors():
+    """Wide priors of rate and diffusivity."""
+    A = numpyro.sample("A", dist.LogNormal(np.log(0.3), 1.0))
+    Sigma = numpyro.sample("Sigma", dist.LogNormal(np.log(0.15), 1.0))
+    return A, Sigma
+
+
+def subsampled(times, x):
+    """Posterior of the slow model from a path at the steps that it is given."""
+    numpyro.sample("x", nsde.SDEPath(slow_model(*priors()), times, init=x[0]), obs=x)
+
+
+def filtered(centre, covariance):
+    """Posterior from the filtered likelihood, whose summaries vary from path to path."""
+    A, Sigma = priors()
+    gap = jnp.stack([A, jnp.log(Sigma)]) - centre
+    numpyro.factor("data", -0.5 * gap @ jnp.linalg.solve(covariance, gap))
+
+
+TRUTH = {"A": 1.0 / i0(2.0) ** 2, "Sigma": 0.5 / i0(2.0) ** 2}
+
+
+def covers(samples, level=0.9):
+    """Whether central intervals hold the truth, and the posterior means."""
+    ends = {k: np.quantile(samples[k], [0.5 - level / 2, 0.5 + level / 2]) for k in TRUTH}
+    inside = [bool(ends[k][0] <= v <= ends[k][1]) for k, v in TRUTH.items()]
+    return inside, [float(np.mean(samples[k])) for k in TRUTH]
+
+
+def coverage(num=64, step=1.0, scans=5):
+    """Coverage of 90 per cent intervals for filtered, subsampled and naive fits."""
+    paths, times = rough_paths(num=num)
+    stride = round(step / (times[1] - times[0]))
+    coarse = times[::stride]
+    runs = {
+        name: MCMC(NUTS(model), num_warmup=300, num_samples=700, progress_bar=False, **extra)
+        for name, model, extra in (
+            ("filtered", filtered, {"jit_model_args": True}),
+            ("subsampled", lambda x: subsampled(coarse, x), {"jit_model_args": True}),
+        )
+    }
+    found = {name: [] for name in (*runs, "naive")}
+    for k, path in enumerate(paths):
+        fit = filtered_estimate(path, times, lambda x: -x, width=1.0)
+        scale = np.array([1.0, fit.diffusivity])
+        centre = np.array([fit.coefficients[0], np.log(fit.diffusivity)])
+        covariance = fit.covariance / np.outer(scale, scale)
+        runs["filtered"].run(jax.random.key(k), jnp.asarray(centre), jnp.asarray(covariance))
+        runs["subsampled"].run(jax.random.key(k), jnp.asarray(path[::stride]))
+        for name, mcmc in runs.items():
+            found[name].append(covers(mcmc.get_samples()))
+        found["naive"].append(naive(path, times[1] - times[0]))
+    print(f"{num} paths, T = 500, epsilon = 0.05; truth {TRUTH}")
+    for name, rows in found.items():
+        inside = np.mean([row[0] for row in rows], axis=0)
+        means = np.array([row[1] for row in rows])
+        print(
+            f"  {name:12} coverage A {inside[0]:.3f}, Sigma {inside[1]:.3f}; means "
+            f"{means.mean(axis=0).round(4).tolist()} sd {means.std(axis=0).round(4).tolist()}"
+        )
+    warned = 0
+    for path in paths[:scans]:
+        scan = sampling_scale_scan(path, times, slow_sde(), [0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5])
+        warned += scan.depends_on_step
+        print(scan)
+    print(f"  the scan says that the answer depends on the step: {warned} of {scans}")
+    return found, warned
+
+
+def slow_sde():
+    """The slow model for a scan."""
+    return nsde.SDE(
+        lambda t, x, p: -p["A"] * x,
+        lambda t, x, p: jnp.sqrt(2.0 * p["Sigma"]),
+        params={"A": 0.5, "Sigma": 0.2},
+    )
+
+
+def naive(path, dt):
+    """Flat-prior posterior of the slow model at the finest step: Gaussian in A, narrow in Sigma."""
+    x, dx = path[:-1], np.diff(path)
+    information = np.sum(x**2) * dt
+    A, Sigma = -np.sum(x * dx) / information, np.mean(dx**2) / (2 * dt)
+    errors = np.array([np.sqrt(2 * Sigma / information), Sigma * np.sqrt(2 / len(dx))])
+    best = np.array([A, Sigma])
+    inside = np.abs(best - np.array(list(TRUTH.values()))) <= 1.645 * errors
+    return inside.tolist(), best.tolist()
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    {"weak": weak, "coverage": coverage}[sys.argv[1]]()
+    print(f"{time.perf_counter() - started:.0f} s")
