@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.contrib.module
 import numpyro.distributions as dist
 from jax import lax
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from scipy.special import i0
 
 import numpyro_sde as nsde
@@ -212,7 +215,118 @@ def naive(path, dt):
     return inside.tolist(), best.tolist()
 
 
+# --- Learning a drift from one path -----------------------------------------------------------
+
+SIZES = (100, 1_000, 15_000)
+STEP = 0.05
+GRID = np.linspace(-2.0, 2.0, 201)
+
+
+def tagged_paths(num, epsilon=0.002, substeps=125, seed=0):
+    """Slow paths of the full system S8, `(num, 15001)`: exact bath, Euler steps of the particle."""
+    precision = np.linalg.inv(systems.bath_covariance())
+    rates, modes = np.linalg.eigh(precision)
+    h = STEP / substeps
+    decay = np.exp(-rates * h / epsilon)
+    spread = np.sqrt((1.0 - decay**2) / rates)
+    force = jax.vmap(lambda x, y: systems.bath_force(0.0, x, y, None))
+
+    def substep(carry, key):
+        x, u = carry
+        w, z = jax.random.split(key)
+        moved = x + h * force(x, u @ modes.T) + 0.5 * np.sqrt(h) * jax.random.normal(w, (num,))
+        return (moved, u * decay + spread * jax.random.normal(z, u.shape)), None
+
+    def step(carry, key):
+        carry, _ = lax.scan(substep, carry, jax.random.split(key, substeps))
+        return carry, carry[0]
+
+    def run(key):
+        first, rest = jax.random.split(key)
+        bath = jax.random.normal(first, (num, len(rates))) / np.sqrt(rates)
+        carry = (jnp.zeros(num), bath)
+        _, x = lax.scan(step, carry, jax.random.split(rest, SIZES[-1]))
+        return jnp.concatenate([jnp.zeros((1, num)), x]).T
+
+    return np.asarray(jax.jit(run)(jax.random.key(seed)))
+
+
+def departure(module, start):
+    """Squared distance of weights from where they started: minus twice a Gaussian log prior."""
+    pairs = zip(jax.tree.leaves(module), jax.tree.leaves(start), strict=True)
+    return sum(jnp.sum((a - b) ** 2) for a, b in pairs)
+
+
+def with_flow(full, start, times, path):
+    """The averaged drift of a learned bath law: penalised likelihood, fixed nodes."""
+    pi = start.register("pi")
+    low, high = float(GRID[0]) - 1.0, float(GRID[-1]) + 1.0
+    limit = nsde.average(full, pi, nsde.multiscale.QuasiMonteCarlo(512), (low, high, 48))
+    scheme = nsde.schemes.LocalLinear()
+    numpyro.sample("x", nsde.SDEPath(limit, times, path[0], scheme=scheme), obs=path)
+    numpyro.factor("penalty", -1e-4 * pi.moment() - 1.5 * departure(pi, start))
+
+
+def with_network(start, times, path):
+    """A plain network for the drift."""
+    net = numpyro.contrib.module.eqx_module("net", start)
+    sde = nsde.SDE(lambda t, x: net(x), lambda t, x: 0.5)
+    scheme = nsde.schemes.LocalLinear()
+    numpyro.sample("x", nsde.SDEPath(sde, times, path[0], scheme=scheme), obs=path)
+
+
+def errors(drift, path):
+    """Mean squared errors: over the states of the path, and uniform on [-2, 2]."""
+    on_path = np.asarray(drift(jnp.asarray(path))) - systems.tagged_particle_drift(path)
+    uniform = np.asarray(drift(jnp.asarray(GRID))) - systems.tagged_particle_drift(GRID)
+    return float(np.mean(on_path**2)), float(np.mean(uniform**2))
+
+
+def optimise(model, data, steps, rate):
+    """Adam with a rate that falls to zero over the second half."""
+    schedule = numpyro.optim.Adam(lambda i: rate * jnp.minimum(1.0, 2.0 * (1.0 - i / steps)))
+    svi = SVI(model, lambda *_: None, schedule, Trace_ELBO())
+    return svi.run(jax.random.key(1), steps, *data, progress_bar=False).params
+
+
+def learning(num_seeds=7):
+    """Table of errors of the learned drift. Settings were chosen on other paths (seed 100)."""
+    full = systems.tagged_particle()
+    flow = nsde.ConditionalFlow(10, 0, kind="affine", num_layers=2, hidden_dims=(32,))
+    network = eqx.nn.MLP("scalar", "scalar", 64, 2, jax.nn.silu, key=jax.random.key(0))
+    paths = tagged_paths(num_seeds)
+
+    @jax.jit
+    def flow_drift(pi, states):
+        limit = nsde.average(full, pi, nsde.multiscale.QuasiMonteCarlo(2048), (-3.0, 3.0, 96))
+        return jax.vmap(lambda x: limit.drift_at(0.0, x))(states)
+
+    start = [errors(lambda x: flow_drift(flow, x), path) for path in paths]
+    print(f"the flow before training: {np.median(start, axis=0).round(4).tolist()}")
+    for size in SIZES:
+        times = STEP * np.arange(size + 1)
+        rows = {"flow": [], "network": []}
+        begun = time.perf_counter()
+        for long in paths:
+            path = jnp.asarray(long[: size + 1], jnp.float32)
+            model = partial(with_flow, full, flow, times)
+            found = optimise(model, (path,), 800, 5e-3)["pi$params"]
+            rows["flow"].append(errors(partial(flow_drift, found), path))
+            model = partial(with_network, network, times)
+            found = optimise(model, (path,), 1500, 3e-3)["net$params"]
+            net = eqx.combine(found, network)
+            rows["network"].append(errors(jax.vmap(net), path))
+        for name, values in rows.items():
+            median = np.median(values, axis=0).round(5).tolist()
+            print(
+                f"{size:6} {name:8} medians {median} on the path: "
+                f"{[round(v[0], 4) for v in values]}",
+                flush=True,
+            )
+        print(f"       {time.perf_counter() - begun:.0f} s")
+
+
 if __name__ == "__main__":
     started = time.perf_counter()
-    {"weak": weak, "coverage": coverage}[sys.argv[1]]()
+    {"weak": weak, "coverage": coverage, "learning": learning}[sys.argv[1]]()
     print(f"{time.perf_counter() - started:.0f} s")

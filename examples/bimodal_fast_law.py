@@ -150,7 +150,7 @@ def main() -> None:
     axes[0].plot(times, path, linewidth=0.5)
     axes[0].set(xlabel="time", ylabel="slow variable")
     bands.plot(axes[1], truth)
-    for name, style in (("linear Gaussian law", ":"), ("flow", "-.")):
+    for name, style in (("linear Gaussian law", "C3:"), ("flow", "C1-.")):
         axes[1].plot(states, drifts[name], style, label=name)
     axes[1].set_ylim(-1.2, 1.2)
     axes[1].legend(frameon=False, fontsize="small")

@@ -32,7 +32,7 @@ from numpyro_sde.diagnostics import filtered_estimate, sampling_scale_scan
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-EPSILON, STEP = 0.05, 0.02
+EPSILON, STEP = 0.1, 0.004
 
 
 def rough():
@@ -43,9 +43,9 @@ def rough():
 
 
 def simulate(total: float):
-    """A path of the full equation by Euler steps that resolve `eps^2`, kept every 0.02."""
+    """A path of the full equation by Euler steps that resolve `eps^2`, kept every 0.004."""
     times = STEP * np.arange(round(total / STEP) + 1)
-    grid = nsde.TimeGrid(times, max_step=0.2 * EPSILON**2)
+    grid = nsde.TimeGrid(times, max_step=0.1 * EPSILON**2)
     path = nsde.SDEPath(rough(), grid, init=0.0, scheme=nsde.schemes.Euler())
     return times, np.asarray(jax.jit(path.sample)(jax.random.key(3)))[grid.index]
 
@@ -95,13 +95,15 @@ def main() -> None:
     }
     print(f"homogenised: A = {truth['A']:.5f}, Sigma = {truth['Sigma']:.5f}")
 
-    scan = sampling_scale_scan(x, times, slow_sde(0.5, 0.2), [0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5])
+    scan = sampling_scale_scan(
+        x, times, slow_sde(0.5, 0.2), [0.004, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5]
+    )
     print(scan)
     fit = filtered_estimate(x, times, lambda x: -x, width=1.0)
     stride = round(1.0 / STEP)
     problems = {
         "every step": (from_path, (times, x)),
-        "every 50th step": (from_path, (times[::stride], x[::stride])),
+        "every time unit": (from_path, (times[::stride], x[::stride])),
         "filtered data": (from_filtered, (fit,)),
     }
     posteriors = {}

@@ -89,9 +89,10 @@ class AveragedDrift(NamedTuple):
         if truth is not None:
             axis.plot(self.states, truth, "--", color="black", linewidth=1.0, label="truth")
         if self.visited is not None:
-            seen = np.where(self.visited > 0, 0.0, np.nan)
-            low, _ = axis.get_ylim()
-            axis.plot(self.states, seen + low, color="0.5", linewidth=4, label="states visited")
+            # At the foot of the panel, whatever its limits become.
+            foot = np.where(self.visited > 0, 0.01, np.nan)
+            style = {"color": "0.5", "linewidth": 4, "transform": axis.get_xaxis_transform()}
+            axis.plot(self.states, foot, label="states visited", **style)
         axis.set_xlabel("slow state")
         axis.set_ylabel("averaged drift")
         axis.legend(frameon=False, fontsize="small")

@@ -151,7 +151,7 @@ def sampling_scale_scan(
     *,
     scheme: AbstractScheme | None = None,
     tolerance: float = 0.15,
-    max_increments: int = 20_000,
+    max_increments: int = 100_000,
 ) -> ScaleScan:
     """Fit a model to one directly observed path at several sampling steps.
 
@@ -210,7 +210,7 @@ def sampling_scale_scan(
         first = np.unique(np.linspace(0, number - 1, min(number, max_increments)).astype(int))
         increments = states[first + stride] - states[first]
         # Overlapping increments weigh as many as fit into the path side by side.
-        weight = (number / stride) / len(first)
+        weight = min(number / stride, len(first)) / len(first)
         estimate, errors, start = fit(first, states, increments, stride * dt, weight, start)
         rows.append((estimate, errors, np.mean(np.sum(increments**2, axis=-1)) / (stride * dt)))
     estimates, errors, variation = (np.array(column) for column in zip(*rows, strict=True))
