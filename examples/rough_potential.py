@@ -127,7 +127,7 @@ def main() -> None:
     for axis, value in zip(panels, truth.values(), strict=False):
         axis.axhline(value, color="black", linestyle=":", label="homogenised")
     panels[-1].axhline(2.0 * truth["Sigma"], color="black", linestyle=":")
-    panels[0].legend(frameon=False, fontsize="small")
+    panels[0].legend(frameon=False, fontsize="small", loc="lower left")
     for (name, draws_of), colour in zip(posteriors.items(), ("C3", "C0", "C2"), strict=True):
         axes[1, 1].plot(
             draws_of["A"], draws_of["Sigma"], ".", markersize=2, color=colour, label=name

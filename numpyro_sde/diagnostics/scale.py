@@ -129,7 +129,7 @@ class ScaleScan(NamedTuple):
             if self.plateau is not None:
                 axis.axvspan(*self.plateau, color="0.85", zorder=0, label="plateau")
         if self.plateau is not None:
-            panels[0].legend(frameon=False, fontsize="small")
+            panels[0].legend(frameon=False, fontsize="small", loc="lower left")
         return panels
 
     def __str__(self) -> str:
