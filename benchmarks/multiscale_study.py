@@ -1,7 +1,7 @@
 """Averaging and homogenisation against the full systems: accuracy, learning, coverage.
 
     python benchmarks/multiscale_study.py weak       weak errors of the limit against epsilon
-    python benchmarks/multiscale_study.py coverage   intervals from a path with a hidden scale
+    python benchmarks/multiscale_study.py coverage [epsilon]   intervals, with a hidden scale
     python benchmarks/multiscale_study.py learning   a drift learned from one path, three ways
 
 Each takes some minutes of CPU time; tables in docs/multiscale.md come from here.
@@ -99,16 +99,21 @@ def weak():
 # --- Coverage with a hidden scale -------------------------------------------------------------
 
 
-def rough_paths(epsilon=0.05, num=96, total=500.0, dt=5e-5, kept=0.02, seed=0):
+def rough_paths(epsilon=0.025, num=96, total=500.0, kept=0.0025, seed=0):
     """Paths of S4 `(num, N)`, and their times.
 
-    Euler steps of a fiftieth of epsilon squared: at a tenth the limit's coefficients are already
-    3 per cent off, as the fine wells act hotter than they are.
+    Heun steps of a tenth of epsilon squared, of weak order 2: Euler steps of that size make the
+    fine wells act hotter than they are, and the limit's coefficients come out 3 per cent high.
     """
-    every = round(kept / dt)
+    every = round(kept / (0.1 * epsilon**2))
+    dt = kept / every
+
+    def force(x):
+        return -x + jnp.sin(x / epsilon) / epsilon
 
     def step(x, z):
-        return x + (-x + jnp.sin(x / epsilon) / epsilon) * dt + np.sqrt(dt) * z, None
+        first, shock = force(x), np.sqrt(dt) * z
+        return x + 0.5 * dt * (first + force(x + dt * first + shock)) + shock, None
 
     def keep(x, key):
         x, _ = lax.scan(step, x, jax.random.normal(key, (every, num)))
@@ -155,9 +160,9 @@ def covers(weights, level=0.9):
     return inside, means
 
 
-def coverage(num=96, step=1.0, scans=3):
+def coverage(epsilon=0.025, num=96, step=1.0, scans=3):
     """Coverage of 90 per cent intervals for filtered, subsampled and naive fits."""
-    paths, times = rough_paths(num=num)
+    paths, times = rough_paths(epsilon, num, kept=4.0 * epsilon**2)
     stride = round(step / (times[1] - times[0]))
     coarse = times[::stride]
 
@@ -175,7 +180,7 @@ def coverage(num=96, step=1.0, scans=3):
         found["filtered"].append(covers(on_grid(fit.log_likelihood)))
         found["subsampled"].append(covers(subsampled(jnp.asarray(path[::stride]))))
         found["naive"].append(naive(path, times[1] - times[0]))
-    print(f"{num} paths, T = 500, epsilon = 0.05; truth {TRUTH}")
+    print(f"{num} paths, T = 500, epsilon = {epsilon}; truth {TRUTH}")
     for name, rows in found.items():
         inside = np.mean([row[0] for row in rows], axis=0)
         means = np.array([row[1] for row in rows])
@@ -186,7 +191,9 @@ def coverage(num=96, step=1.0, scans=3):
         )
     warned = 0
     for path in paths[:scans]:
-        scan = sampling_scale_scan(path, times, slow_sde(), [0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5])
+        scan = sampling_scale_scan(
+            path, times, slow_sde(), [times[1], 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 1.5]
+        )
         warned += scan.depends_on_step
         print(scan)
     print(f"  the scan says that the answer depends on the step: {warned} of {scans}")
@@ -329,5 +336,6 @@ def learning(num_seeds=7):
 
 if __name__ == "__main__":
     started = time.perf_counter()
-    {"weak": weak, "coverage": coverage, "learning": learning}[sys.argv[1]]()
+    study = {"weak": weak, "coverage": coverage, "learning": learning}[sys.argv[1]]
+    study(*(float(argument) for argument in sys.argv[2:]))
     print(f"{time.perf_counter() - started:.0f} s")

@@ -16,7 +16,10 @@ MODULES = {
 }
 PUBLIC = public_objects()
 # Those that compile for more than five seconds.
-SLOW = {"testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"}
+SLOW = {
+    *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
+    *("multiscale.flow", "diagnostics.scale"),
+}
 
 
 @pytest.mark.parametrize(

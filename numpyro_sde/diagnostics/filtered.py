@@ -70,8 +70,9 @@ class FilteredEstimate(NamedTuple):
     def log_likelihood(self, coefficients: ArrayLike, diffusivity: ArrayLike) -> Float[Array, ""]:
         """Filtered log likelihood, up to a constant, for use in a model.
 
-        Gaussian in the coefficients and in the logarithm of the diffusivity, with the sandwich
-        covariance; `numpyro.factor("data", fit.log_likelihood(A, sigma))`.
+        A multivariate t in the coefficients and in the logarithm of the diffusivity, with the
+        sandwich covariance and as many degrees of freedom as its blocks leave: a normal law would
+        take the covariance as known. `numpyro.factor("data", fit.log_likelihood(A, sigma))`.
 
         Args:
             coefficients: shape `(k,)`, or a scalar for one.
@@ -82,7 +83,9 @@ class FilteredEstimate(NamedTuple):
         first = jnp.atleast_1d(jnp.asarray(coefficients)) - self.coefficients
         second = jnp.log(diffusivity) - np.log(self.diffusivity)
         gap = jnp.append(first, second)
-        return -0.5 * gap @ jnp.asarray(precision) @ gap
+        freedom = self.num_blocks - 1
+        distance = gap @ jnp.asarray(precision) @ gap
+        return -0.5 * (freedom + len(gap)) * jnp.log1p(distance / freedom)
 
 
 def filtered_estimate(

@@ -44,7 +44,7 @@ def rough_path():
 def test_one_scale_has_a_plateau_from_the_finest_step():
     path, times = ou_path(0.7, 0.6, 20_000, 0.05, 0)
     ou = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.1, scale=1.0)
-    scan = sampling_scale_scan(path, times, ou, [0.05, 0.1, 0.2, 0.4])
+    scan = sampling_scale_scan(path, times, ou, [0.05, 0.2, 0.4])
     assert scan.names == ("mean", "rate", "scale")
     assert not scan.depends_on_step
     assert scan.check() == []
@@ -70,6 +70,7 @@ def test_features_of_vector_paths_are_fitted_by_least_squares():
     assert scan.names == ("coefficient[0]", "coefficient[1]")
 
 
+@pytest.mark.slow
 def test_a_rough_potential_shows_in_the_scan(rough_path):
     path, times = rough_path
     ou = nsde.SDE(
@@ -135,10 +136,11 @@ def test_filtered_likelihood_is_centred_and_as_wide_as_the_errors():
     best = fit.log_likelihood(fit.coefficients, fit.diffusivity)
     assert float(best) == pytest.approx(0.0, abs=1e-6)
     sd = fit.standard_errors
-    curvature = jax.hessian(lambda v: fit.log_likelihood(v[0], v[1]))(
+    curvature = jax.jit(jax.hessian(lambda v: fit.log_likelihood(v[0], v[1])))(
         jnp.array([fit.coefficients[0], fit.diffusivity])
     )
-    np.testing.assert_allclose(np.linalg.inv(-curvature), fit.covariance, rtol=1e-3)
+    # A t of 24 degrees of freedom in two dimensions is narrower by 24/26 at its mode.
+    np.testing.assert_allclose(np.linalg.inv(-curvature), fit.covariance * 24 / 26, rtol=1e-3)
     low, high = fit.interval(0.9)
     np.testing.assert_allclose((high - low) / (2 * 1.711 * sd), 1.0, rtol=1e-3)  # t of 24
 
