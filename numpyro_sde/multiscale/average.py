@@ -145,8 +145,7 @@ def nodes_of(slow_fast: SlowFastSDE, invariant: Any, rule: AbstractRule | None) 
                 "brings its own nodes"
             )
         if isinstance(invariant, UnnormalizedDensity):
-            as_function(invariant.log_density, "log_density", "x, y", {"p": ("params", given)})
-            return Partial(density_nodes, invariant)
+            return Partial(density_nodes, invariant, takes_params(invariant.log_density, given, 2))
         if isinstance(invariant, ScalarFast):
             if size_of(shape) != 1:
                 raise ValueError(f"ScalarFast is for one fast coordinate, fast_dim is {shape[0]}")
@@ -154,9 +153,26 @@ def nodes_of(slow_fast: SlowFastSDE, invariant: Any, rule: AbstractRule | None) 
         noise = fast_noise_shape(slow_fast, shape)
         innovations = invariant.innovations(innovation_shape(noise, shape))
         return Partial(ergodic_nodes, invariant, shape, innovations, *dynamics)
-    as_function(invariant, "invariant", "x", {"p": ("params", given)})
     declared = None if slow_fast.layout.fast_dim is None else shape
-    return Partial(_callable_nodes, invariant, rule, declared)
+    return Partial(_callable_nodes, invariant, takes_params(invariant, given, 1), rule, declared)
+
+
+def takes_params(fn: Any, given: bool, num_states: int) -> bool:
+    """Whether a law is a function of the params too; without params both forms serve.
+
+    Raises:
+        TypeError: a function of other arguments.
+    """
+    role, states = ("invariant", "x") if num_states == 1 else ("log_density", "x, y")
+    if given:
+        as_function(fn, role, states, {"p": ("params", True)})
+        return True
+    try:
+        as_function(fn, role, states, {"p": ("params", False)})
+    except TypeError:
+        as_function(fn, role, f"{states}, p", {})
+        return True
+    return False
 
 
 def size_of(shape: tuple[int, ...]) -> int:
@@ -165,10 +181,16 @@ def size_of(shape: tuple[int, ...]) -> int:
 
 
 def _callable_nodes(
-    invariant: Any, rule: Any, shape: tuple[int, ...] | None, t: Any, x: Any, p: Any
+    invariant: Any,
+    with_params: bool,
+    rule: Any,
+    shape: tuple[int, ...] | None,
+    t: Any,
+    x: Any,
+    p: Any,
 ) -> tuple[Array, Array]:
     del t
-    y, weights = law_nodes(invariant(x) if p is None else invariant(x, p), rule)
+    y, weights = law_nodes(invariant(x, p) if with_params else invariant(x), rule)
     if shape is not None and y.shape[1:] != shape:
         if y.shape[1:] not in ((), (1,)) or size_of(shape) != 1:
             raise ValueError(

@@ -41,7 +41,7 @@ class UnnormalizedDensity(eqx.Module):
     Example:
         >>> from numpyro_sde.multiscale import UnnormalizedDensity
         >>> law = UnnormalizedDensity(lambda x, y: -((y - x) ** 2) / 2.0, -9.0, 9.0)
-        >>> y, weights = law.nodes(0.5, None)
+        >>> y, weights = law.nodes(0.5)
         >>> round(float((weights * y).sum()), 4)
         0.5
     """
@@ -62,10 +62,9 @@ class UnnormalizedDensity(eqx.Module):
         self.log_density, self.num_points = log_density, num_points
         self.low, self.high = _ends(low, high)
 
-    def nodes(self, x: Any, p: Any) -> tuple[Array, Array]:
-        """Fast states `(L, *fast)` and their weights `(L,)` at one slow state."""
+    def nodes(self, x: Any, *args: Any) -> tuple[Array, Array]:
+        """Fast states `(L, *fast)` and their weights `(L,)` at one slow state (and params)."""
         y, weights = _box(self.low, self.high, self.num_points)
-        args = () if p is None else (p,)
         logits = jax.vmap(lambda one: self.log_density(x, one, *args))(y)
         if logits.shape != weights.shape:
             raise ValueError(
@@ -132,10 +131,12 @@ def _box(low: Any, high: Any, num: int) -> tuple[Array, Array]:
     return jnp.asarray(points[:, 0] if np.ndim(low) == 0 else points, dtype), product
 
 
-def density_nodes(law: UnnormalizedDensity, t: Any, x: Any, p: Any) -> tuple[Array, Array]:
+def density_nodes(
+    law: UnnormalizedDensity, with_params: bool, t: Any, x: Any, p: Any
+) -> tuple[Array, Array]:
     """Nodes of a density, whatever the time."""
     del t
-    return law.nodes(x, p)
+    return law.nodes(x, p) if with_params else law.nodes(x)
 
 
 def scalar_nodes(

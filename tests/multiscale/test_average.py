@@ -280,6 +280,23 @@ def by_time(t, x, y, p):
 
 
 @pytest.mark.parametrize(
+    "invariant",
+    [
+        lambda x: dist.Normal(x, 0.5),
+        lambda x, p: dist.Normal(x, 0.5),
+        UnnormalizedDensity(lambda x, y: -2.0 * (y - x) ** 2, -6.0, 6.0),
+        UnnormalizedDensity(lambda x, y, p: -2.0 * (y - x) ** 2, -6.0, 6.0),
+    ],
+)
+def test_without_params_laws_may_take_them_or_not(invariant):
+    full = nsde.SlowFastSDE(
+        lambda t, x, y: y**2, lambda t, x, y: 1.0, lambda t, x, y: -y, lambda t, x, y: 1.0, 0.1
+    )
+    limit = nsde.average(full, invariant)
+    assert float(limit.drift_at(0.0, 1.0)) == pytest.approx(1.25, rel=1e-4)
+
+
+@pytest.mark.parametrize(
     ("change", "error", "match"),
     [
         ({"slow_fast": nsde.SDE(lambda t, x: x, lambda t, x: x)}, TypeError, "slow_fast must be"),
