@@ -28,7 +28,12 @@ from numpyro_sde.multiscale.fast_law import (
     linear_nodes,
     scalar_nodes,
 )
-from numpyro_sde.multiscale.frozen import ErgodicAverage, ergodic_nodes, innovation_shape
+from numpyro_sde.multiscale.frozen import (
+    ErgodicAverage,
+    FixedNoise,
+    ergodic_nodes,
+    innovation_shape,
+)
 from numpyro_sde.multiscale.laws import law_nodes
 from numpyro_sde.multiscale.rules import AbstractRule, MonteCarlo, as_rule, default_rule
 from numpyro_sde.multiscale.slow_fast import SlowFastSDE, call, check_diffusion_shape, square_of
@@ -136,8 +141,8 @@ def nodes_of(slow_fast: SlowFastSDE, invariant: Any, rule: AbstractRule | None) 
             )
         if isinstance(rule, MonteCarlo):
             raise ValueError("quadrature=MonteCarlo needs a law to draw from: give invariant")
-        fixed = default_rule(size_of(shape)) if rule is None else rule
-        return Partial(linear_nodes, *dynamics, shape, fixed)
+        chosen = default_rule(size_of(shape)) if rule is None else rule
+        return Partial(linear_nodes, *dynamics, shape, chosen)
     if isinstance(invariant, ScalarFast | UnnormalizedDensity | ErgodicAverage):
         if rule is not None:
             raise ValueError(
@@ -150,9 +155,9 @@ def nodes_of(slow_fast: SlowFastSDE, invariant: Any, rule: AbstractRule | None) 
             if size_of(shape) != 1:
                 raise ValueError(f"ScalarFast is for one fast coordinate, fast_dim is {shape[0]}")
             return Partial(scalar_nodes, invariant, *dynamics, shape)
-        noise = fast_noise_shape(slow_fast, shape)
-        innovations = invariant.innovations(innovation_shape(noise, shape))
-        return Partial(ergodic_nodes, invariant, shape, innovations, *dynamics)
+        noise = innovation_shape(fast_noise_shape(slow_fast, shape), shape)
+        fixed = FixedNoise(invariant.innovations(noise))
+        return Partial(ergodic_nodes, invariant, shape, fixed, *dynamics)
     declared = None if slow_fast.layout.fast_dim is None else shape
     return Partial(_callable_nodes, invariant, takes_params(invariant, given, 1), rule, declared)
 

@@ -86,6 +86,15 @@ class ErgodicAverage(eqx.Module):
         return antithetic(self.seed, first + kept * between, self.num_chains, shape)
 
 
+class FixedNoise(eqx.Module):
+    """Random numbers of one simulation, shared by all series of a batch.
+
+    A module, as a bare array that a coefficient holds would be taken for one of a batch.
+    """
+
+    values: np.ndarray
+
+
 def check_chains(num_chains: int) -> None:
     """Raise unless chains can be paired."""
     at_least("num_chains", num_chains, 2)
@@ -165,7 +174,7 @@ def simulate(
 def ergodic_nodes(
     law: ErgodicAverage,
     shape: tuple[int, ...],
-    innovations: Array,
+    noise: FixedNoise,
     drift: Any,
     diffusion: Any,
     t: Any,
@@ -175,7 +184,7 @@ def ergodic_nodes(
     """Kept states of all chains, equally weighted."""
     first, kept, between = law._kept
     dtype = jnp.result_type(float, x)
-    z = jnp.asarray(innovations, dtype)
+    z = jnp.asarray(noise.values, dtype)
     y = jnp.full((law.num_chains, *shape), law.start, dtype)
     run = (drift, diffusion, law.step)
     if first:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from numpyro_sde.multiscale.frozen import check_times_ordered, fast_step, simulate
+from numpyro_sde.multiscale.frozen import FixedNoise, check_times_ordered, fast_step, simulate
 from numpyro_sde.multiscale.rules import at_least
 from numpyro_sde.multiscale.slow_fast import call, slow_squares
 
@@ -76,14 +76,14 @@ def green_kubo(
     functions: dict[str, Any],
     method: GreenKubo,
     fast: tuple[int, ...],
-    innovations: Array,
+    noise: FixedNoise,
     t: Any,
     x: Any,
     p: Any,
 ) -> tuple[Array, Array]:
     """Effective drift and square at one slow state by simulated correlations."""
     x = jnp.asarray(x, jnp.result_type(float, x))
-    z = jnp.asarray(innovations, x.dtype)
+    z = jnp.asarray(noise.values, x.dtype)
     first, lags = method.num_steps
     dynamics = (functions["fast_drift"], functions["fast_diffusion"])
     start = jnp.full((method.num_chains, *fast), method.start, x.dtype)

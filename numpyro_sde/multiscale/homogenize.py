@@ -235,7 +235,7 @@ def _coefficients(
         z = independent(
             method.seed, first + 2 * lags, method.num_chains, innovation_shape(noise, fast)
         )
-        solve = Partial(green_kubo, functions, method, fast, z)
+        solve = Partial(green_kubo, functions, method, fast, FixedNoise(z))
     else:
         raise TypeError(
             f"method must be 'wong_zakai', CellProblem() or GreenKubo(), got {method!r}"

@@ -189,6 +189,15 @@ def test_a_batch_of_parameters_has_a_table_each():
     np.testing.assert_allclose(jax.jit(averaged)(v), jax.jit(closed)(v), rtol=1e-4)
 
 
+def test_a_batch_shares_the_random_numbers_of_a_simulation():
+    law = ErgodicAverage(num_chains=4, burn_in=0.0, length=0.2, every=0.1, step=0.1)
+    limit = nsde.average(systems.landau(v=jnp.array([0.3, 0.3])), law)
+    path = nsde.SDEPath(limit, [0.0, 0.1, 0.2], init=0.5)
+    density = jax.jit(path.log_prob)(jnp.array([0.5, 0.6, 0.4]))
+    assert density.shape == (2,)
+    assert density[0] == density[1]
+
+
 def test_outside_the_table_is_nan():
     limit = nsde.average(systems.landau(), table=(-1.0, 1.0, 32))
     drift, _ = coefficients(limit, [-1.1, -1.0, 1.0, 1.1])
