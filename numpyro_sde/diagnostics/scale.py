@@ -317,17 +317,24 @@ def _maximum_likelihood(
         def density(t: Any, a: Any, b: Any) -> Any:
             return chosen.log_density(one, t, dt, a, b, cache)
 
-        return -weight * jnp.sum(jax.vmap(density)(t, x, x_next))
+        return -jnp.sum(weight * jax.vmap(density)(t, x, x_next))
 
     value_and_grad = jax.jit(jax.value_and_grad(loss))
     curvature = jax.jit(jax.hessian(loss))
+    length = 0
 
     def fit(
         first: np.ndarray, states: np.ndarray, dx: np.ndarray, dt: float, weight: float, start: Any
     ) -> Any:
-        here = states[first]
-        pair = [here[:, 0], (here + dx)[:, 0]] if scalar else [here, here + dx]
-        data = [jnp.asarray(a) for a in (times[first], *pair, dt, weight)]
+        nonlocal length
+        # The finest step, which comes first, has the most increments: others are filled up to
+        # that with increments of weight zero, so that all steps share their compiled code.
+        length = max(length, len(first))
+        rows = np.resize(np.arange(len(first)), length)
+        weights = np.where(np.arange(length) < len(first), weight, 0.0)
+        here, there = states[first[rows]], (states[first] + dx)[rows]
+        pair = [here[:, 0], there[:, 0]] if scalar else [here, there]
+        data = [jnp.asarray(a) for a in (times[first[rows]], *pair, dt, weights)]
 
         def objective(free: np.ndarray) -> tuple[float, np.ndarray]:
             value, gradient = value_and_grad(jnp.asarray(free), *data)

@@ -34,7 +34,7 @@ def small(fast_dim, slow_dim, kind):
     ("fast_dim", "kind"),
     [
         (1, "spline"),
-        (2, "affine"),
+        pytest.param(2, "affine", marks=pytest.mark.slow),
         pytest.param(1, "affine", marks=pytest.mark.slow),
         pytest.param(2, "spline", marks=pytest.mark.slow),
     ],
@@ -70,6 +70,7 @@ def test_a_new_flow_is_normal():
     assert float(flow.moment()) == pytest.approx(4.25, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_scalar_flow_is_a_density(x64):
     flow = small(1, 2, "spline")
     grid = jnp.linspace(-40.0, 40.0, 8_001)

@@ -33,6 +33,7 @@ def test_rough_potential_slows_drift_and_diffusivity_alike(x64):
     np.testing.assert_allclose(square, 2.0 * slowing * 0.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_slowing_of_another_fluctuation_and_period(x64):
     """A sawtooth of two harmonics and period 3, against SciPy's quadrature."""
     from scipy.integrate import quad
@@ -78,6 +79,7 @@ def test_coloured_noise_becomes_a_stratonovich_equation(x64):
     np.testing.assert_allclose(coefficients(ito), want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cell_problem_of_nonlinear_fast_dynamics(x64):
     """A scalar cell problem is solved by two integrations; here on a fine grid."""
     full = nsde.SlowFastSDE(
