@@ -1,4 +1,9 @@
-"""Slow-fast systems and their limits: averaging, homogenisation, learned invariant laws."""
+"""Slow-fast systems and their limits: averaging, homogenisation, learned invariant laws.
+
+Systems, nodes, tables, simulations and effective equations are core: plain JAX, no NumPyro. What
+needs NumPyro stands above the guides, whose flow it uses: `laws` (nodes of distributions),
+`average`, `homogenize`, and `flow` (`ConditionalFlow` and its sites).
+"""
 
 from numpyro_sde.multiscale.average import average
 from numpyro_sde.multiscale.cell_problem import CellProblem

@@ -150,7 +150,10 @@ def nodes_of(slow_fast: SlowFastSDE, invariant: Any, rule: AbstractRule | None) 
                 "brings its own nodes"
             )
         if isinstance(invariant, UnnormalizedDensity):
-            return Partial(density_nodes, invariant, takes_params(invariant.log_density, given, 2))
+            # The function itself, so that arrays that it closes over are found.
+            with_params = takes_params(invariant.log_density, given, 2)
+            box = (invariant.low, invariant.high, invariant.num_points)
+            return Partial(density_nodes, invariant.log_density, box, with_params)
         if isinstance(invariant, ScalarFast):
             if size_of(shape) != 1:
                 raise ValueError(f"ScalarFast is for one fast coordinate, fast_dim is {shape[0]}")

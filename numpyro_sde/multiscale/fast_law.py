@@ -64,13 +64,7 @@ class UnnormalizedDensity(eqx.Module):
 
     def nodes(self, x: Any, *args: Any) -> tuple[Array, Array]:
         """Fast states `(L, *fast)` and their weights `(L,)` at one slow state (and params)."""
-        y, weights = _box(self.low, self.high, self.num_points)
-        logits = jax.vmap(lambda one: self.log_density(x, one, *args))(y)
-        if logits.shape != weights.shape:
-            raise ValueError(
-                f"log_density must return a scalar for one fast state, got {logits.shape[1:]}"
-            )
-        return y, jax.nn.softmax(logits + jnp.log(weights))
+        return _density_nodes(self.log_density, (self.low, self.high, self.num_points), x, *args)
 
 
 class ScalarFast(eqx.Module):
@@ -131,12 +125,24 @@ def _box(low: Any, high: Any, num: int) -> tuple[Array, Array]:
     return jnp.asarray(points[:, 0] if np.ndim(low) == 0 else points, dtype), product
 
 
-def density_nodes(
-    law: UnnormalizedDensity, with_params: bool, t: Any, x: Any, p: Any
+def _density_nodes(
+    log_density: Any, box: tuple[Any, Any, int], x: Any, *args: Any
 ) -> tuple[Array, Array]:
-    """Nodes of a density, whatever the time."""
+    y, weights = _box(*box)
+    logits = jax.vmap(lambda one: log_density(x, one, *args))(y)
+    if logits.shape != weights.shape:
+        raise ValueError(
+            f"log_density must return a scalar for one fast state, got {logits.shape[1:]}"
+        )
+    return y, jax.nn.softmax(logits + jnp.log(weights))
+
+
+def density_nodes(
+    log_density: Any, box: tuple[Any, Any, int], with_params: bool, t: Any, x: Any, p: Any
+) -> tuple[Array, Array]:
+    """Nodes of a density in a box `(low, high, num_points)`, whatever the time."""
     del t
-    return law.nodes(x, p) if with_params else law.nodes(x)
+    return _density_nodes(log_density, box, x, *((p,) if with_params else ()))
 
 
 def scalar_nodes(

@@ -196,6 +196,14 @@ def test_a_batch_shares_the_random_numbers_of_a_simulation():
     assert density[0] == density[1]
 
 
+def test_a_batch_refuses_arrays_that_a_density_closes_over():
+    centres = jnp.array([0.1, 0.2, 0.3])
+    law = UnnormalizedDensity(lambda x, y, p: -((y - centres[0]) ** 2), -6.0, 6.0)
+    limit = nsde.average(systems.landau(v=jnp.array([0.1, 0.2, 0.3])), law)
+    with pytest.raises(ValueError, match="closes over 'centres'"):
+        nsde.SDEPath(limit, [0.0, 0.1], init=0.5)
+
+
 def test_outside_the_table_is_nan():
     limit = nsde.average(systems.landau(), table=(-1.0, 1.0, 32))
     drift, _ = coefficients(limit, [-1.1, -1.0, 1.0, 1.1])
