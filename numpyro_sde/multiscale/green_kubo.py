@@ -133,13 +133,13 @@ def green_kubo(
     mean = jnp.mean(forces, axis=(0, 1))
     size = jnp.sqrt(jnp.mean(forces**2, axis=(0, 1)))
     own = slow_squares(functions, t, x, p, starts)
-    square = jnp.mean(own, axis=0) + _twice_integrated_correlation(forces - mean, lags, method.step)
+    square = jnp.mean(own, axis=0) + twice_integrated_correlation(forces - mean, lags, method.step)
     ok = jnp.all(jnp.abs(mean) <= _MOST_MEAN * size)
     drift = jnp.where(ok, jnp.mean(drifts, axis=0), jnp.nan)
     return drift, jnp.where(ok, square, jnp.nan)
 
 
-def _twice_integrated_correlation(forces: Array, lags: int, step: float) -> Array:
+def twice_integrated_correlation(forces: Array, lags: int, step: float) -> Array:
     """`int_0^window E (F_0 F_s' + F_s F_0') ds` from series `(chains, 2 lags + 1, *slow)`.
 
     Every state of the first half is an origin; prefix sums make the integrals over the window.

@@ -56,8 +56,8 @@ def homogenize(
     limit, which is a Stratonovich equation.
 
     Args:
-        system: a `TwoScaleLangevin` (scalar periodic, by quadrature), or a `SlowFastSDE` of
-            `scaling="homogenization"`.
+        system: a `TwoScaleLangevin` (scalar periodic, by quadrature; by simulation with
+            `method=GreenKubo(...)`), or a `SlowFastSDE` of `scaling="homogenization"`.
         method: how a `SlowFastSDE` is treated. One of
 
             * "wong_zakai": coloured noise made white. For a scalar fast variable with linear
@@ -95,13 +95,15 @@ def homogenize(
         ('stratonovich', -0.75)
     """
     if isinstance(system, TwoScaleLangevin):
-        given = {"method": method, "invariant": invariant, "quadrature": quadrature, "table": table}
+        given = {"invariant": invariant, "quadrature": quadrature, "table": table}
         extra = [name for name, value in given.items() if value is not None]
-        if extra:
+        if extra or not (method is None or isinstance(method, GreenKubo)):
+            name = extra[0] if extra else f"method={method!r}"
             raise ValueError(
-                f"{extra[0]} is not used with a TwoScaleLangevin, solved in closed form"
+                f"{name} is not used with a TwoScaleLangevin: leave method=None for its closed "
+                "form, or give GreenKubo()"
             )
-        return system.limit()
+        return system.limit(None if method is None else system.sampled_slowing(method))
     if not isinstance(system, SlowFastSDE):
         raise TypeError(
             "system must be an nsde.SlowFastSDE or an nsde.multiscale.TwoScaleLangevin, got "

@@ -17,14 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float
 
+from numpyro_sde.multiscale.frozen import fast_step, independent
+from numpyro_sde.multiscale.green_kubo import GreenKubo, twice_integrated_correlation
 from numpyro_sde.multiscale.slow_fast import call_of_state
 from numpyro_sde.processes.arguments import parameter, positive
 from numpyro_sde.sde import SDE, as_function
 
 _USER = "params"
+_FACTOR = "slowing"
 _NODES = 256
 
 
@@ -102,14 +106,43 @@ class TwoScaleLangevin(SDE):
         drift: Any = self.drift.function
         return slowing(drift.args[1], self.params)
 
-    def limit(self) -> SDE:
-        """The homogenised equation `dX = -K V'(X) dt + sqrt(2 K temperature) dW`."""
+    def limit(self, factor: ArrayLike | None = None) -> SDE:
+        """The homogenised equation `dX = -K V'(X) dt + sqrt(2 K temperature) dW`.
+
+        Args:
+            factor: K; None computes it by quadrature, for every member of a batch.
+        """
         drift: Any = self.drift.function
+        own = {} if factor is None else {_FACTOR: factor}
         return SDE(
             Partial(_slowed_drift, *drift.args),
             Partial(_slowed_diffusion, drift.args[1]),
-            params=self.params,
+            params={**self.params, **own},
         )
+
+    def sampled_slowing(self, method: GreenKubo) -> Float[Array, ""]:
+        """K by simulation of the fluctuation: `1 - int_0^inf E p'(Y_0) p'(Y_s) ds / T`.
+
+        The Green-Kubo formula of a force that is felt together with the noise behind it
+        (Pavliotis 2014, chapter 9). For unbatched parameters.
+        """
+        drift: Any = self.drift.function
+        fluctuation, p = drift.args[1], self.params
+        scale = jnp.sqrt(2.0 * p["temperature"])
+
+        def force(y: Array) -> Array:
+            return -jax.grad(lambda y: call_of_state(fluctuation, y, p.get(_USER)))(y)
+
+        def advance(y: Array, z: Array) -> tuple[Array, Array]:
+            y = jax.vmap(lambda y, z: fast_step(force, lambda _: scale, method.step, y, z))(y, z)
+            return y, jax.vmap(force)(y)
+
+        first, lags = method.num_steps
+        z = jnp.asarray(independent(method.seed, first + 2 * lags + 1, method.num_chains, ()))
+        start = jnp.full(method.num_chains, method.start, z.dtype)
+        _, forces = jax.jit(lambda y, z: lax.scan(advance, y, z))(start, z)
+        power = twice_integrated_correlation(forces[first:].T, lags, method.step)
+        return 1.0 - 0.5 * power / p["temperature"]
 
 
 def slowing(fluctuation: Any, p: Any) -> Array:
@@ -125,8 +158,12 @@ def slowing(fluctuation: Any, p: Any) -> Array:
 def _slowed_drift(potential: Any, fluctuation: Any, t: Any, x: Any, p: Any) -> Array:
     x = jnp.asarray(x, jnp.result_type(float, x))
     force = -jax.grad(lambda x: call_of_state(potential, x, p.get(_USER)))(x)
-    return slowing(fluctuation, p) * force
+    return _factor(fluctuation, p) * force
 
 
 def _slowed_diffusion(fluctuation: Any, t: Any, x: Any, p: Any) -> Array:
-    return jnp.sqrt(2.0 * slowing(fluctuation, p) * p["temperature"])
+    return jnp.sqrt(2.0 * _factor(fluctuation, p) * p["temperature"])
+
+
+def _factor(fluctuation: Any, p: Any) -> Array:
+    return p[_FACTOR] if _FACTOR in p else slowing(fluctuation, p)
