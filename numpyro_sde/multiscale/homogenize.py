@@ -31,6 +31,7 @@ from numpyro_sde.multiscale.cell_problem import MOST_MEAN, CellProblem, galerkin
 from numpyro_sde.multiscale.effective import EffectiveSDE, direct, from_table
 from numpyro_sde.multiscale.fast_law import degree_of, fast_noise_shape, linear_moments
 from numpyro_sde.multiscale.frozen import (
+    FixedNoise,
     independent,
     innovation_shape,
 )
