@@ -79,6 +79,7 @@ def test_a_scalar_flow_is_a_density(x64):
     assert float(mass) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_average_over_a_flow_is_that_of_its_draws(x64):
     flow = small(2, 1, "affine")
     full = nsde.SlowFastSDE(
