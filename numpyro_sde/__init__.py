@@ -7,6 +7,7 @@ from numpyro_sde import (
     guides,
     handlers,
     infer,
+    multiscale,
     noise,
     processes,
     reparam,
@@ -15,6 +16,7 @@ from numpyro_sde import (
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filtering import filter_path
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
 from numpyro_sde.sde import SDE
 from numpyro_sde.smoothing import smooth
@@ -23,15 +25,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SDE",
+    "ConditionalFlow",
     "SDEPath",
+    "SlowFastSDE",
     "TimeGrid",
+    "average",
     "datasets",
     "diagnostics",
     "filter_path",
     "filters",
     "guides",
     "handlers",
+    "homogenize",
     "infer",
+    "multiscale",
     "noise",
     "observe",
     "processes",

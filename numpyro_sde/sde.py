@@ -336,6 +336,10 @@ class SDE(eqx.Module):
         """The exact transition law, for named processes that have one."""
         return None
 
+    def default_transition(self) -> AbstractScheme | None:
+        """The transition law where none is named; None for `Euler()`."""
+        return self.exact_transition()
+
     @property
     def positive(self) -> bool:
         """Whether the state of the exact process stays above zero."""

@@ -1,4 +1,4 @@
-"""The demo runs from end to end, with tiny sizes."""
+"""The demo and the other examples run from end to end, with tiny sizes."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def test_demo_writes_pictures_and_results(tmp_path: Path) -> None:
     assert "khat" in run.stdout
     assert "-214.49 (published -214.49)" in run.stdout
     assert run.stdout.rstrip().endswith(str(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bimodal_fast_law", "rough_potential", "triad"])
+def test_multiscale_examples_write_their_picture(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,21 +1,30 @@
 """Fits in ArviZ's terms, side by side: conversion, comparison, plots."""
 
+from numpyro_sde.diagnostics.averaged import AveragedDrift, averaged_drift
 from numpyro_sde.diagnostics.compare import FitComparison, compare_fits
 from numpyro_sde.diagnostics.convert import to_arviz
 from numpyro_sde.diagnostics.draws import SVIFit
+from numpyro_sde.diagnostics.filtered import FilteredEstimate, filtered_estimate
 from numpyro_sde.diagnostics.guides import GuideQuality, guide_quality
 from numpyro_sde.diagnostics.plots import plot_fits, plot_paths
+from numpyro_sde.diagnostics.scale import ScaleScan, sampling_scale_scan
 from numpyro_sde.diagnostics.timing import Timing, timed
 
 __all__ = [
+    "AveragedDrift",
+    "FilteredEstimate",
     "FitComparison",
     "GuideQuality",
     "SVIFit",
+    "ScaleScan",
     "Timing",
+    "averaged_drift",
     "compare_fits",
+    "filtered_estimate",
     "guide_quality",
     "plot_fits",
     "plot_paths",
+    "sampling_scale_scan",
     "timed",
     "to_arviz",
 ]

@@ -440,8 +440,8 @@ def _as_init(init: Any) -> dist.Distribution:
 
 def _resolve_scheme(sde: SDE, scheme: Any) -> AbstractScheme:
     if scheme is None:
-        exact = sde.exact_transition()
-        return Euler() if exact is None else exact
+        default = sde.default_transition()
+        return Euler() if default is None else default
     if not isinstance(scheme, AbstractScheme):
         hint = f"; call it, scheme={scheme.__name__}()" if isinstance(scheme, type) else ""
         raise TypeError(f"scheme must be one of nsde.schemes, got {scheme!r}{hint}")
