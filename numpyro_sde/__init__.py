@@ -3,6 +3,7 @@
 from numpyro_sde import (
     datasets,
     diagnostics,
+    distributions,
     filters,
     guides,
     handlers,
@@ -26,6 +27,7 @@ __all__ = [
     "TimeGrid",
     "datasets",
     "diagnostics",
+    "distributions",
     "filter_path",
     "filters",
     "guides",

@@ -145,19 +145,48 @@ def _lag_sums(a: Array, b: Array) -> Float[Array, " N"]:
 def _levinson(column: Array) -> tuple[Array, Array, Array]:
     """Log variances of the innovations, the last predictor and its variance."""
     n = column.shape[0]
-    lags = jnp.arange(n)
 
     def step(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], Array]:
-        a, v = carry  # a_0 = 1 and the coefficients of the prediction error filter of order k - 1
-        past = jnp.where(lags < k, jnp.roll(column[::-1], k + 1), 0)  # column[k - i] at i
-        reflection = -(a @ past) / v
-        turned = jnp.where(lags <= k, jnp.roll(a[::-1], k + 1), 0)  # a[k - i] at i
-        v = v * (1 - reflection) * (1 + reflection)
-        return (a + reflection * turned, v), jnp.log(v)
+        a, v = _longer_predictor(column, *carry, k)
+        return (a, v), jnp.log(v)
 
     first = jnp.zeros_like(column).at[0].set(1.0)
     (a, v), logs = lax.scan(step, (first, column[0]), jnp.arange(1, n))
     return jnp.concatenate([jnp.log(column[:1]), logs]), a, v
+
+
+def toeplitz_draw(column: Float[Array, " N"], normals: Float[Array, " N"]) -> Float[Array, " N"]:
+    """Map standard normals to a series whose covariance matrix has this first column.
+
+    One by one, each given those before it (Hosking 1984): O(N^2), for every positive definite
+    matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> toeplitz_draw(jnp.array([4.0, 0.0]), jnp.array([1.0, 0.5])).tolist()
+        [2.0, 1.0]
+    """
+    n = column.shape[0]
+
+    def step(carry: Any, k: Array) -> tuple[Any, None]:
+        a, v, x = carry
+        a, v = _longer_predictor(column, a, v, k)
+        past = jnp.roll(x[::-1], k)  # x[k - 1 - i] at i; a is zero beyond its order
+        return (a, v, x.at[k].set(jnp.sqrt(v) * normals[k] - past[:-1] @ a[1:])), None
+
+    first = jnp.zeros_like(column).at[0].set(1.0)
+    start = jnp.zeros_like(column).at[0].set(jnp.sqrt(column[0]) * normals[0])
+    (_, _, x), _ = lax.scan(step, (first, column[0], start), jnp.arange(1, n))
+    return x
+
+
+def _longer_predictor(column: Array, a: Array, v: Array, k: Any) -> tuple[Array, Array]:
+    """Prediction error filter (`a_0 = 1`) and its variance, from order k - 1 to order k."""
+    lags = jnp.arange(column.shape[0])
+    past = jnp.where(lags < k, jnp.roll(column[::-1], k + 1), 0)  # column[k - i] at i
+    reflection = -(a @ past) / v
+    turned = jnp.where(lags <= k, jnp.roll(a[::-1], k + 1), 0)  # a[k - i] at i
+    return a + reflection * turned, v * (1 - reflection) * (1 + reflection)
 
 
 @jax.custom_jvp

@@ -11,9 +11,11 @@ series instead.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -39,6 +41,7 @@ def power(x: ArrayLike, exponent: ArrayLike) -> Array:
     return jnp.where(inside, jnp.exp(exponent * jnp.log(jnp.where(inside, x, 1.0))), 0.0)
 
 
+@jax.jit
 def increment_covariance(
     first: tuple[Array, Array], second: tuple[Array, Array], hurst: ArrayLike
 ) -> Float[Array, "*n"]:
@@ -70,14 +73,17 @@ def increment_covariance(
     is_far = distance >= _FAR * p
     d = jnp.where(is_far, distance, 1.0)
     x, y = jnp.where(is_far, p / d, 0.0) ** 2, jnp.where(is_far, q / d, 0.0) ** 2
-    far, binomial, px, py = jnp.zeros_like(d), jnp.ones_like(e), x, y
-    for j in range(1, _FAR_TERMS + 1):
-        binomial = binomial * (e - 2 * j + 2) * (e - 2 * j + 1) / ((2 * j - 1) * (2 * j))
-        far = far + binomial * (px - py)
+    j = np.arange(1, _FAR_TERMS + 1)
+    binomial = jnp.cumprod((e - 2 * j + 2) * (e - 2 * j + 1) / ((2 * j - 1) * (2 * j)))
+    far = jnp.zeros_like(d)
+    px, py = x, y
+    for i in range(_FAR_TERMS):
+        far = far + binomial[i] * (px - py)
         px, py = px * x, py * y
     return jnp.where(is_far, power(d, e) * far, 0.5 * near)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def fgn_autocovariance(length: int, hurst: ArrayLike) -> Float[Array, " N"]:
     """Autocovariance of unit fractional Gaussian noise at lags 0, ..., length - 1.
 
@@ -90,6 +96,7 @@ def fgn_autocovariance(length: int, hurst: ArrayLike) -> Float[Array, " N"]:
     return increment_covariance((zero, zero + 1.0), (lags, lags + 1.0), hurst)
 
 
+@jax.jit
 def increments_covariance(times: Float[Array, " T"], hurst: ArrayLike) -> Float[Array, "T T"]:
     """Covariance matrix of the increments of kind-1 fBM over `[0, t_1], [t_1, t_2], ...`.
 
@@ -100,6 +107,7 @@ def increments_covariance(times: Float[Array, " T"], hurst: ArrayLike) -> Float[
     return increment_covariance((start[:, None], times[:, None]), (start, times), hurst)
 
 
+@jax.jit
 def fgn_spectral_density(frequency: Float[Array, "*n"], hurst: ArrayLike) -> Float[Array, "*n"]:
     """Spectral density of unit fractional Gaussian noise, `int_-pi^pi f = 1`.
 
@@ -138,6 +146,7 @@ _RL_SPLIT, _RL_TERMS, _RL_NODES = 0.125, 18, 48
 _ROWS_AT_ONCE = 64
 
 
+@jax.jit
 def riemann_liouville_covariance(
     s: Float[Array, "*n"], t: Float[Array, "*n"], hurst: ArrayLike
 ) -> Float[Array, "*n"]:
@@ -160,20 +169,21 @@ def riemann_liouville_covariance(
     gap = jnp.where(apart, gap, s)
     reach = s / gap
     split = jnp.minimum(reach, _RL_SPLIT)
-    series, binomial = jnp.zeros_like(reach), jnp.ones_like(a)
-    for k in range(_RL_TERMS):
-        series = series + binomial * split**k / (a + k)
-        binomial = binomial * (a - 1 - k) / (k + 1)
-    series = series * power(split, a)
+    k = np.arange(_RL_TERMS)
+    binomial = jnp.cumprod(jnp.concatenate([jnp.ones(1), (a - k[1:]) / k[1:]]))
+    series = (binomial * split[..., None] ** k / (a + k)).sum(-1) * power(split, a)
     points, mass = np.polynomial.legendre.leggauss(_RL_NODES)
     width = jnp.log(jnp.maximum(reach, _RL_SPLIT) / _RL_SPLIT)
     x = math.log(_RL_SPLIT) + width[..., None] * (points + 1) / 2
     integrand = jnp.exp(a * x + (a - 1) * jnp.log1p(jnp.exp(x)))
     rest = 0.5 * width * (integrand * mass).sum(-1)
-    total = jnp.where(apart, power(gap, 2 * a - 1) * (series + rest), power(s, 2 * a - 1) / (2 * a - 1))
+    total = jnp.where(
+        apart, power(gap, 2 * a - 1) * (series + rest), power(s, 2 * a - 1) / (2 * a - 1)
+    )
     return total * jnp.exp(-2 * gammaln(a))
 
 
+@jax.jit
 def riemann_liouville_matrix(times: Float[Array, " T"], hurst: ArrayLike) -> Float[Array, "T T"]:
     """Covariance matrix of kind-2 fBM at positive times, some rows at a time."""
 
@@ -193,11 +203,9 @@ _FOU_NODES, _FOU_TAIL_TERMS = 14, 60
 
 def _growing_part(x: Array, e: Array) -> Array:
     """`x^e sum_k x^2k / ((e + 1) ... (e + 2k))`, for small x."""
-    total = term = jnp.ones_like(x)
-    for k in range(1, _FOU_SERIES_TERMS):
-        term = term * x * x / ((e + 2 * k - 1) * (e + 2 * k))
-        total = total + term
-    return power(x, e) * total
+    k = np.arange(1, _FOU_SERIES_TERMS)
+    rising = jnp.cumprod((e + 2 * k - 1) * (e + 2 * k))
+    return power(x, e) * (1.0 + ((x * x)[..., None] ** k / rising).sum(-1))
 
 
 def _quadrature(x: Array, e: Array) -> Array:
@@ -218,16 +226,16 @@ def _quadrature(x: Array, e: Array) -> Array:
     middle = (above * np.exp(-v) * weight).sum(-1)
     middle = middle + (below * weight).sum(-1) * half / _FOU_PANELS[-1]
     # Nearer to v = x: e^(w - x) w^e over w = x - v < x / 2, a series of positive terms.
-    near, term = jnp.zeros_like(x), jnp.ones_like(x)
-    for k in range(_FOU_TAIL_TERMS):
-        near = near + term / (e + 1 + k)
-        term = term * half / (k + 1)
-    near = near * power(half, e + 1) * jnp.exp(-x)
+    k = np.arange(_FOU_TAIL_TERMS)
+    factorial = np.array([math.lgamma(i + 1.0) for i in k])
+    terms = jnp.exp(k * jnp.log(half)[..., None] - factorial - x[..., None]) / (e + 1 + k)
+    near = terms.sum(-1) * power(half, e + 1)
     # Beyond: v > x gives e^-x Gamma(e + 1); -x^e over v > x / 2 gives -x^e e^(-x/2).
     beyond = jnp.exp(gammaln(e + 1) - x) - scale * jnp.exp(-half)
     return 0.5 * (scale * middle + near + beyond)
 
 
+@jax.jit
 def fou_shape(x: Float[Array, "*n"], hurst: ArrayLike) -> Float[Array, "*n"]:
     """Autocovariance g of stationary fractional OU at lag `x` in relaxation times.
 
@@ -247,13 +255,13 @@ def fou_shape(x: Float[Array, "*n"], hurst: ArrayLike) -> Float[Array, "*n"]:
     series = jnp.exp(gammaln(e + 1)) * jnp.cosh(small) - _growing_part(small, e)
     middle = _quadrature(jnp.where(is_small | is_large, 4.0, x), e)
     large = jnp.where(is_large, x, _FOU_ASYMPTOTIC_FROM)
-    term, asymptotic = power(large, e), jnp.zeros_like(large)
-    for n in range(1, _FOU_ASYMPTOTIC_TERMS + 1):
-        term = term * (e - 2 * n + 2) * (e - 2 * n + 1) / large**2
-        asymptotic = asymptotic + term
+    n = np.arange(1, _FOU_ASYMPTOTIC_TERMS + 1)
+    falling = jnp.cumprod((e - 2 * n + 2) * (e - 2 * n + 1))
+    asymptotic = power(large, e) * (falling * large[..., None] ** (-2.0 * n)).sum(-1)
     return jnp.where(is_small, series, jnp.where(is_large, asymptotic, middle))
 
 
+@jax.jit
 def fou_autocovariance(
     lag: Float[Array, "*n"], hurst: ArrayLike, rate: ArrayLike, scale: ArrayLike = 1.0
 ) -> Float[Array, "*n"]:
@@ -274,6 +282,7 @@ def fou_autocovariance(
     return variance * fou_shape(rate * lag, hurst)
 
 
+@jax.jit
 def fou_zero_start_covariance(
     s: Float[Array, "*n"],
     t: Float[Array, "*n"],
