@@ -124,7 +124,7 @@ class FractionalGaussianNoise(GaussianSeries):
         _, self.grid = read_times(np.arange(1.0, self.length + 1.0), least=None)
         self._set_shapes(self.length, validate_args)
 
-    def _mean(self, *args: Any) -> Array:
+    def _mean(self, *args: Any) -> Array:  # noqa: ARG002
         return jnp.zeros(self.length, jnp.result_type(float))
 
     def _cross(self, rows: Any, columns: Any, dt: Array, hurst: Array, scale: Array) -> Array:
@@ -204,7 +204,7 @@ class FractionalBrownianMotion(GaussianSeries):
     def _after_zero(self, x: Array) -> Array:
         return x[1:] if self.grid.starts_at_zero else x
 
-    def _mean(self, *args: Any) -> Array:
+    def _mean(self, *args: Any) -> Array:  # noqa: ARG002
         return jnp.zeros(self.num_times, jnp.result_type(float))
 
     def _cross(self, rows: Any, columns: Any, times: Array, hurst: Array, scale: Array) -> Array:
@@ -253,7 +253,8 @@ class FractionalOrnsteinUhlenbeck(GaussianSeries):
     `dX = rate (mean - X) dt + scale dB`. Stationary (Cheridito, Kawaguchi and Maejima 2003), or
     started at 0 at time 0: two different laws, also far from the start, since the noise
     remembers. The density of a stationary one at equally spaced times, known before tracing,
-    costs O(T^2) time and O(T) memory, a draw too; else a Cholesky factorisation. Event shape `(T,)`.
+    costs O(T^2) time and O(T) memory, a draw too; else a Cholesky factorisation. Event shape
+    `(T,)`.
 
     Args:
         times: strictly increasing times, shape `(*batch, T)`; from 0 on for `start="zero"`.

@@ -27,6 +27,8 @@ from numpyro_sde.distributions.moments import (
 from numpyro_sde.distributions.observation import Emission, EmissionPath, EmissionStructure
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.model import AbstractFilter, Instrument, StateSpaceModel
+from numpyro_sde.schemes import LocalLinear
+from numpyro_sde.schemes.fractional import MemoryScheme, markovian_sde, num_states
 from numpyro_sde.sde import broadcast_batch
 
 
@@ -109,7 +111,7 @@ class Statement(eqx.Module):
 
         def law_at(inputs: Any, x: Array) -> dist.Distribution:
             t, u = inputs
-            return emission.at(t, x[0] if state_shape == () else x, u)
+            return emission.at(t, x[0] if state_shape == () else x[: state_shape[0]], u)
 
         def moments(inputs: Any, x: Array) -> tuple[Array, Array]:
             return mean_and_cov(law_at(inputs, x), len(shape))
@@ -172,9 +174,39 @@ def run_on_model(
             scalar=state_shape == (),
             instruments=tuple(instruments),
         )
-        return fn(model, *others)
+        return fn(with_memory(model, state_shape), *others)
 
     return path._map(one, lead, (mean, cov, *flat, *arrays), (1, 2, *flat_dims, *dims))
+
+
+def with_memory(model: StateSpaceModel, state_shape: tuple[int, ...]) -> StateSpaceModel:
+    """The model with all that its scheme carries; the same where the noise has no memory."""
+    scheme = model.scheme
+    if not isinstance(scheme, MemoryScheme):
+        return model
+    count, size = scheme.num_noises(model.sde), num_states(model.sde.noise)
+
+    def extend(cov: Array) -> tuple[Array, Array]:
+        mean = jnp.concatenate([model.init_mean, jnp.zeros(cov.shape[0], cov.dtype)])
+        return mean, jax.scipy.linalg.block_diag(model.init_cov, cov)
+
+    markovian = None
+    if not model.sde.noise.varies:
+        bank, _ = model.sde.noise.on_grid(model.times, model.dt)
+        start_mean, start_cov = extend(jnp.kron(jnp.eye(count), bank.start))
+        markovian = model._replace(
+            sde=markovian_sde(model.sde, state_shape, bank),
+            scheme=LocalLinear(),
+            cache=None,
+            init_mean=start_mean,
+            init_cov=start_cov,
+            scalar=False,
+            state_shape=state_shape,
+        )
+    mean, cov = extend(jnp.zeros((count * size, count * size), model.init_cov.dtype))
+    return model._replace(
+        init_mean=mean, init_cov=cov, scalar=False, state_shape=state_shape, markovian=markovian
+    )
 
 
 class MarginalPath(dist.Distribution):
@@ -307,7 +339,7 @@ def draw_smoothed(
     def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
         method.check(model)
         draw = method.filter(model).sample(key, 1)[0]
-        return draw[:, 0] if model.scalar else draw
+        return model.visible(draw)
 
     return run_on_model(path, lead, data, one, (keys,), (keys.ndim - len(lead),))
 

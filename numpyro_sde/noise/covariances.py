@@ -12,6 +12,7 @@ series instead.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 # Centres of two increments this many half-lengths apart: the series beats the difference.
 _FAR, _FAR_TERMS = 8.0, 10
-_IMAGES = 10  # aliased copies of the spectrum that are summed one by one
+_IMAGES = 16  # aliased copies of the spectrum that are summed one by one
 # B_2k / (2k)! of the Euler-Maclaurin formula.
 _EULER_MACLAURIN = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600)
 
@@ -211,12 +212,8 @@ def _growing_part(x: Array, e: Array) -> Array:
 def _quadrature(x: Array, e: Array) -> Array:
     """`int_0^inf e^-v ((x + v)^e + |x - v|^e - 2 x^e) dv / 2`, for x from 2 to 32."""
     points, mass = np.polynomial.legendre.leggauss(_FOU_NODES)
-    v = np.concatenate(
-        [a + (b - a) * (points + 1) / 2 for a, b in zip(_FOU_PANELS, _FOU_PANELS[1:], strict=False)]
-    )
-    weight = np.concatenate(
-        [mass * (b - a) / 2 for a, b in zip(_FOU_PANELS, _FOU_PANELS[1:], strict=False)]
-    )
+    v = np.concatenate([a + (b - a) * (points + 1) / 2 for a, b in itertools.pairwise(_FOU_PANELS)])
+    weight = np.concatenate([mass * (b - a) / 2 for a, b in itertools.pairwise(_FOU_PANELS)])
     scale = power(x, e)
     # From above: (x + v)^e - x^e over all v; from below, (x - v)^e - x^e over v < x / 2.
     above = jnp.expm1(e * jnp.log1p(v / x[..., None]))

@@ -115,13 +115,14 @@ def _means() -> tuple[np.ndarray, np.ndarray]:
     """Mean of `log 2 pi f` at the nodes, and without the factor `Gamma(2H + 1) sin(pi H)`."""
     x, w = np.polynomial.legendre.leggauss(_MEAN_POINTS)
     s = (x + 1.0) / 2.0
-    l, w = math.pi * s**4, w / 2.0 * 4.0 * s**3  # graded: the integrand has a term l^(2H + 1)
+    # Graded towards zero, where the integrand has a term of power 2H + 1.
+    x, w = math.pi * s**4, w / 2.0 * 4.0 * s**3
     h = _node_hurst()[:, None]
     p = 2.0 * h + 1.0
-    shift = l / (2.0 * math.pi)
+    shift = x / (2.0 * math.pi)
     images = (2.0 * math.pi) ** (-p) * (zeta(p, 1.0 + shift) + zeta(p, 1.0 - shift))
-    # log l^(1 - 2H) is taken out and its mean put back.
-    smooth = np.log(4.0 * np.sin(l / 2.0) ** 2 * (l ** (-p) + images)) - (1.0 - 2.0 * h) * np.log(l)
+    # The logarithm of its power at zero is taken out and its mean put back.
+    smooth = np.log(4.0 * np.sin(x / 2.0) ** 2 * (x ** (-p) + images)) - (1.0 - 2.0 * h) * np.log(x)
     mean = (smooth * w).sum(1) + (1.0 - 2.0 * h[:, 0]) * (math.log(math.pi) - 1.0)
     factor = np.log([math.gamma(z) for z in p[:, 0]]) + np.log(np.sin(math.pi * h[:, 0]))
     return mean + factor, mean
