@@ -338,6 +338,7 @@ class FractionalOrnsteinUhlenbeck(GaussianSeries):
 
     def _column(self, length: int, hurst: Array, rate: Array, scale: Array) -> Array:
         """Autocovariance at equally spaced times."""
+        assert self.grid.step is not None
         lag = jnp.asarray(self.grid.step * np.arange(length), hurst.dtype)
         return fou_autocovariance(lag, _in_range(hurst), rate, scale)
 

@@ -28,7 +28,8 @@ from numpyro_sde.distributions.observation import Emission, EmissionPath, Emissi
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.model import AbstractFilter, Instrument, StateSpaceModel
 from numpyro_sde.schemes import LocalLinear
-from numpyro_sde.schemes.fractional import MemoryScheme, markovian_sde, num_states
+from numpyro_sde.schemes.fractional_linear import markovian_sde
+from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
 from numpyro_sde.sde import broadcast_batch
 
 
@@ -184,15 +185,15 @@ def with_memory(model: StateSpaceModel, state_shape: tuple[int, ...]) -> StateSp
     scheme = model.scheme
     if not isinstance(scheme, MemoryScheme):
         return model
-    count, size = scheme.num_noises(model.sde), num_states(model.sde.noise)
+    count, size = scheme.num_noises(model.sde), num_states(model.sde)
 
     def extend(cov: Array) -> tuple[Array, Array]:
         mean = jnp.concatenate([model.init_mean, jnp.zeros(cov.shape[0], cov.dtype)])
         return mean, jax.scipy.linalg.block_diag(model.init_cov, cov)
 
     markovian = None
-    if not model.sde.noise.varies:
-        bank, _ = model.sde.noise.on_grid(model.times, model.dt)
+    if not noise_of(model.sde).varies:
+        bank, _ = noise_of(model.sde).on_grid(model.times, model.dt)
         start_mean, start_cov = extend(jnp.kron(jnp.eye(count), bank.start))
         markovian = model._replace(
             sde=markovian_sde(model.sde, state_shape, bank),

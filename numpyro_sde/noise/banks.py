@@ -48,6 +48,7 @@ class Innovations(NamedTuple):
     gain: Float[Array, "N n"]
 
 
+@partial(jax.jit, static_argnums=2)
 def innovations_form(steps: BankSteps, start: Float[Array, "n n"], length: int) -> Innovations:
     """Gains and scales of all steps, by one scan over the bank's covariance.
 
@@ -75,6 +76,7 @@ def innovations_form(steps: BankSteps, start: Float[Array, "n n"], length: int) 
     return Innovations(spread(steps.decay), spread(steps.loading), jnp.sqrt(variance), gain)
 
 
+@jax.jit
 def bank_means(form: Innovations, increments: Float[Array, "N m"]) -> Float[Array, "{N}+1 m n"]:
     """Mean of the bank of each of m noises before every step, given the increments so far."""
 
@@ -89,6 +91,7 @@ def bank_means(form: Innovations, increments: Float[Array, "N m"]) -> Float[Arra
     return jnp.concatenate([first[None], later])
 
 
+@jax.jit
 def increment_log_densities(
     form: Innovations, increments: Float[Array, "N m"]
 ) -> Float[Array, " N"]:
@@ -114,9 +117,10 @@ class _Element(NamedTuple):
 
 
 def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array, Array]:
-    """Of a block given the bank at its start: factor of the increments, what whitens them, and
+    """The law of a block given the bank at its start.
 
-    decay, gain of the whitened increments and covariance of the bank at its end.
+    Cholesky factor and whitened loading of its increments; of the bank at its end given them,
+    decay, gain and covariance.
     """
     one = jax.tree.map(lambda a: a[0], steps)
     f, h, n = one.decay, one.loading, one.decay.size

@@ -126,17 +126,16 @@ def fgn_spectral_density(frequency: Float[Array, "*n"], hurst: ArrayLike) -> Flo
     """
     hurst = jnp.asarray(hurst)
     s = 2.0 * hurst + 1.0
-    total = power(frequency, -s)
-    for sign in (1.0, -1.0):
-        for j in range(1, _IMAGES):
-            total = total + power(2 * math.pi * j + sign * frequency, -s)
-        x = 2 * math.pi * _IMAGES + sign * frequency
-        term = power(x, -s)
-        total = total + 0.5 * term + term * x / (2 * math.pi * (s - 1.0))
-        slope, rising = 2 * math.pi / x, s
-        for k, weight in enumerate(_EULER_MACLAURIN):
-            total = total + weight * rising * slope ** (2 * k + 1) * term
-            rising = rising * (s + 2 * k + 1) * (s + 2 * k + 2)
+    both = jnp.stack([frequency, -frequency], axis=-1)
+    images = 2 * math.pi * np.arange(1, _IMAGES)
+    total = power(frequency, -s) + power(both[..., None] + images, -s).sum((-1, -2))
+    x = 2 * math.pi * _IMAGES + both
+    rest = 0.5 + x / (2 * math.pi * (s - 1.0))
+    slope, rising = 2 * math.pi / x, s
+    for k, weight in enumerate(_EULER_MACLAURIN):
+        rest = rest + weight * rising * slope ** (2 * k + 1)
+        rising = rising * (s + 2 * k + 1) * (s + 2 * k + 2)
+    total = total + (power(x, -s) * rest).sum(-1)
     constant = jnp.exp(gammaln(s)) * jnp.sin(math.pi * hurst) * 2 / math.pi
     return constant * jnp.sin(0.5 * frequency) ** 2 * total
 
@@ -299,14 +298,14 @@ def fou_zero_start_covariance(
         0.4323
     """
     e = 2.0 * jnp.asarray(hurst)
-    x, y = rate * s, rate * t
+    x, y = jnp.asarray(rate * s), jnp.asarray(rate * t)
     lag = jnp.abs(x - y)
     short = jnp.maximum(x, y) < _FOU_SERIES_BELOW
 
     def combine(g: Any, x: Array, y: Array, lag: Array) -> Array:
         return g(lag) - jnp.exp(-y) * g(x) - jnp.exp(-x) * g(y)
 
-    a, b, c = (jnp.where(short, v, 1.0) for v in (x, y, lag))
+    a, b, c = (jnp.asarray(jnp.where(short, v, 1.0)) for v in (x, y, lag))
     near = -combine(lambda v: _growing_part(v, e), a, b, c)
     far = combine(lambda v: fou_shape(v, hurst), x, y, lag)
     far = far + jnp.exp(gammaln(e + 1) - x - y)

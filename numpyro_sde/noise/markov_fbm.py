@@ -20,6 +20,7 @@ stochastic Volterra equations with the fractional kernel". See also Harms and St
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -71,27 +72,7 @@ class OUBank(NamedTuple):
 
     def steps(self, dt: Float[Array, " s"]) -> BankSteps:
         """Exact law of the noise's increment and the bank over steps of given lengths."""
-        x = self.rates * dt[:, None]
-        kept = jnp.exp(-x)
-        passed = dt[:, None] * _phi1(-x)  # int_0^dt exp(-rate u) du
-        noise = self.drivers @ self.drivers.T
-        sums = (self.rates[:, None] + self.rates) * dt[:, None, None]
-        Q = noise * dt[:, None, None] * _phi1(-sums)
-        diagonal = jnp.diagonal(noise)
-        # Of int U with itself and with U, without U(0); only for independent drivers.
-        with_end = 0.5 * diagonal * passed**2
-        alone = diagonal * dt[:, None] ** 3 * _third(x)
-        a, b = self.difference, self.integral
-        a, b = jnp.broadcast_to(a, x.shape), jnp.broadcast_to(b, x.shape)
-        gain = jnp.einsum("sij,sj->si", Q, a) + with_end * b
-        variance = (a * (gain + with_end * b)).sum(-1) + (b * b * alone).sum(-1)
-        return BankSteps(
-            decay=kept,
-            loading=a * jnp.expm1(-x) + b * passed,
-            variance=variance + self.white**2 * dt,
-            gain=gain,
-            noise=Q,
-        )
+        return _steps(self, dt)
 
 
 class BankSteps(NamedTuple):
@@ -110,6 +91,31 @@ class BankSteps(NamedTuple):
     variance: Float[Array, " s"]
     gain: Float[Array, "s n"]
     noise: Float[Array, "s n n"]
+
+
+@jax.jit
+def _steps(bank: OUBank, dt: Float[Array, " s"]) -> BankSteps:
+    x = bank.rates * dt[:, None]
+    kept = jnp.exp(-x)
+    passed = dt[:, None] * _phi1(-x)  # int_0^dt exp(-rate u) du
+    noise = bank.drivers @ bank.drivers.T
+    sums = (bank.rates[:, None] + bank.rates) * dt[:, None, None]
+    Q = noise * dt[:, None, None] * _phi1(-sums)
+    diagonal = jnp.diagonal(noise)
+    # Of int U with itself and with U, without U(0); only for independent drivers.
+    with_end = 0.5 * diagonal * passed**2
+    alone = diagonal * dt[:, None] ** 3 * _third(x)
+    a, b = bank.difference, bank.integral
+    a, b = jnp.broadcast_to(a, x.shape), jnp.broadcast_to(b, x.shape)
+    gain = jnp.einsum("sij,sj->si", Q, a) + with_end * b
+    variance = (a * (gain + with_end * b)).sum(-1) + (b * b * alone).sum(-1)
+    return BankSteps(
+        decay=kept,
+        loading=a * jnp.expm1(-x) + b * passed,
+        variance=variance + bank.white**2 * dt,
+        gain=gain,
+        noise=Q,
+    )
 
 
 def _phi1(z: Array) -> Array:
@@ -149,6 +155,7 @@ class LawFit(NamedTuple):
     slope: Float[Array, ""]
 
 
+@partial(jax.jit, static_argnames=("num_terms", "rough", "with_white"))
 def law_fit(
     hurst: ArrayLike, num_steps: ArrayLike, num_terms: int, *, rough: bool, with_white: bool = True
 ) -> LawFit:
@@ -346,44 +353,8 @@ class MarkovFBM(AbstractNoise):
         h = jnp.where((h > 0) & (h < 1), h, jnp.nan)
         horizon, step = (jnp.asarray(v, jnp.result_type(float)) for v in (horizon, step))
         if self.fit == "strong":
-            return self._strong_bank(h, horizon)
-        num_steps = horizon / step
-        low = law_fit(h, num_steps, self.num_terms, rough=True)
-        high = law_fit(h, num_steps, self.num_terms, rough=False)
-        rough = h < 0.5
-        unit = power(step, h)
-        zero = jnp.zeros(1, h.dtype)
-        rates = jnp.concatenate([low.rates / step, zero])
-        a = jnp.append(_root(0.5 * low.weights), 0.0) * unit
-        b = jnp.append(_root(high.weights) * high.rates, _root(high.slope)) * unit / step
-        white = _root(jnp.where(rough, low.white, high.white)) * unit / jnp.sqrt(step)
-        return OUBank(
-            rates=rates,
-            drivers=jnp.diag(jnp.sqrt(2.0 * rates)),
-            difference=jnp.where(rough, a, 0.0),
-            integral=jnp.where(rough, 0.0, b),
-            white=white,
-            start=jnp.eye(rates.shape[0], dtype=h.dtype),
-        )
-
-    def _strong_bank(self, h: Array, horizon: Array) -> OUBank:
-        rates = strong_nodes(h, self.num_terms, self.kind)
-        weights = strong_weights(rates, h, 1.0, self.kind)
-        if self.kind == 1:  # unit variance at time 1
-            log_variance = -gammaln(2.0 * h + 1.0) - jnp.log(jnp.sin(jnp.pi * h))
-            weights = weights * jnp.exp(-0.5 * log_variance)
-        # From horizon 1: rates scale by 1 / horizon, B by horizon^H, W by horizon^(1/2).
-        weights = weights * power(horizon, h - 0.5)
-        rates = rates / horizon
-        start = 1.0 / (rates[:, None] + rates) if self.kind == 1 else jnp.zeros((rates.size,) * 2)
-        return OUBank(
-            rates=rates,
-            drivers=jnp.ones((rates.size, 1), h.dtype),
-            difference=weights,
-            integral=jnp.zeros_like(weights),
-            white=jnp.zeros_like(h),
-            start=start,
-        )
+            return _strong_bank(h, horizon, self.num_terms, self.kind)
+        return _law_bank(h, horizon, step, self.num_terms)
 
     def on_grid(self, times: Any, dt: Any) -> tuple[OUBank, BankSteps]:
         """The bank for a path's times, and its law over each step.
@@ -409,6 +380,48 @@ class MarkovFBM(AbstractNoise):
         if not self.varies and has_equal_steps(dt):
             lengths = lengths.mean(keepdims=True)
         return bank, bank.steps(jnp.asarray(lengths, bank.rates.dtype))
+
+
+@partial(jax.jit, static_argnums=3)
+def _law_bank(h: Array, horizon: Array, step: Array, num_terms: int) -> OUBank:
+    num_steps = horizon / step
+    low = law_fit(h, num_steps, num_terms, rough=True)
+    high = law_fit(h, num_steps, num_terms, rough=False)
+    rough = h < 0.5
+    unit = power(step, h)
+    rates = jnp.concatenate([low.rates / step, jnp.zeros(1, h.dtype)])
+    a = jnp.append(_root(0.5 * low.weights), 0.0) * unit
+    b = jnp.append(_root(high.weights) * high.rates, _root(high.slope)) * unit / step
+    white = _root(jnp.where(rough, low.white, high.white)) * unit / jnp.sqrt(step)
+    return OUBank(
+        rates=rates,
+        drivers=jnp.diag(jnp.sqrt(2.0 * rates)),
+        difference=jnp.where(rough, a, 0.0),
+        integral=jnp.where(rough, 0.0, b),
+        white=white,
+        start=jnp.eye(rates.shape[0], dtype=h.dtype),
+    )
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _strong_bank(h: Array, horizon: Array, num_terms: int, kind: int) -> OUBank:
+    rates = strong_nodes(h, num_terms, kind)
+    weights = strong_weights(rates, h, 1.0, kind)
+    if kind == 1:  # unit variance at time 1
+        log_variance = -gammaln(2.0 * h + 1.0) - jnp.log(jnp.sin(jnp.pi * h))
+        weights = weights * jnp.exp(-0.5 * log_variance)
+    # From horizon 1: rates scale by 1 / horizon, B by horizon^H, W by horizon^(1/2).
+    weights = weights * power(horizon, h - 0.5)
+    rates = rates / horizon
+    start = 1.0 / (rates[:, None] + rates) if kind == 1 else jnp.zeros((rates.size,) * 2)
+    return OUBank(
+        rates=rates,
+        drivers=jnp.ones((rates.size, 1), h.dtype),
+        difference=weights,
+        integral=jnp.zeros_like(weights),
+        white=jnp.zeros_like(h),
+        start=start,
+    )
 
 
 def has_equal_steps(dt: Any) -> bool:

@@ -1,8 +1,9 @@
 """Coefficients of an Ornstein-Uhlenbeck sum that approximates the path of an fBM.
 
 `B_t ~ sum_k w_k (Y_k(t) - Y_k(0))`, `dY_k = -rate_k Y_k dt + dW`, with the W that makes B: the
-weights minimise `int_0^T E (B - sum)^2 dt`, a linear system `A w = b` (Daems et al. 2024). Here for
-the kernel `(t - u)^(H - 1/2) / Gamma(H + 1/2)`: kind 1 has variance `t^2H / (Gamma(2H + 1) sin pi H)`.
+weights minimise `int_0^T E (B - sum)^2 dt`, a linear system `A w = b` (Daems et al. 2024). Here
+for the kernel `(t - u)^(H - 1/2) / Gamma(H + 1/2)`: kind 1 has variance
+`t^2H / (Gamma(2H + 1) sin pi H)`.
 """
 
 from __future__ import annotations
