@@ -99,7 +99,10 @@ def test_strong_system_and_weights_of_the_reference(x64):
         np.testing.assert_allclose(system.b, row["b"], rtol=1e-11, atol=1e-13)
         assert float(system.c) == pytest.approx(row["c"], rel=1e-12)
         weights = np.asarray(strong_weights(*args))
-        np.testing.assert_allclose(weights, row["omega"], rtol=1e-8)  # condition 1e4 to 1e8
+        # The system has a condition of up to 1e9: what it determines is the sum as a path. Its
+        # difference to that of the reference's weights, against the noise itself:
+        rest = weights - np.array(row["omega"])
+        assert np.sqrt(rest @ np.asarray(system.A) @ rest / float(system.c)) < 1e-9
         rms = np.sqrt((system.c - system.b @ weights) / system.c)
         assert float(rms) == pytest.approx(row["rel_rms"], rel=1e-6)
 
