@@ -16,7 +16,16 @@ import numpyro_sde
 
 ROOT = Path(numpyro_sde.__file__).parent
 PUBLIC_MODULES = [
-    *("datasets", "diagnostics", "filters", "guides", "handlers", "noise", "processes"),
+    *(
+        "datasets",
+        "diagnostics",
+        "distributions",
+        "filters",
+        "guides",
+        "handlers",
+        "noise",
+        "processes",
+    ),
     *("reparam", "schemes", "testing"),
 ]
 NEEDS = {"diagnostics": ("arviz", "matplotlib.pyplot"), "schemes.diffrax_solver": ("diffrax",)}

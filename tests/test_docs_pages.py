@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Pages that fit or compile for more than ten seconds; the README's example stands for them.
-SLOW = {"first_model", "flows", "integrated_out", "schemes", "treatments"}
+SLOW = {"first_model", "flows", "fractional", "integrated_out", "schemes", "treatments"}
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
