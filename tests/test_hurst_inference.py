@@ -80,8 +80,8 @@ def _nile_markov():
 
 def _flat_priors():
     hurst = numpyro.sample("hurst", dist.Uniform(0.02, 0.98))
-    mean = numpyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
-    log_scale = numpyro.sample("log_scale", dist.ImproperUniform(dist.constraints.real, (), ()))
+    mean = numpyro.sample("mean", dist.Uniform(0.0, 25.0))
+    log_scale = numpyro.sample("log_scale", dist.Uniform(-4.0, 4.0))
     return hurst, mean, log_scale
 
 
