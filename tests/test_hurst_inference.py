@@ -36,7 +36,9 @@ def _by_markov_noise(hurst, mean, log_scale, num_terms=12):
     return log_likelihood(steps, bank.start, x) - N * log_scale
 
 
-@pytest.mark.parametrize("law", [_by_exact_law, _by_markov_noise])
+@pytest.mark.parametrize(
+    "law", [_by_exact_law, pytest.param(_by_markov_noise, marks=pytest.mark.slow)]
+)
 def test_maximum_likelihood_of_the_nile_minima(law, x64):
     """H 0.8315, log likelihood 236.52 but for its constant (McLeod, Yu and Krougly 2007)."""
     objective = jax.jit(jax.value_and_grad(lambda p: -law(*p)))

@@ -6,6 +6,7 @@ is a faster one than Cholesky's); batches, bridges and NumPyro's contract are he
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.distributions import constraints
+from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
-from numpyro_sde.distributions.batching import map_batch
+from numpyro_sde.distributions.batching import align_new_axes, map_batch
 from numpyro_sde.distributions.fixed_start import FixedStart
 from numpyro_sde.grid import check_times
 from numpyro_sde.sde import broadcast_batch
@@ -127,13 +129,19 @@ class GaussianSeries(dist.Distribution):
     series and get the arguments in the order of `arg_constraints`.
     """
 
+    pytree_aux_fields = ("lead_dims",)
+
     grid: Grid
+    # Batch dimensions of each argument as constructed: a transformation that stacks laws adds
+    # axes, and they must be told from the arguments' own.
+    lead_dims: tuple[int, ...]
 
     def _set_shapes(self, length: int, validate_args: bool | None) -> None:
         shapes = {
             name: jnp.shape(getattr(self, name))[: jnp.ndim(getattr(self, name)) - dim]
             for name, dim in self._event_dims()
         }
+        self.lead_dims = tuple(len(shape) for shape in shapes.values())
         super().__init__(broadcast_batch(shapes), (length,), validate_args=validate_args)
 
     def _event_dims(self) -> list[tuple[str, int]]:
@@ -332,3 +340,16 @@ class GaussianSeries(dist.Distribution):
 
         dims = (1, 0, keys.ndim - len(lead))
         return self._map(one, lead, (values, noise, keys), dims)
+
+
+@promote_batch_shape.register
+def _promote_series(law: GaussianSeries) -> GaussianSeries:
+    new, names = copy.copy(law), law._event_dims()
+    values, dims = [getattr(law, name) for name, _ in names], [dim for _, dim in names]
+    rank = len(law.batch_shape)
+    values, new.lead_dims = align_new_axes(values, dims, law.lead_dims, rank)
+    for (name, _), value in zip(names, values, strict=True):
+        setattr(new, name, value)
+    shapes = [jnp.shape(v)[:lead] for v, lead in zip(values, new.lead_dims, strict=True)]
+    new._batch_shape = jnp.broadcast_shapes(law.batch_shape, *shapes)
+    return new

@@ -22,7 +22,9 @@ REFERENCE = json.loads((Path(__file__).parents[1] / "fbm_reference.json").read_t
 H_RANGE = (0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "float64"])
+@pytest.fixture(
+    params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "float64"]
+)
 def relative(request):
     """The accuracy asked for, in either precision."""
     with jax.enable_x64(request.param):
@@ -83,6 +85,7 @@ def test_zero_start_fou_of_short_times_is_fbm(x64):
         np.testing.assert_allclose(law.covariance_matrix, _dense_fbm(times, hurst), rtol=5e-6)
 
 
+@pytest.mark.slow
 def test_bridges_of_the_reference(relative):
     """Variance at four times given y(2) = 0 with noise 0.1, and the evidence of y."""
     index = [4]
@@ -152,6 +155,7 @@ def test_log_determinants_of_the_reference(relative):
         assert float(got) == pytest.approx(expected, rel=relative)
 
 
+@pytest.mark.slow
 def test_log_determinant_over_its_range(x64):
     """By Cholesky, and at a length at which the remainder is extrapolated, as at any H."""
     for hurst in (0.011, 0.02, 0.063, 0.31, 0.52, 0.77, 0.96, 0.988):
@@ -173,6 +177,7 @@ def test_spectral_density_is_that_of_the_autocovariance(x64):
         np.testing.assert_allclose(got, expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_fast_route_is_cholesky(x64):
     """600 points, beyond the dense route: value and gradients by every argument."""
     rng = np.random.default_rng(2)

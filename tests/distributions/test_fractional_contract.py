@@ -65,9 +65,8 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "noise" else pytest.param(n, marks=pytest.mark.slow) for n in LAWS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAWS)
 def test_contract(name, key):
     make, args, fields = LAWS[name]
     testing.check_distribution(make, key, args=args, fields=fields)

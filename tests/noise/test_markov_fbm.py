@@ -49,7 +49,9 @@ def _divergence(autocovariance, hurst):
     return 0.5 * ((ratio**2).sum() - n) + log_det
 
 
-@pytest.mark.parametrize(("num_terms", "bound"), [(8, 1e-3), (12, 1e-4)])
+@pytest.mark.parametrize(
+    ("num_terms", "bound"), [(8, 1e-3), pytest.param(12, 1e-4, marks=pytest.mark.slow)]
+)
 def test_divergence_from_the_exact_law(num_terms, bound, x64):
     fit = jax.jit(lambda h: MarkovFBM(h, num_terms).on_grid(np.arange(1001.0), np.ones(1000)))
     for hurst in INDICES:
@@ -57,6 +59,7 @@ def test_divergence_from_the_exact_law(num_terms, bound, x64):
         assert 0 <= got + 1e-10 < bound
 
 
+@pytest.mark.slow
 def test_divergence_in_float32():
     fit = jax.jit(lambda h: MarkovFBM(h).on_grid(np.arange(1001.0), np.ones(1000)))
     for hurst in (0.05, 0.4, 0.75, 0.95):
@@ -80,6 +83,7 @@ def test_weights_of_the_reference(x64):
         assert float(fit.slope) == pytest.approx(cell["slope_var"], abs=1e-10)
 
 
+@pytest.mark.slow
 def test_weights_are_positive_and_meet_at_one_half(x64):
     for hurst in (0.05, 0.3, 0.45, 0.499):
         assert np.all(np.asarray(law_fit(hurst, 1000.0, 8, rough=True).weights) > 0)
@@ -90,6 +94,7 @@ def test_weights_are_positive_and_meet_at_one_half(x64):
     np.testing.assert_allclose(below, above, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_strong_system_and_weights_of_the_reference(x64):
     for row in REFERENCE["strong_system"]:
         rates = jnp.asarray(row["gamma"])
@@ -107,6 +112,7 @@ def test_strong_system_and_weights_of_the_reference(x64):
         assert float(rms) == pytest.approx(row["rel_rms"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_strong_fit_has_the_variance_of_its_kind(x64):
     """Relative error of the path at the horizon's scale: 14 % and 10 % at H = 0.1 with K = 8."""
     for kind, bound in ((1, 0.14), (2, 0.11)):
@@ -124,6 +130,7 @@ def test_strong_fit_has_the_variance_of_its_kind(x64):
         np.testing.assert_allclose(variance[20:], exact[20:], rtol=0.06)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_in_float32():
     def summed(hurst, horizon):
         bank = MarkovFBM(hurst).bank(horizon, 1.0)
@@ -136,6 +143,7 @@ def test_gradients_are_finite_in_float32():
             assert np.isfinite(slope(jnp.float32(hurst), horizon)), (hurst, horizon)
 
 
+@pytest.mark.slow
 def test_likelihood_in_blocks_is_the_filters(x64):
     rng = np.random.default_rng(0)
     for hurst, length in ((0.2, 131), (0.5, 64), (0.8, 197)):
@@ -153,6 +161,7 @@ def _walk(hurst, scale=1.0, **kwargs):
     return nsde.SDE(lambda t, x, p: 0.0 * x, lambda t, x, p: p, params=scale, noise=noise)
 
 
+@pytest.mark.slow
 def test_path_density_is_near_the_exact_one(x64):
     times = np.arange(301) * 0.02
     for hurst in (0.1, 0.7):
@@ -165,6 +174,7 @@ def test_path_density_is_near_the_exact_one(x64):
         np.testing.assert_allclose(path.forward(start, z), x, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_irregular_times_and_components(x64):
     """Two independent components at irregular times, against the approximation's own covariance."""
     times = np.cumsum(np.random.default_rng(3).uniform(0.1, 0.5, 12))
@@ -181,6 +191,7 @@ def test_irregular_times_and_components(x64):
     assert float(path.log_prob(x)) == pytest.approx(float(expected), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_batches_of_hurst_indices(x64):
     times, hurst = np.arange(40) * 0.1, jnp.array([0.2, 0.5, 0.8])
     path = nsde.SDEPath(_walk(hurst), times, init=0.0)
@@ -212,6 +223,7 @@ def _exact_evidence(times, hurst, y, rate=0.7, noise=0.1):
     return float(rest + dist.Normal(0.0, noise).log_prob(y[0]))
 
 
+@pytest.mark.slow
 def test_kalman_gives_the_evidence_of_fractional_ou(x64):
     times = np.arange(121) * 0.05
     for hurst in (0.2, 0.8):
@@ -262,6 +274,7 @@ def test_prior_draws_of_the_marginal_model_follow_its_density(x64):
     assert abs(float(squares) - 500 * 31) < 4 * np.sqrt(2 * 500 * 31)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["extended", "unscented", "Kalman on the grid"])
 def test_filters_agree_on_a_linear_model(method, x64):
     """On the scheme's own law all Gaussian filters are exact; compare with the dense one."""
@@ -287,6 +300,7 @@ def test_filters_agree_on_a_linear_model(method, x64):
     np.testing.assert_allclose(mean[:, 0], gain, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_guided_posterior_of_a_linear_model_is_standard_normal(x64):
     """Guide and likelihood cancel: the density of z is that of N(0, I) and a constant."""
     times = np.arange(21) * 0.1
@@ -310,6 +324,7 @@ def test_guided_posterior_of_a_linear_model_is_standard_normal(x64):
     assert values[0] == pytest.approx(float(result.log_likelihood), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_whitened_path_of_a_model(key):
     white = numpyro.handlers.reparam(
         _noisy(np.arange(11) * 0.1, 0.3), config={"x": nsde.reparam.InnovationReparam()}
@@ -319,6 +334,7 @@ def test_whitened_path_of_a_model(key):
     assert sites["x"]["value"].shape == (11,)
 
 
+@pytest.mark.slow
 def test_smooth_draws_the_users_path(x64):
     """Draws of the bridge at the middle: variance of the reference, 2,000 draws."""
     cell = REFERENCE["bridge"]["H0.3_th1.0"]
@@ -345,6 +361,7 @@ def test_smooth_draws_the_users_path(x64):
     assert abs(middle - exact) < 4 * exact * np.sqrt(2 / 2000) + 0.005 * exact
 
 
+@pytest.mark.slow
 def test_state_dependent_diffusion_is_read_by_stratonovich(x64):
     """Geometric: log X is fBM scaled, whatever H; the trapezoid's error falls with the step."""
     for hurst in (0.4, 0.7):
@@ -372,6 +389,7 @@ def test_state_dependent_diffusion_is_read_by_stratonovich(x64):
         assert float(path.log_prob(x)) == pytest.approx(float(exact + jacobian), abs=0.5)
 
 
+@pytest.mark.slow
 def test_ito_with_a_rough_noise_is_refused():
     def sde(noise, interpretation="ito"):
         return nsde.SDE(
@@ -391,6 +409,7 @@ def test_ito_with_a_rough_noise_is_refused():
     assert np.isfinite(jax.jit(traced)(0.6))
 
 
+@pytest.mark.slow
 def test_a_hurst_index_that_changes_in_time(x64):
     """A constant function is the constant; a step gives each part its own index."""
     times = np.arange(41) * 0.1
@@ -411,6 +430,7 @@ def test_a_hurst_index_that_changes_in_time(x64):
         np.testing.assert_allclose(cov[part, part], exact, rtol=0.02, atol=2e-4 * exact[0, 0])
 
 
+@pytest.mark.slow
 def test_driving_a_model_by_another_noise(x64):
     def model(x):
         ou = nsde.processes.OrnsteinUhlenbeck(rate=0.0 + 1e-12, mean=0.0, scale=1.0)
