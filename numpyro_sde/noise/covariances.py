@@ -158,7 +158,7 @@ def riemann_liouville_covariance(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> float(riemann_liouville_covariance(jnp.array(1.0), jnp.array(2.0), 0.5))
+        >>> round(float(riemann_liouville_covariance(jnp.array(1.0), jnp.array(2.0), 0.5)), 4)
         1.0
     """
     s, t = jnp.minimum(s, t), jnp.maximum(s, t)
