@@ -28,8 +28,8 @@ from jaxtyping import Array, Float
 from numpyro_sde.noise.markov_fbm import BankSteps
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-BLOCK = 32
-"""Increments in a block."""
+BLOCK = 64
+"""Least number of increments in a block, where there are as many."""
 
 
 class Innovations(NamedTuple):
@@ -102,18 +102,55 @@ def increment_log_densities(
     return (-0.5 * z**2 - jnp.log(form.scale)[:, None] - _HALF_LOG_2PI).sum(-1)
 
 
-class _Element(NamedTuple):
+class _Run(NamedTuple):
     """What a run of increments says of the bank at its start, and makes of it at its end.
 
-    `p(d | U) = exp(eta . U - U'J U / 2 + ...)` and `U_end | U, d ~ N(decay U + shift, cov)`. The
-    matrices are those of every run of this length; eta and shift are stacked, `(runs, m, n)`.
+    `p(d | U) = exp(eta . U - U'J U / 2 + ...)` and `U_end | U, d ~ N(decay U + shift, cov)`; J,
+    decay and cov are the same for every run of one length.
     """
 
     J: Array
     decay: Array
     cov: Array
-    eta: Array
-    shift: Array
+
+
+class _Join(NamedTuple):
+    """Of a run and what follows it, as far as no data enter.
+
+    Given both, the bank in between is `keep (decay U + shift + cov eta)` with covariance `left`.
+    """
+
+    J: Array  # of what follows
+    cov: Array  # of the run before
+    left: Array
+    back: Array  # from the bank in between to that at the start
+    on: Array  # to that at the end of what follows
+    log_det: Array
+
+
+def _join(first: _Run, J: Array, decay: Array) -> _Join:
+    """Join a run with something that says J of the bank, and moves it on by `decay`."""
+    eye = jnp.eye(J.shape[0], dtype=J.dtype)
+    factors = jax.scipy.linalg.lu_factor(eye + first.cov @ J)
+    keep = jax.scipy.linalg.lu_solve(factors, eye)
+    log_det = jnp.log(jnp.abs(jnp.diagonal(factors[0]))).sum()
+    return _Join(J, first.cov, keep @ first.cov, first.decay.T @ keep.T, decay @ keep, log_det)
+
+
+def _joined(join: _Join, eta: Array, shift: Array) -> tuple[Array, Array]:
+    """Log evidence of the joints, and what each passes back to the start of its run.
+
+    Args:
+        join: the matrices.
+        eta: information of what follows, shape `(runs, m, n)`.
+        shift: of the runs before, shape `(runs, m, n)`.
+    """
+    seen = shift @ join.J
+    rest = eta - seen
+    gained = (eta * shift).sum() - 0.5 * (seen * shift).sum()
+    gained = gained + 0.5 * ((rest @ join.left) * rest).sum()
+    runs = eta.shape[0] * eta.shape[1]
+    return gained - 0.5 * runs * join.log_det, rest @ join.back.T
 
 
 def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array, Array]:
@@ -124,9 +161,10 @@ def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array,
     """
     one = jax.tree.map(lambda a: a[0], steps)
     f, h, n = one.decay, one.loading, one.decay.size
-    power = jnp.concatenate(
-        [jnp.ones((1, n), f.dtype), jnp.cumprod(jnp.broadcast_to(f, (size, n)), axis=0)]
-    )
+    power, square = jnp.ones((1, n), f.dtype), f
+    while power.shape[0] <= size:  # by doubling: a cumulative product compiles for seconds
+        power, square = jnp.concatenate([power, power * square]), square * square
+    power = power[: size + 1]
     # Covariance of the bank after 0, ..., size steps: a geometric sum.
     ratio = f[:, None] * f
     ends = jnp.where(ratio < 1.0, 1.0 - ratio, 1.0)
@@ -146,39 +184,6 @@ def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array,
     return L, loading, jnp.diag(power[size]) - gain @ loading, gain, spread[size] - gain @ gain.T
 
 
-def _combine(
-    first: _Element, J: Array, eta: Array
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """Runs, each followed by a run that says `(J, eta)` of the bank in between.
-
-    Returns the log evidence gained, J and eta of both together, and what the bank in between is
-    given the second: `U_between = keep (decay U + shift + cov eta)`, of covariance `keep cov`.
-    """
-    n = J.shape[0]
-    inner = jnp.eye(n, dtype=J.dtype) + first.cov @ J
-    keep = jnp.linalg.inv(inner)
-    left = keep @ first.cov
-    rest = eta - first.shift @ J
-    gained = (eta * first.shift).sum() - 0.5 * ((first.shift @ J) * first.shift).sum()
-    gained = gained + 0.5 * ((rest @ left) * rest).sum()
-    runs = eta.shape[0] * eta.shape[1]
-    gained = gained - 0.5 * runs * jnp.linalg.slogdet(inner)[1]
-    back = first.decay.T @ keep.T
-    new_J = first.J + back @ J @ first.decay
-    return gained, 0.5 * (new_J + new_J.T), first.eta + rest @ back.T, keep, left, rest
-
-
-def _merge(pairs: _Element) -> tuple[Array, _Element]:
-    """Neighbouring runs of one length made runs of twice the length."""
-    first = pairs._replace(eta=pairs.eta[0::2], shift=pairs.shift[0::2])
-    eta, shift = pairs.eta[1::2], pairs.shift[1::2]
-    gained, J, new_eta, keep, left, _ = _combine(first, pairs.J, eta)
-    on = pairs.decay @ keep
-    cov = pairs.decay @ left @ pairs.decay.T + pairs.cov
-    new_shift = (first.shift + eta @ first.cov) @ on.T + shift
-    return gained, _Element(J, on @ pairs.decay, 0.5 * (cov + cov.T), new_eta, new_shift)
-
-
 @partial(jax.jit, static_argnames="size")
 def log_likelihood(
     steps: BankSteps,
@@ -196,7 +201,7 @@ def log_likelihood(
         steps: the law of one step, leading axis 1.
         start: covariance of the bank at the start.
         increments: shape `(N, m)`.
-        size: increments in a block.
+        size: least number of increments in a block.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -206,41 +211,42 @@ def log_likelihood(
         -3.676
     """
     length, m = increments.shape
-    size = min(size, length)
-    count, short = divmod(length, size)
+    # A power of two of equal blocks, and the rest.
+    count = 1 << max(int(math.log2(length / size)), 0)
+    size, rest = length // count, length % count
     L, loading, decay, gain, cov = _block_law(steps, size)
     y = jnp.moveaxis(increments[: count * size].reshape(count, size, m), 0, 1)
     white = jax.scipy.linalg.solve_triangular(L, y.reshape(size, -1), lower=True)
     white = white.reshape(size, count, m)
-    log_scale = jnp.log(jnp.diagonal(L))
-    total = -0.5 * (white**2).sum() - m * (count * log_scale.sum() + length * _HALF_LOG_2PI)
-    runs = _Element(
-        J=loading.T @ loading,
-        decay=decay,
-        cov=cov,
-        eta=jnp.einsum("bn,bkm->kmn", loading, white),
-        shift=jnp.einsum("nb,bkm->kmn", gain, white),
-    )
-    # What stands after the runs that still pair up: first the increments beyond the last block.
-    tail_J, tail_eta = jnp.zeros_like(runs.J), jnp.zeros_like(runs.eta[:1])
-    if short:
-        rest = jax.scipy.linalg.solve_triangular(
-            L[:short, :short], increments[count * size :], lower=True
-        )
-        tail_J = loading[:short].T @ loading[:short]
-        tail_eta = jnp.einsum("bn,bm->mn", loading[:short], rest)[None]
-        total = total - 0.5 * (rest**2).sum() - m * log_scale[:short].sum()
-    while True:
-        count = runs.eta.shape[0]
-        if count % 2:
-            last = runs._replace(eta=runs.eta[-1:], shift=runs.shift[-1:])
-            gained, tail_J, tail_eta, *_ = _combine(last, tail_J, tail_eta)
-            total = total + gained
-            runs = runs._replace(eta=runs.eta[:-1], shift=runs.shift[:-1])
-        if count <= 1:
-            break
-        gained, runs = _merge(runs)
+    log_scale = jnp.log(jnp.diagonal(L)).sum()
+    total = -0.5 * (white**2).sum() - m * (count * log_scale + length * _HALF_LOG_2PI)
+    run = _Run(loading.T @ loading, decay, cov)
+    eta = jnp.einsum("bn,bkm->kmn", loading, white)
+    shift = jnp.einsum("nb,bkm->kmn", gain, white)
+
+    def double(run: _Run, _: None) -> tuple[_Run, _Join]:
+        join = _join(run, run.J, run.decay)
+        J = run.J + join.back @ run.J @ run.decay
+        cov = run.decay @ join.left @ run.decay.T + run.cov
+        return _Run(0.5 * (J + J.T), join.on @ run.decay, 0.5 * (cov + cov.T)), join
+
+    run, joins = lax.scan(double, run, None, length=count.bit_length() - 1)
+    for level in range(count.bit_length() - 1):
+        join: _Join = jax.tree.map(lambda a, level=level: a[level], joins)
+        first, second = shift[0::2], shift[1::2]
+        gained, back = _joined(join, eta[1::2], first)
         total = total + gained
-    nothing = jnp.zeros_like(tail_J)
-    origin = _Element(nothing, nothing, start, jnp.zeros_like(tail_eta), jnp.zeros_like(tail_eta))
-    return total + _combine(origin, tail_J, tail_eta)[0]
+        shift = (first + eta[1::2] @ join.cov) @ join.on.T + second
+        eta = eta[0::2] + back
+    J = run.J
+    if rest:
+        L, loading, *_ = _block_law(steps, rest)
+        white = jax.scipy.linalg.solve_triangular(L, increments[length - rest :], lower=True)
+        log_scale = jnp.log(jnp.diagonal(L)).sum()
+        last = loading.T @ loading
+        join = _join(run, last, run.decay)
+        gained, back = _joined(join, jnp.einsum("bn,bm->mn", loading, white)[None], shift)
+        total = total + gained - 0.5 * (white**2).sum() - m * log_scale
+        J, eta = J + join.back @ last @ run.decay, eta + back
+    origin = _Run(J, jnp.eye(J.shape[0], dtype=J.dtype), start)
+    return total + _joined(_join(origin, J, origin.decay), eta, jnp.zeros_like(eta))[0]
