@@ -129,7 +129,7 @@ class GaussianSeries(dist.Distribution):
     series and get the arguments in the order of `arg_constraints`.
     """
 
-    pytree_aux_fields = ("lead_dims",)
+    pytree_aux_fields: tuple[str, ...] = ("lead_dims",)
 
     grid: Grid
     # Batch dimensions of each argument as constructed: a transformation that stacks laws adds
