@@ -3,6 +3,7 @@
 from numpyro_sde import (
     datasets,
     diagnostics,
+    distributions,
     filters,
     guides,
     handlers,
@@ -32,6 +33,7 @@ __all__ = [
     "average",
     "datasets",
     "diagnostics",
+    "distributions",
     "filter_path",
     "filters",
     "guides",

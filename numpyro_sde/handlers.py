@@ -18,6 +18,7 @@ from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.model import AbstractFilter
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.noise import AbstractNoise
 from numpyro_sde.schemes.base import AbstractScheme
 
 
@@ -274,6 +275,39 @@ class discretize(_ChangePath):  # noqa: N801
 
     def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:  # noqa: ARG002
         return path.replace(scheme=self.scheme), np.arange(path.num_times)
+
+
+class drive(_ChangePath):  # noqa: N801
+    """The same model under another driving noise: is the noise of the data Brownian?
+
+    Args:
+        fn: the model.
+        noise: one of `nsde.noise`, for every path site.
+
+    Raises:
+        TypeError: a noise that is none, or a scheme that it cannot drive.
+
+    Example:
+        >>> import numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model():
+        ...     ou = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=0.5)
+        ...     numpyro.sample("x", nsde.SDEPath(ou, np.arange(5.0), dist.Normal(0.0, 1.0)))
+        >>> rough = nsde.handlers.drive(model, nsde.noise.MarkovFBM(0.2))
+        >>> site = numpyro.handlers.trace(numpyro.handlers.seed(rough, 0)).get_trace()["x"]
+        >>> type(site["fn"].sde.noise).__name__
+        'MarkovFBM'
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any] | None = None, noise: AbstractNoise | None = None
+    ) -> None:
+        if not isinstance(noise, AbstractNoise):
+            raise TypeError(f"noise must be one of nsde.noise, got {noise!r}")
+        self.noise = noise
+        super().__init__(fn)
+
+    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:  # noqa: ARG002
+        return path.replace(sde=path.sde.driven_by(self.noise)), np.arange(path.num_times)
 
 
 class refine(_ChangePath):  # noqa: N801

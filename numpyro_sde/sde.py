@@ -7,6 +7,7 @@ object with longer leaves; code is static. A path law maps over both (`distribut
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -322,15 +323,36 @@ class SDE(eqx.Module):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Batch shape of the parameters."""
-        return self.parameters.batch_shape
+        """Batch shape of the parameters and of the noise."""
+        return broadcast_batch(
+            {"params": self.parameters.batch_shape, "noise": self.noise.batch_shape}
+        )
+
+    def driven_by(self, noise: AbstractNoise) -> SDE:
+        """The same equation with another driving noise.
+
+        Raises:
+            TypeError: a noise that is none.
+        """
+        if not isinstance(noise, AbstractNoise):
+            raise TypeError(
+                f"noise must be a driving noise such as nsde.noise.Brownian(), got "
+                f"{type(noise).__name__}"
+            )
+        new = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            value = noise if field.name == "noise" else getattr(self, field.name)
+            object.__setattr__(new, field.name, value)
+        return new
 
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each array leaf of this object, in flattening order."""
         leaves = jax.tree_util.tree_leaves(self)
         dims = list(self.parameters.event_dims)
+        last = self.noise.leaf_event_dims()
         # Arrays of callables (network weights) are shared by all series: all event.
-        return dims + [jnp.ndim(leaf) for leaf in leaves[len(dims) :]]
+        whole = leaves[len(dims) : len(leaves) - len(last)]
+        return dims + [jnp.ndim(leaf) for leaf in whole] + last
 
     def exact_transition(self) -> AbstractScheme | None:
         """The exact transition law, for named processes that have one."""

@@ -16,8 +16,8 @@ import numpyro_sde
 
 ROOT = Path(numpyro_sde.__file__).parent
 PUBLIC_MODULES = [
-    *("datasets", "diagnostics", "filters", "guides", "handlers", "multiscale", "noise"),
-    *("processes", "reparam", "schemes", "testing"),
+    *("datasets", "diagnostics", "distributions", "filters", "guides", "handlers", "infer"),
+    *("multiscale", "noise", "processes", "reparam", "schemes", "testing"),
 ]
 NEEDS = {"diagnostics": ("arviz", "matplotlib.pyplot"), "schemes.diffrax_solver": ("diffrax",)}
 

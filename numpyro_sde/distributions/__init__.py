@@ -1,1 +1,13 @@
-"""NumPyro distributions: path laws and observation laws."""
+"""NumPyro distributions: exact laws of fractional processes; path and observation laws."""
+
+from numpyro_sde.distributions.fractional import (
+    FractionalBrownianMotion,
+    FractionalGaussianNoise,
+    FractionalOrnsteinUhlenbeck,
+)
+
+__all__ = [
+    "FractionalBrownianMotion",
+    "FractionalGaussianNoise",
+    "FractionalOrnsteinUhlenbeck",
+]

@@ -29,6 +29,9 @@ from numpyro_sde.distributions.moments import (
 from numpyro_sde.distributions.observation import Emission, EmissionPath, EmissionStructure
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.model import AbstractFilter, Instrument, StateSpaceModel
+from numpyro_sde.schemes import LocalLinear
+from numpyro_sde.schemes.fractional_linear import markovian_sde
+from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
 from numpyro_sde.sde import broadcast_batch
 
 
@@ -111,7 +114,7 @@ class Statement(eqx.Module):
 
         def law_at(inputs: Any, x: Array) -> dist.Distribution:
             t, u = inputs
-            return emission.at(t, x[0] if state_shape == () else x, u)
+            return emission.at(t, x[0] if state_shape == () else x[: state_shape[0]], u)
 
         def moments(inputs: Any, x: Array) -> tuple[Array, Array]:
             return mean_and_cov(law_at(inputs, x), len(shape))
@@ -176,7 +179,7 @@ def run_on_model(
             scalar=state_shape == (),
             instruments=tuple(instruments),
         )
-        return fn(model, *others)
+        return fn(with_memory(model, state_shape), *others)
 
     return path._map(one, lead, (mean, cov, *flat, *arrays), (1, 2, *flat_dims, *dims))
 
@@ -232,7 +235,40 @@ def with_starts(model: StateSpaceModel, *starts: Array) -> StateSpaceModel:
     """Give a model the draws that `draw_starts` made."""
     if not starts:
         return model
-    return model._replace(starts=jnp.reshape(starts[0], (starts[0].shape[0], model.dim)))
+    states = jnp.reshape(starts[0], (starts[0].shape[0], -1))
+    # A noise with memory starts with a bank of mean zero.
+    memory = model.dim - states.shape[1]
+    return model._replace(starts=jnp.pad(states, ((0, 0), (0, memory))))
+
+
+def with_memory(model: StateSpaceModel, state_shape: tuple[int, ...]) -> StateSpaceModel:
+    """The model with all that its scheme carries; the same where the noise has no memory."""
+    scheme = model.scheme
+    if not isinstance(scheme, MemoryScheme):
+        return model
+    count, size = scheme.num_noises(model.sde), num_states(model.sde)
+
+    def extend(cov: Array) -> tuple[Array, Array]:
+        mean = jnp.concatenate([model.init_mean, jnp.zeros(cov.shape[0], cov.dtype)])
+        return mean, jax.scipy.linalg.block_diag(model.init_cov, cov)
+
+    markovian = None
+    if not noise_of(model.sde).varies:
+        bank, _ = noise_of(model.sde).on_grid(model.times, model.dt)
+        start_mean, start_cov = extend(jnp.kron(jnp.eye(count), bank.start))
+        markovian = model._replace(
+            sde=markovian_sde(model.sde, state_shape, bank),
+            scheme=LocalLinear(),
+            cache=None,
+            init_mean=start_mean,
+            init_cov=start_cov,
+            scalar=False,
+            state_shape=state_shape,
+        )
+    mean, cov = extend(jnp.zeros((count * size, count * size), model.init_cov.dtype))
+    return model._replace(
+        init_mean=mean, init_cov=cov, scalar=False, state_shape=state_shape, markovian=markovian
+    )
 
 
 class MarginalPath(dist.Distribution):
@@ -372,7 +408,7 @@ def draw_smoothed(
         chosen = method.with_key(other)
         chosen.check(model)
         draw = chosen.filter(model).sample(key, 1)[0]
-        return draw[:, 0] if model.scalar else draw
+        return model.visible(draw)
 
     key_dim = keys.ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))

@@ -29,6 +29,7 @@ from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_val
 from numpyro_sde.distributions.fixed_start import FixedStart
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme, Euler, Exact
+from numpyro_sde.schemes.fractional import driven_scheme
 from numpyro_sde.sde import SDE, Structure, broadcast_batch
 
 
@@ -94,11 +95,11 @@ class SDEPath(dist.Distribution):
         self.sde = sde
         self._set_clock(times)
         self.init = _as_init(init)
-        self.scheme = _resolve_scheme(sde, scheme)
-        self.scheme_chosen = scheme is not None
         state_shape = self.init.event_shape
         if len(state_shape) > 1:
             raise ValueError(f"init must have event shape () or (d,), got {state_shape}")
+        self.scheme = _resolve_scheme(sde, scheme, self.init.event_shape)
+        self.scheme_chosen = scheme is not None
         batch_shape = broadcast_batch(
             {
                 "params of the SDE": sde.batch_shape,
@@ -315,7 +316,8 @@ class SDEPath(dist.Distribution):
                 x = scheme.step(sde, t, h, x, e, c)
                 return x, x
 
-            return self._scan(step, x0, (times[:-1], dt, z, cache))
+            states = self._scan(step, scheme.carry(sde, x0), (times[:-1], dt, z, cache))
+            return scheme.visible(states)
 
         return self._map(simulate, lead, (x0, innovations), (state_dim, dim))
 
@@ -334,6 +336,7 @@ class SDEPath(dist.Distribution):
             sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
         ) -> Array:
             axes = (None, 0, 0, 0, 0, None if cache is None else 0)
+            x = scheme.lift(sde, times, dt, x, cache)
             return jax.vmap(scheme.invert, axes)(sde, times[:-1], dt, x[:-1], x[1:], cache)
 
         path = jnp.broadcast_to(path, lead + self.event_shape)
@@ -438,7 +441,9 @@ def _as_init(init: Any) -> dist.Distribution:
     return dist.Delta(state, event_dim=state.ndim)
 
 
-def _resolve_scheme(sde: SDE, scheme: Any) -> AbstractScheme:
+def _resolve_scheme(sde: SDE, scheme: Any, state_shape: tuple[int, ...]) -> AbstractScheme:
+    if scheme is None or isinstance(scheme, AbstractScheme):
+        scheme = driven_scheme(sde, scheme, state_shape)
     if scheme is None:
         default = sde.default_transition()
         return Euler() if default is None else default

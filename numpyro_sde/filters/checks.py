@@ -37,9 +37,14 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_brownian(model: StateSpaceModel, method: str) -> None:
-    """Raise a `ValueError` where the noise is not Brownian: its memory would be ignored."""
-    if not isinstance(model.sde.noise, Brownian):
+def check_brownian(model: StateSpaceModel, method: str, *, continuous: bool = False) -> None:
+    """Raise a `ValueError` where the noise has a memory that would be ignored.
+
+    A model that carries the memory in its state will do, but not for a `continuous` method, which
+    asks for drift and diffusion.
+    """
+    carried = model.state_shape is not None and not continuous
+    if not (isinstance(model.sde.noise, Brownian) or carried):
         raise ValueError(
             f"{method} needs an SDE driven by Brownian motion, got noise "
             f"{type(model.sde.noise).__name__}, whose increments depend on the past"

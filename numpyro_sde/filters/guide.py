@@ -294,6 +294,6 @@ def smoothed_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
 
 
 def _keep_positive(model: StateSpaceModel, x: Array) -> Array:
-    if not model.sde.positive:
+    if not model.sde.positive or model.state_shape is not None:
         return x
     return jnp.maximum(x, _POSITIVE_FLOOR * jnp.abs(model.init_mean))

@@ -14,6 +14,7 @@ from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, 
 from numpyro_sde.linear import discretize, kalman
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.smoothing import backward_kernels
+from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.base import GaussianScheme
 
@@ -56,6 +57,7 @@ class Kalman(AbstractFilter):
         self.form = form
 
     def check(self, model: StateSpaceModel) -> None:
+        model = _continuous(model)
         if not model.init_gaussian:
             _refuse("init must be a normal distribution or a fixed state")
         x = jax.ShapeDtypeStruct((model.dim,), jnp.result_type(float))
@@ -68,21 +70,27 @@ class Kalman(AbstractFilter):
             _check_emission(instrument, number, x)
 
     def simulator(self, path: Any) -> Any:
-        if path.scheme_chosen or path.sde.exact_transition() is not None:
+        if path.scheme_chosen:
+            return path
+        exact = path.sde.exact_transition() is not None
+        if exact and isinstance(path.sde.noise, Brownian):
             return path
         return path.replace(scheme=LocalLinear())  # exact where the SDE is linear
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        model = _continuous(model)
         arrays = _assemble(model, _observed_rows(model))
         return kalman.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
+        model = _continuous(model)
         arrays = _assemble(model, _observed_rows(model))
         result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
         terms = result.increments
         return jnp.zeros(model.num_times, terms.dtype).at[arrays.rows].set(terms)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
+        model = _continuous(model)
         arrays = _assemble(model, np.arange(model.num_times))
         result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
         return FilterResult(
@@ -96,6 +104,11 @@ class Kalman(AbstractFilter):
             cross=result.cov[:-1] @ jnp.swapaxes(arrays.model.F, -1, -2),
             kernel=backward_kernels(arrays.model, result),
         )
+
+
+def _continuous(model: StateSpaceModel) -> StateSpaceModel:
+    """The model as a linear SDE that Brownian motion drives, where its noise has a memory."""
+    return model if model.markovian is None or _uses_scheme(model) else model.markovian
 
 
 def _refuse(reason: str) -> None:

@@ -79,6 +79,10 @@ class StateSpaceModel(NamedTuple):
         instruments: the observation statements.
         starts: draws of the first state, `(M, d)`, for methods that need them where it is not
             normal.
+        state_shape: shape of the user's state where the model's carries more (a scheme with
+            memory), behind it; None where the two are the same.
+        markovian: the same model in continuous time, where the noise has a memory and is carried
+            along by the SDE itself; for filters that are exact for linear SDEs.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -107,11 +111,19 @@ class StateSpaceModel(NamedTuple):
     scalar: bool
     instruments: tuple[Instrument, ...]
     starts: Any = None
+    state_shape: tuple[int, ...] | None = None
+    markovian: Any = None
 
     @property
     def dim(self) -> int:
         """Number d of state components."""
         return self.init_mean.shape[0]
+
+    def visible(self, states: Float[Array, "*n d"]) -> Array:
+        """The user's part of states, in the shape of the user's state."""
+        if self.state_shape is None:
+            return states[..., 0] if self.scalar else states
+        return states[..., 0] if self.state_shape == () else states[..., : self.state_shape[0]]
 
     @property
     def num_times(self) -> int:

@@ -110,7 +110,7 @@ class MomentMatching(AbstractFilter):
         return unscented(d) if self.quadrature == "unscented" else cubature(d)
 
     def check(self, model: StateSpaceModel) -> None:
-        check_brownian(model, "MomentMatching()")
+        check_brownian(model, "MomentMatching()", continuous=True)
         self.rule(model.dim)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:

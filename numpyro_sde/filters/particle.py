@@ -305,7 +305,12 @@ class ParticleResult(FilterResult):
         return ahead
 
     def sample(
-        self, key: PRNGKeyArray, num_draws: int = 1, *, method: str = "mcmc", num_moves: int = 2
+        self,
+        key: PRNGKeyArray,
+        num_draws: int = 1,
+        *,
+        method: str | None = None,
+        num_moves: int = 2,
     ) -> Float[Array, "draws N d"]:
         """Draw paths from the smoothing law.
 
@@ -314,15 +319,18 @@ class ParticleResult(FilterResult):
             num_draws: number of paths.
             method: "mcmc" (linear cost), "exact" (all particles weighed at every block, with a
                 bridge each), "rejection" (only where every grid time is observed), "genealogy"
-                (ancestral lines: poor at the beginning of long series).
+                (ancestral lines: poor at the beginning of long series). None takes "mcmc" where
+                transitions have a density, else "genealogy".
             num_moves: moves of "mcmc" in each block.
 
         Raises:
             ValueError: no history, an unknown method, or one that this model does not allow.
         """
         law, history = self._kept()
-        check_choice("method", method, SMOOTHERS)
         reason = invertible(law.model)
+        if method is None:
+            method = "genealogy" if reason else "mcmc"
+        check_choice("method", method, SMOOTHERS)
         if reason and method != "genealogy":
             raise ValueError(f"method={method!r} weighs transitions, but {reason}: use 'genealogy'")
         if method == "rejection" and law.longest > 1:
@@ -352,9 +360,8 @@ class ParticleResult(FilterResult):
         if lag is not None:
             check_count("lag", lag, least=0)
             return fixed_lag(history, lag)
-        method = "genealogy" if invertible(law.model) else "mcmc"
         key = jax.random.key(0) if key is None else key
-        paths = self.sample(key, history.log_weights.shape[1], method=method)
+        paths = self.sample(key, history.log_weights.shape[1])
         mean = jnp.mean(paths, axis=0)
         centred = paths - mean
         return mean, jnp.einsum("kni,knj->nij", centred, centred) / paths.shape[0]

@@ -149,7 +149,7 @@ def _draw(
         chosen = method.with_key(first)
         chosen.check(model)
         paths = chosen.filter(model).sample(second, num_draws)
-        return paths[..., 0] if model.scalar else paths
+        return model.visible(paths)
 
     key_dim = keys[0].ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))

@@ -14,6 +14,15 @@ class AbstractNoise(eqx.Module):
         True
     """
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Batch shape of its parameters; their leading dimensions are the batch."""
+        return ()
+
+    def leaf_event_dims(self) -> list[int]:
+        """Event dimensions of each of its array leaves, in flattening order."""
+        return []
+
 
 class Brownian(AbstractNoise):
     """Independent standard Brownian motions: increments `N(0, dt)`.

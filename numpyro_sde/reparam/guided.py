@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 from numpyro.distributions import biject_to
 from numpyro.handlers import reparam, seed, substitute
 from numpyro.infer.initialization import init_to_median
@@ -214,7 +214,7 @@ def _guided_site(
     reference: Any,
     frozen: Plan | None,
 ) -> tuple[Array, Any]:
-    """Make the auxiliary sites and the factor of a path; give it and the guide used."""
+    """Make the auxiliary sites and the factor of a path; give it, the guide and the states used."""
     path = site.path
     path._require_innovations()
     start = path.fixed_start
@@ -239,25 +239,39 @@ def _guided_site(
         if frozen is not None:
             guide = Guide(*(jnp.asarray(a, z.dtype) for a in given))
         elif given:
-            guide = make_guide(model, jnp.asarray(given[0], z.dtype))
+            guide = make_guide(model, _carried(model, jnp.asarray(given[0], z.dtype)))
         else:
             find = smoothed_reference if reference == "smoother" else data_reference
             guide = make_guide(model, find(model))
         if normal:
-            x0, weight = guided_start(model, guide, jnp.reshape(start, (model.dim,)))
+            x0, weight = guided_start(model, guide, _filled(model, start))
         else:
-            x0, weight = jnp.reshape(start, (model.dim,)), jnp.zeros((), z.dtype)
+            x0, weight = _filled(model, start), jnp.zeros((), z.dtype)
         states, more = guided_path(model, guide, x0, z)
-        return (states[:, 0] if model.scalar else states), weight + more, guide
+        return model.visible(states), weight + more, guide, states
 
     # As one compiled function: a run outside `jit` would else compile every operation apart.
-    value, log_weight, guide = jax.jit(
+    value, log_weight, guide, states = jax.jit(
         lambda *arrays: run_on_model(path, site.lead, data, one, arrays, dims)
     )(*arrays)
     with numpyro.handlers.mask(mask=site.mask):
         numpyro.factor(f"{name}_guide", log_weight)
     remember_value(value, path.clock)
-    return value, guide
+    return value, (guide, states)
+
+
+def _filled(model: StateSpaceModel, start: Array) -> Float[Array, " d"]:
+    """The user's first state, or its normals, with zeros for what the model carries besides."""
+    start = jnp.ravel(start)
+    return jnp.concatenate([start, jnp.zeros(model.dim - start.size, start.dtype)])
+
+
+def _carried(model: StateSpaceModel, reference: Float[Array, "N d"]) -> Float[Array, "N d"]:
+    """A reference path with all that the model carries along it."""
+    if reference.shape[-1] == model.dim:
+        return reference
+    path = model.visible(reference)
+    return model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
 
 
 def _prior_start(path: SDEPath, z: Array) -> Array:
@@ -280,9 +294,9 @@ class _Along(Reparam):
         reference = self.references.get(name)
         if reference is None:
             reference = self.owner._given(name, site)
-        value, guide = _guided_site(name, site, data, reference, None)
-        if guide is not None:
-            states = jnp.reshape(value, guide.reference.shape)
+        value, found = _guided_site(name, site, data, reference, None)
+        if found is not None:
+            guide, states = found
             self.found[name] = (states, guide)
         return None, value
 

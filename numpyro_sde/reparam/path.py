@@ -237,6 +237,12 @@ class BridgeReparam(Reparam):
 
 
 def _check_bridgeable(name: str, path: SDEPath) -> None:
+    if path.scheme.has_memory:
+        raise ValueError(
+            f"BridgeReparam: site {name!r} has noise {type(path.sde.noise).__name__}, which "
+            "remembers: its bridges need all known states. Use GuidedReparam with precise "
+            "observations, or the exact bridges of distributions.FractionalBrownianMotion"
+        )
     width = path.structure.innovation_shape
     if not path.scheme.has_density or width != path.state_shape:
         raise ValueError(

@@ -30,6 +30,7 @@ class AbstractScheme(eqx.Module):
 
     Subclasses state what they can do: `has_density`, a transition density; `has_innovations`,
     the next state as a map of standard normal innovations. One of the two is always there.
+    `has_memory`: the state of `step` carries more than the user's, which `visible` takes out.
 
     Example:
         >>> from numpyro_sde import schemes
@@ -42,6 +43,7 @@ class AbstractScheme(eqx.Module):
     has_density: ClassVar[bool] = True
     has_innovations: ClassVar[bool] = True
     keeps_positive: ClassVar[bool] = False
+    has_memory: ClassVar[bool] = False
 
     def resolve(self, sde: SDE) -> AbstractScheme:  # noqa: ARG002
         """Return the scheme to use for this SDE (itself, unless it delegates)."""
@@ -68,6 +70,18 @@ class AbstractScheme(eqx.Module):
     def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one step's standard normal innovations."""
         return sde.structure(state_shape).innovation_shape
+
+    def carry(self, sde: SDE, x0: Array) -> Array:  # noqa: ARG002
+        """The first state as `step` takes it: with `has_memory` it carries more than x."""
+        return x0
+
+    def lift(self, sde: SDE, times: Any, dt: Any, path: Array, cache: Any) -> Array:  # noqa: ARG002
+        """States `(T, *state)` as `step` takes them."""
+        return path
+
+    def visible(self, states: Array) -> Array:
+        """The user's part of the states that `step` makes."""
+        return states
 
     @abstractmethod
     def log_density(

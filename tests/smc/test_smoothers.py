@@ -136,5 +136,5 @@ def test_degenerate_noise_leaves_the_genealogy():
         method=Particle(20, history=True),
     )
     with pytest.raises(ValueError, match="no density"):
-        result.sample(jax.random.key(0))
-    assert result.sample(jax.random.key(0), 5, method="genealogy").shape == (5, 3, 2)
+        result.sample(jax.random.key(0), method="mcmc")
+    assert result.sample(jax.random.key(0), 5).shape == (5, 3, 2)
