@@ -3,7 +3,9 @@
 As a test (`make bench`): a bootstrap filter of an Ornstein-Uhlenbeck process with 1,000 noisy
 observations, 1,000 and 10,000 particles. Claims: at least 2 times the particle steps a second of
 cuthbert and of particles (nchopin), and at most 1.5 times the cost of the random numbers and of
-moving the particles alone. Install the peers by `pip install cuthbert particles`.
+moving the particles alone. Install the peers by `pip install cuthbert` and
+`pip install --no-deps particles numba scikit-learn` (particles 0.4 asks for an older NumPy than JAX
+takes, but runs with a new one).
 
 As a program: `python benchmarks/bench_particles.py variance` prints the variance of the log
 likelihood of a stochastic Lotka-Volterra model with precise observations, guided and bootstrap, at

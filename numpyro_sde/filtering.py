@@ -10,9 +10,9 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import ArrayLike
 
-from numpyro_sde.distributions.marginal import make_statement, run_method
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import make_statement, run_method
 from numpyro_sde.filters.model import AbstractFilter, FilterResult
 from numpyro_sde.observe import check_data, check_indices
 

@@ -15,9 +15,10 @@ from numpyro.handlers import trace
 from numpyro.primitives import _PYRO_STACK
 
 from numpyro_sde.distributions.clocks import Clock, clock_of_value, clocks_of_this_run, distinct
-from numpyro_sde.distributions.marginal import IntegratedPath, make_statement
+from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import Emission, EmissionPath, EmissionStructure
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import make_statement
 from numpyro_sde.grid import check_times
 
 

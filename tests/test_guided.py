@@ -15,8 +15,8 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
-from numpyro_sde.distributions.marginal import make_statement, run_on_model
 from numpyro_sde.distributions.observation import Emission
+from numpyro_sde.distributions.state_space import make_statement, run_on_model
 from numpyro_sde.filters.guide import (
     data_reference,
     guided_path,

@@ -26,7 +26,13 @@ SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 
 
 class ParticleCollapseWarning(RuntimeWarning):
-    """All particles of a filter had weight zero: its log likelihood is minus infinity."""
+    """All particles of a filter had weight zero: its log likelihood is minus infinity.
+
+    Example:
+        >>> import warnings, numpyro_sde as nsde
+        >>> with warnings.catch_warnings():  # an engine that expects such parameter values
+        ...     warnings.simplefilter("ignore", nsde.filters.ParticleCollapseWarning)
+    """
 
 
 def _warn_of_collapse(log_likelihood: Any) -> None:
@@ -356,7 +362,7 @@ class ParticleResult(FilterResult):
             key: random key of backward sampling, as many paths as particles; None for a fixed one.
             lag: give the moments given data up to so many grid steps later instead.
         """
-        law, history = self._kept()
+        _, history = self._kept()
         if lag is not None:
             check_count("lag", lag, least=0)
             return fixed_lag(history, lag)

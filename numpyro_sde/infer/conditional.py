@@ -12,12 +12,12 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
-from numpyro_sde.distributions.marginal import draw_starts, run_on_model, with_starts
+from numpyro_sde.distributions.state_space import draw_starts, run_on_model, with_starts
 from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import conditional_smc, first_path
+from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.particle_filter import Setting
 from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
@@ -33,6 +33,11 @@ class ConditionalSMCState(NamedTuple):
         renewed: whether the state at each time changed in the last sweep, by site, `(*batch, T)`.
         ess: effective sample sizes of the last sweep at each time, by site.
         rng_key: key of the next sweep.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.infer.ConditionalSMCState._fields
+        ('z', 'renewed', 'ess', 'rng_key')
     """
 
     z: dict[str, Array]
@@ -60,8 +65,10 @@ class ConditionalSMC(MCMCKernel):
         sites: names of the path sites; None for all of the model.
         num_particles: number of particles, at least 2.
         proposal: "guided" or "bootstrap".
-        backward: draw the path backward among all particles; False follows the ancestors, which
-            all paths share at the beginning of long series.
+        renewal: "backward" draws the path backward among all particles, with new bridges between
+            observations; "ancestor" (grids of which every time is observed) gives the path new
+            ancestors while the filter runs; "none" follows the ancestors, which all paths share at
+            the beginning of long series.
         resampling: scheme of the conditional filter.
         ess_threshold: share of particles below which the effective size calls for resampling.
 
@@ -97,7 +104,7 @@ class ConditionalSMC(MCMCKernel):
         num_particles: int = 64,
         *,
         proposal: str = "guided",
-        backward: bool = True,
+        renewal: str = "backward",
         resampling: str = "systematic",
         ess_threshold: float = 0.5,
     ) -> None:
@@ -108,12 +115,13 @@ class ConditionalSMC(MCMCKernel):
         check_count("num_particles", num_particles, least=2)
         check_choice("proposal", proposal, _PROPOSALS)
         check_choice("resampling", resampling, tuple(SCHEMES))
+        check_choice("renewal", renewal, RENEWALS)
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
         self._model = model
         self.sites = None if sites is None else tuple(sites)
         self.num_particles = num_particles
-        self.backward = backward
+        self.renewal = renewal
         self.setting = Setting(
             num_particles, PROPOSALS[proposal](), SCHEMES[resampling], float(ess_threshold)
         )
@@ -203,7 +211,7 @@ class ConditionalSMC(MCMCKernel):
             self._check(model)
             model = with_starts(model, *starts)
             states = jnp.reshape(x, (model.num_times, model.dim))
-            sweep = conditional_smc(model, self.setting, states, key, backward=self.backward)
+            sweep = conditional_smc(model, self.setting, states, key, renewal=self.renewal)
             return jnp.reshape(sweep.path, x.shape), sweep.renewed, sweep.ess
 
         state_dim = len(path.state_shape)

@@ -12,14 +12,14 @@ import numpyro.distributions as dist
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from numpyro_sde.distributions.marginal import (
+from numpyro_sde.distributions.observation import Emission
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import (
     draw_starts,
     make_statement,
     run_on_model,
     with_starts,
 )
-from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.observe import check_data, check_indices
@@ -39,6 +39,11 @@ class ParisianEstimate(NamedTuple):
         standard_error: its Monte Carlo error, from the spread of the iterations' estimates in
             batches.
         trace: each iteration's estimate, `(num_iterations, ...)`.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.infer.ParisianEstimate(mean=1.2, standard_error=0.1, trace=[1.1, 1.3]).mean
+        1.2
     """
 
     mean: Array

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.handlers import seed, substitute, trace
 
-from numpyro_sde.distributions.marginal import Statement
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import Statement
 from numpyro_sde.handlers import path_law
 from numpyro_sde.reparam.lookahead import Recorder, outside_all_handlers
 from numpyro_sde.reparam.path import peel

@@ -72,6 +72,11 @@ class PMMHState(NamedTuple):
         mean_accept_prob: its mean since warm-up ended (during warm-up, since the start).
         factor: lower Cholesky factor of the proposal's covariance.
         rng_key: key of the next iteration.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.infer.PMMHState._fields[:3]
+        ('i', 'z', 'log_density')
     """
 
     i: Int[Array, ""]

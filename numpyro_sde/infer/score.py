@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import seed, substitute, trace
 
-from numpyro_sde.distributions.marginal import draw_starts, run_on_model, with_starts
 from numpyro_sde.distributions.observation import EmissionPath
+from numpyro_sde.distributions.state_space import draw_starts, run_on_model, with_starts
 from numpyro_sde.filters.checks import check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.particle import Particle
@@ -27,6 +27,11 @@ class Score(NamedTuple):
     Attributes:
         mean: gradient of the log likelihood by the site's value.
         standard_error: its Monte Carlo error, from the spread of independent filters.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.infer.Score(mean={"rate": -0.2}, standard_error={"rate": 0.1}).mean["rate"]
+        -0.2
     """
 
     mean: dict[str, Array]

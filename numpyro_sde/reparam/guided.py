@@ -20,9 +20,9 @@ from numpyro.infer.util import log_density
 from scipy.optimize import minimize
 
 from numpyro_sde.distributions.clocks import remember_value
-from numpyro_sde.distributions.marginal import Statement, run_on_model
 from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import Statement, run_on_model
 from numpyro_sde.filters.guide import (
     Guide,
     data_reference,

@@ -22,9 +22,9 @@ from numpyro.handlers import condition, reparam, seed, substitute, trace
 from numpyro.primitives import _PYRO_STACK, Messenger
 
 from numpyro_sde.distributions.clocks import identity_of_path, remember_value, times_shown
-from numpyro_sde.distributions.marginal import Rows, Statement
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import Rows, Statement
 from numpyro_sde.handlers import path_law
 from numpyro_sde.reparam.path import peel
 

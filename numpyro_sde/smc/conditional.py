@@ -7,7 +7,7 @@ backward sampling make it forget its past sooner.
 
 Sources: Andrieu, Doucet and Holenstein (2010), "Particle Markov chain Monte Carlo methods";
 Whiteley (2010) (backward sampling); Chopin and Singh (2015); Lindsten, Jordan and Schon (2014)
-(ancestor sampling, which this replaces: the block's bridge would have to be redrawn forward).
+(ancestor sampling).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from numpyro_sde.filters.checks import check_choice
 from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.updates import with_valid_inputs
@@ -33,8 +34,21 @@ from numpyro_sde.smc.particle_filter import (
     over_particles,
     run_filter,
 )
-from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal
+from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal, observed_rows
 from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
+
+RENEWALS = ("backward", "ancestor", "none")
+
+
+def check_renewal(model: StateSpaceModel, renewal: str) -> None:
+    """Raise a `ValueError` where a way to renew paths does not fit the grid."""
+    check_choice("renewal", renewal, RENEWALS)
+    unseen = model.num_times - observed_rows(model).size
+    if renewal == "ancestor" and unseen:
+        raise ValueError(
+            f"renewal='ancestor' weighs one step at a time, but {unseen} of {model.num_times} grid "
+            "times have no observation: use renewal='backward', which draws bridges"
+        )
 
 
 class Sweep(NamedTuple):
@@ -55,14 +69,16 @@ class Sweep(NamedTuple):
     ess: Float[Array, " N"]
 
 
-def retain(model: StateSpaceModel, proposal: Proposal, plan: Plan, path: Array) -> Retained:
+def retain(
+    model: StateSpaceModel, proposal: Proposal, plan: Plan, path: Array, new_ancestors: bool
+) -> Retained:
     """The log ratios that a path would have had as a particle."""
     zero = jnp.zeros((), path.dtype)
     if isinstance(proposal, Bootstrap):
-        return Retained(path, zero, jnp.zeros(path.shape[0] - 1, path.dtype))
+        return Retained(path, zero, jnp.zeros(path.shape[0] - 1, path.dtype), new_ancestors)
     assert isinstance(proposal, Guided)
     ratios = jax.vmap(partial(proposal.ratio, model))(plan.steps, path[:-1], path[1:])
-    return Retained(path, _start_ratio(model, plan, path[0]), ratios)
+    return Retained(path, _start_ratio(model, plan, path[0]), ratios, new_ancestors)
 
 
 def _start_ratio(model: StateSpaceModel, plan: Plan, x: Array) -> Array:
@@ -98,7 +114,7 @@ def conditional_smc(
     path: Float[Array, "N d"],
     key: PRNGKeyArray,
     *,
-    backward: bool = True,
+    renewal: str = "backward",
 ) -> Sweep:
     """Replace a path by another one of its smoothing law, given the data.
 
@@ -107,8 +123,11 @@ def conditional_smc(
         setting: particles (at least 2), proposal (bootstrap or guided), resampling.
         path: the present path.
         key: random key.
-        backward: draw the path backward among all particles; else along the ancestors.
+        renewal: "backward" draws the path backward among all particles; "ancestor" gives the path
+            new ancestors while the filter runs, for grids of which every time is observed; "none"
+            leaves it to the ancestors alone.
     """
+    check_renewal(model, renewal)
     model = with_valid_inputs(model)
     filter_key, last_key, back_key = jax.random.split(key, 3)
     proposal = setting.proposal
@@ -119,7 +138,7 @@ def conditional_smc(
         filter_key,
         diagnose=True,
         history=True,
-        retained=retain(model, proposal, plan, path),
+        retained=retain(model, proposal, plan, path, renewal == "ancestor"),
         plan=plan,
     )
     history = run.history
@@ -130,7 +149,7 @@ def conditional_smc(
     usable = jnp.isfinite(jnp.max(scores))
     last = jax.random.categorical(last_key, jnp.where(usable, scores, 0.0))
     last = jnp.where(usable, last, 0).astype(history.ancestors.dtype)
-    new = _trace_back(law, history, plan, proposal, last, back_key, backward)
+    new = _trace_back(law, history, plan, proposal, last, back_key, renewal == "backward")
     return Sweep(new, jnp.any(new != path, axis=-1), history, law, run.ess)
 
 

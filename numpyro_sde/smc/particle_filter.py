@@ -57,11 +57,14 @@ class Retained(NamedTuple):
         path: states, `(N, d)`.
         start_ratio: log ratio of the first state's law to the proposal's.
         ratios: log ratio of each step's law to the proposal's, `(N - 1,)`.
+        new_ancestors: whether the path draws a new ancestor wherever particles are resampled
+            (Lindsten, Jordan and Schon 2014); its ratios are then found while the filter runs.
     """
 
     path: Float[Array, "N d"]
     start_ratio: Float[Array, ""]
     ratios: Float[Array, " N-1"]
+    new_ancestors: bool = False
 
 
 class History(NamedTuple):
@@ -180,10 +183,11 @@ def run_filter(
     m = innovation_size(model)
     reports = _Reports(diagnose, moments, history, choices=diagnose or history or variance)
 
-    def select(p: _Particles, node: Any, chance: Any) -> tuple[_Particles, Any]:
-        return _select(model, setting, p, node, chance, retained is not None, key.ndim == 1)
+    def select(p: _Particles, node: Any, chance: Any, lead_to: Any) -> tuple[_Particles, Any]:
+        way = _Way(retained is not None, key.ndim == 1, lead_to)
+        return _select(model, setting, p, node, chance, way)
 
-    def go_on(p: _Particles, node: Any, chance: Any) -> tuple[_Particles, Any]:  # noqa: ARG001
+    def go_on(p: _Particles, *_: Any) -> tuple[_Particles, Any]:
         return p, _no_choice(p)
 
     def normals_from(key: PRNGKeyArray) -> Array:
@@ -194,14 +198,19 @@ def run_filter(
         # would compute them again for each of their uses.
         p, z = carry
         is_node, is_seen, now, node, later, chance, noise, kept = inputs
-        p, chosen = _when(is_node, observed[:-1], select, go_on)(p, node, chance)
+        new_ancestors = retained is not None and retained.new_ancestors
+        lead_to = (now, kept[0]) if new_ancestors else None
+        p, chosen = _when(is_node, observed[:-1], select, go_on)(p, node, chance, lead_to)
         chosen = chosen if reports.choices else None
         z_next = normals_from(noise)
         move = over_particles(partial(proposal.move, model, now), -1, -1, -1)
         x, memo, ratio = move(p.x, p.memo, z)
         if retained is not None:
             x = x.at[:, 0].set(kept[0])
-            ratio = ratio.at[0].set(kept[1])
+            own = kept[1]
+            if new_ancestors:
+                own = proposal.ratio(model, now, p.x[:, 0], kept[0])
+            ratio = ratio.at[0].set(own)
         p = p._replace(x=x, memo=memo, log_weights=p.log_weights + ratio)
         before = p
 
@@ -270,14 +279,21 @@ def _no_choice(p: _Particles) -> _Choice:
     return _Choice(jnp.arange(M, dtype=jnp.int32), size, jnp.zeros((), bool))
 
 
+class _Way(NamedTuple):
+    """How to resample: keeping slot 0, along Hilbert's curve, with a new ancestor for slot 0."""
+
+    conditional: bool
+    sort: bool
+    lead_to: Any
+
+
 def _select(
     model: StateSpaceModel,
     setting: Setting,
     p: _Particles,
     node: Any,
     chance: Any,
-    conditional: bool,
-    sort: bool,
+    way: _Way,
 ) -> tuple[_Particles, _Choice]:
     """Resample where weights times look-ahead are uneven; begin what is carried to the next."""
     proposal, M = setting.proposal, setting.num_particles
@@ -293,11 +309,17 @@ def _select(
     total = p.total + mean
 
     def resample(p: _Particles) -> tuple[_Particles, Array]:
-        order = hilbert_order(p.x) if sort else jnp.arange(M)
-        if sort:
+        if way.sort:
+            order = hilbert_order(p.x)
             ancestors = order[systematic(chance, weights[order])]
+        elif way.lead_to is None:
+            ancestors = setting.resampler(chance, weights, conditional=way.conditional)
         else:
-            ancestors = setting.resampler(chance, weights, conditional=conditional)
+            # Others are drawn given the new ancestor of slot 0, which takes the first place.
+            own_key, others_key = jax.random.split(chance)
+            own = _new_ancestor(model, proposal, p, way.lead_to, own_key)
+            order = jnp.arange(M).at[0].set(own).at[own].set(0)
+            ancestors = order[setting.resampler(others_key, weights[order], conditional=True)]
         after = jnp.zeros(M, weights.dtype) if ahead is None else -ahead[ancestors]
         roots = None if p.roots is None else p.roots[ancestors]
         moved = p._replace(x=p.x[:, ancestors], log_weights=after, roots=roots)
@@ -316,6 +338,24 @@ def _select(
         p, ancestors = lax.cond(due, resample, keep, p)
     memo = over_particles(partial(proposal.enter, model, node), -1)(p.x)
     return p._replace(memo=memo, total=total), _Choice(ancestors, ess, due)
+
+
+def _new_ancestor(
+    model: StateSpaceModel, proposal: Proposal, p: _Particles, lead_to: Any, key: PRNGKeyArray
+) -> Array:
+    """Draw which particle the retained path comes from: weight times transition to its next."""
+    step, following = lead_to
+    t, dt, cache = proposal.grid_step(step)
+
+    def density(x: Array) -> Array:
+        return model.scheme.log_density(
+            model.sde, t, dt, model.to_state(x), model.to_state(following), cache
+        )
+
+    scores = clean(over_particles(density, -1)(p.x) + p.log_weights)
+    present = jnp.where(jnp.arange(scores.size) == 0, 0.0, -jnp.inf)
+    scores = jnp.where(jnp.isfinite(jnp.max(scores)), scores, present)
+    return jax.random.categorical(key, scores)
 
 
 def clean(log_weights: Array) -> Array:

@@ -106,6 +106,18 @@ class Proposal(eqx.Module):
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         """Next state, what it carries on, and the log ratio of the two laws of the step."""
 
+    def grid_step(self, step: Any) -> Any:
+        """Time, length and cache of a step among its inputs."""
+        return step[0]
+
+    def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
+        """Log ratio of a step that was taken, for schemes with a square factor of the noise.
+
+        Raises:
+            NotImplementedError: the proposal is not one of conditional filters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be retraced")
+
 
 def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
     """Next state by the scheme's own innovations, flat `(m,)`."""
@@ -134,6 +146,13 @@ class Bootstrap(Proposal):
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         return plain_step(model, step, x, z), memo, jnp.zeros((), x.dtype)
+
+    def grid_step(self, step: Any) -> Any:
+        return step
+
+    def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
+        del model, step, following
+        return jnp.zeros((), x.dtype)
 
 
 def _given(model: StateSpaceModel, step: Any, x: Array, z: Array, h: Any) -> tuple[Array, Array]:
@@ -193,7 +212,6 @@ class Guided(Proposal):
         return new, memo, ratio
 
     def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
-        """Log ratio of a step that was taken, for schemes with a square factor of the noise."""
         (t, dt, cache), (H, e, base) = step
         mean, B = affine_step(model, t, dt, x, cache)
         w = model.scheme.invert(

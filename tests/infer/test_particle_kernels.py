@@ -137,7 +137,7 @@ def _plain(leaf):
         lambda: PMMH(model, proposal="bootstrap"),
         lambda: PMMH(model, 30, proposal="bootstrap", correlation=0.8),
         lambda: ParticleGibbs(model, 16, proposal="bootstrap", resampling="killing"),
-        lambda: ParticleGibbs(model, 40, proposal="bootstrap", backward=False),
+        lambda: ParticleGibbs(model, 40, proposal="bootstrap", renewal="none"),
         lambda: Gibbs([(ConditionalSMC(model, num_particles=4), ["x"]), (NUTS(model), None)]),
     ],
     ids=["bootstrap", "correlated", "killing", "ancestral", "by hand"],
