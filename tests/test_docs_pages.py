@@ -11,8 +11,16 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Pages that fit or compile for more than ten seconds; the README's example stands for them.
 SLOW = {
-    *("first_model", "flows", "fractional", "integrated_out", "multiscale", "particles"),
-    *("schemes", "treatments"),
+    *(
+        "batching",
+        "first_model",
+        "flows",
+        "fractional",
+        "integrated_out",
+        "multiscale",
+        "particles",
+    ),
+    *("missing_data", "processes", "schemes", "treatments"),
 }
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

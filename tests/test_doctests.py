@@ -19,7 +19,7 @@ PUBLIC = public_objects()
 SLOW = {
     *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
-    *("multiscale.flow", "diagnostics.scale"),
+    *("multiscale.flow", "diagnostics.scale", "distributions.fractional", "handlers"),
 }
 
 

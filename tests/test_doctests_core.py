@@ -11,6 +11,12 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("module", MODULES)
+# Those that compile for more than five seconds.
+SLOW = {"filters.particle"}
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in MODULES]
+)
 def test_examples(module: str) -> None:
     run_examples(module, MODULES[module])

@@ -139,6 +139,7 @@ def test_svi(data, guide_class, elbo):
     assert replicated(jax.random.key(3), CLOCKS, GAIN)["y"].shape == (3, SERIES, LENGTH)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_elbo_goes_through_the_path():
     """`has_rsample` lets TraceGraph_ELBO use path gradients: far less noise than scores."""
 

@@ -136,6 +136,7 @@ def test_auto_normal_with_a_fixed_start(key):
     np.testing.assert_array_equal(draws["x"][:, 0], np.full(6, 0.7, np.float32))
 
 
+@pytest.mark.slow
 def test_auto_normal_with_a_latent_start(key):
     """NumPyro's autoguides keep the support of their first trace: infinite loss, no wrong fit.
 

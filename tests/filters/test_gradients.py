@@ -82,7 +82,8 @@ def test_gradient_by_finite_differences(name):
         np.testing.assert_allclose(gradient[i], difference, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", quick("extended"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_float32_in_batches(name):
     method = METHODS[name]
     run = jax.jit(jax.vmap(jax.value_and_grad(lambda theta: method.log_likelihood(model(theta)))))

@@ -105,7 +105,10 @@ MIXED_DATA = jnp.array([0.1, -0.2, 0.4, 0.9])
 
 
 class TestStart:
-    @pytest.mark.parametrize("flow", FLOWS)
+    @pytest.mark.parametrize(
+        "flow",
+        [pytest.param(f, marks=() if f == "affine" else pytest.mark.slow) for f in FLOWS],
+    )
     def test_starts_at_a_narrow_gaussian_around_init_loc_fn(self, flow):
         values = {"a": 0.7, "b": -1.3}
         guide = AutoFlow(
@@ -205,7 +208,8 @@ class TestFit:
         # A flow covers the far ends of both arms late: what it misses biases the estimate.
         assert abs(-evidence - BANANA) < 4 * se + (0.02 if flow == "spline" else 0.06)
 
-    @pytest.mark.parametrize("flow", ["spline", pytest.param("affine", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("flow", ["spline", "affine"])
     def test_one_dimension(self, flow):
         guide = AutoFlow(poisson_model, flow=flow)
         params = fit(poisson_model, guide, 1000).params

@@ -99,6 +99,7 @@ def test_fixed_lag_of_the_whole_series_is_the_genealogy(x64):
     assert np.allclose(filtered, result.mean)
 
 
+@pytest.mark.slow
 def test_result_of_a_guided_filter_smooths(x64):
     path, at = ou_path(True)
     method = Particle(2000, history=True, seed=2)
