@@ -50,4 +50,7 @@ def test_smoothing_law_is_invariant(fine, num_particles, proposal, scheme, thres
     products, wanted = z[:, 1:] * z[:, :-1], before[:, 1:] * before[:, :-1]
     error = np.sqrt((products.var(0) + wanted.var(0)) / NUM)
     assert np.max(np.abs(products.mean(0) - wanted.mean(0)) / error) < 4
-    assert renewed.mean(0).min() > (0.1 if renewal == "none" else 0.35)
+    share = renewed.mean(0)
+    # Along the ancestors alone lines merge, the sooner the more random the resampling: only the
+    # last state is sure to change often.
+    assert (share[-1] if renewal == "none" else share.min()) > 0.35
