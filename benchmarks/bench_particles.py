@@ -1,12 +1,12 @@
 """Particle filters beside cuthbert and particles, and particle MCMC beside NUTS.
 
 As a test (`make bench`): a bootstrap filter of an Ornstein-Uhlenbeck process with 1,000 noisy
-observations, 1,000 and 10,000 particles. Claims: at least 1.5 times the particle steps a second of
-cuthbert and 2 times those of particles (nchopin), and at most 1.8 times the cost of the random
-numbers and of moving the particles alone. (The aims are 2, 2 and 1.5: measured were 1.8 and 2.1 with
-10,000 particles, 3.1 and 3.2 with 1,000; 1.4 and 1.7 times the random numbers and moves.) Install the peers by `pip install cuthbert` and
-`pip install --no-deps particles numba scikit-learn` (particles 0.4 asks for an older NumPy than JAX
-takes, but runs with a new one).
+observations, 1,000 and 10,000 particles. Claims: at least 1.5 times the particle steps a second
+of cuthbert and 2 times those of particles (nchopin), and at most 1.8 times the cost of the
+random numbers and of moving the particles alone. The aims are 2, 2 and 1.5; measured were 1.8,
+2.1 and 1.4 with 10,000 particles, 3.1, 3.2 and 1.7 with 1,000. Install the peers by
+`pip install cuthbert` and `pip install --no-deps particles numba scikit-learn` (particles 0.4
+asks for an older NumPy than JAX takes, but runs with a new one).
 
 As a program: `python benchmarks/bench_particles.py variance` prints the variance of the log
 likelihood of a stochastic Lotka-Volterra model with precise observations, guided and bootstrap, at
