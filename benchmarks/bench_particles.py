@@ -25,7 +25,7 @@ import numpyro.distributions as dist
 import pytest
 from measure import compiled, cpu_ms, report
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, init_to_median
 
 import numpyro_sde as nsde
 
@@ -219,7 +219,7 @@ def posterior_table(draws):
     for name, kernel, factor in (
         ("PMMH", nsde.infer.PMMH(model), 10),
         ("particle Gibbs, 32", nsde.infer.ParticleGibbs(model, 32), 5),
-        ("NUTS, guided path", NUTS(guided), 1),
+        ("NUTS, guided path", NUTS(guided, init_strategy=init_to_median(num_samples=20)), 1),
     ):
         start = time.perf_counter()
         mcmc = MCMC(
