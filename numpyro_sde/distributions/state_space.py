@@ -192,19 +192,38 @@ def run_method(
             return fn(method, model)
 
         return run_on_model(path, lead, data, plain)
-    # Split before use: a child made by `fold_in` may be one that `split` makes.
-    start_key, own = jax.random.split(key) if key.ndim == 0 else (key[0], key)
-    starts = draw_starts(path, lead, method.num_starts, start_key)
-    keys = _keys_for(own, lead)
 
-    def seeded(model: StateSpaceModel, key: PRNGKeyArray, *starts: Array) -> Any:
-        model = with_starts(model, *starts)
+    def seeded(model: StateSpaceModel, key: PRNGKeyArray) -> Any:
         chosen = method.with_key(key)
         chosen.check(model)
         return fn(chosen, model)
 
-    dims = (keys.ndim - len(lead), *(1 + len(path.state_shape) for _ in starts))
-    return run_on_model(path, lead, data, seeded, (keys, *starts), dims)
+    return run_seeded(path, lead, data, seeded, key, method.num_starts)
+
+
+def run_seeded(
+    path: SDEPath,
+    lead: tuple[int, ...],
+    data: list[tuple[Statement, Any]],
+    fn: Callable[..., Any],
+    key: PRNGKeyArray,
+    num_starts: int,
+    arrays: tuple[Any, ...] = (),
+    dims: tuple[int, ...] = (),
+) -> Any:
+    """Map `fn(model, key, *arrays)` over `lead`, each element with a key and starts of its own."""
+    # Split before use: a child made by `fold_in` may be one that `split` makes.
+    start_key, own = jax.random.split(key) if key.ndim == 0 else (key[0], key)
+    starts = draw_starts(path, lead, num_starts, start_key)
+    keys = _keys_for(own, lead)
+    count = len(arrays)
+
+    def seeded(model: StateSpaceModel, key: PRNGKeyArray, *rest: Any) -> Any:
+        return fn(with_starts(model, *rest[count:]), key, *rest[:count])
+
+    start_dims = tuple(1 + len(path.state_shape) for _ in starts)
+    every = (keys.ndim - len(lead), *dims, *start_dims)
+    return run_on_model(path, lead, data, seeded, (keys, *arrays, *starts), every)
 
 
 def _keys_for(key: PRNGKeyArray, lead: tuple[int, ...]) -> PRNGKeyArray:

@@ -140,28 +140,23 @@ class Particle(AbstractFilter):
         """The key its random numbers come from."""
         return jax.random.key(self.seed) if self.key is None else self.key
 
+    def _with(self, **changes: Any) -> Particle:
+        kept = {
+            "proposal": self.proposal,
+            "resampling": self.resampling,
+            "ess_threshold": self.ess_threshold,
+            "seed": self.seed,
+            "history": self.history,
+            "key": self.key,
+        }
+        return type(self)(self.num_particles, **{**kept, **changes})
+
     def with_key(self, key: PRNGKeyArray) -> Particle:
         """The same filter on other random numbers."""
-        return Particle(
-            self.num_particles,
-            proposal=self.proposal,
-            resampling=self.resampling,
-            ess_threshold=self.ess_threshold,
-            seed=self.seed,
-            history=self.history,
-            key=key,
-        )
+        return self._with(key=key)
 
     def for_smoothing(self) -> Particle:
-        new = Particle(
-            self.num_particles,
-            proposal=self.proposal,
-            resampling=self.resampling,
-            ess_threshold=self.ess_threshold,
-            seed=self.seed,
-            history=True,
-        )
-        return new if self.key is None else new.with_key(self.key)
+        return self._with(history=True)
 
     @property
     def num_starts(self) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
-from numpyro_sde.distributions.state_space import draw_starts, run_on_model, with_starts
+from numpyro_sde.distributions.state_space import run_seeded
 from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
@@ -184,39 +184,28 @@ class ConditionalSMC(MCMCKernel):
         return ConditionalSMCState(z, renewed, ess, rng_key)
 
     def _first(self, observed: ObservedPath, key: PRNGKeyArray) -> Array:
-        path, lead = observed.path, observed.lead
-        start_key, key = jax.random.split(key)
-        keys = jax.random.split(key, lead)
-        starts = draw_starts(path, lead, self.num_particles, start_key)
+        path, lead, data = observed
 
-        def one(model: StateSpaceModel, key: PRNGKeyArray, *starts: Array) -> Array:
+        def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
             self._check(model)
-            states = first_path(with_starts(model, *starts), self.setting, key)
+            states = first_path(model, self.setting, key)
             return states[:, 0] if model.scalar else states
 
-        dims = (keys.ndim - len(lead), *(1 + len(path.state_shape) for _ in starts))
-        return run_on_model(path, lead, observed.data, one, (keys, *starts), dims)
+        return run_seeded(path, lead, data, one, key, self.num_particles)
 
     def _sweep(
         self, observed: ObservedPath, value: Array, key: PRNGKeyArray
     ) -> tuple[Array, Array, Array]:
-        path, lead = observed.path, observed.lead
-        start_key, key = jax.random.split(key)
-        keys = jax.random.split(key, lead)
-        starts = draw_starts(path, lead, self.num_particles, start_key)
+        path, lead, data = observed
 
-        def one(
-            model: StateSpaceModel, key: PRNGKeyArray, x: Array, *starts: Array
-        ) -> tuple[Array, Array, Array]:
+        def one(model: StateSpaceModel, key: PRNGKeyArray, x: Array) -> tuple[Array, Array, Array]:
             self._check(model)
-            model = with_starts(model, *starts)
             states = jnp.reshape(x, (model.num_times, model.dim))
             sweep = conditional_smc(model, self.setting, states, key, renewal=self.renewal)
             return jnp.reshape(sweep.path, x.shape), sweep.renewed, sweep.ess
 
-        state_dim = len(path.state_shape)
-        dims = (keys.ndim - len(lead), 1 + state_dim, *(1 + state_dim for _ in starts))
-        return run_on_model(path, lead, observed.data, one, (keys, value, *starts), dims)
+        dims = (1 + len(path.state_shape),)
+        return run_seeded(path, lead, data, one, key, self.num_particles, (value,), dims)
 
     def _check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "ConditionalSMC()")

@@ -9,7 +9,6 @@ the standard deviation of the estimate is near the best one (Doucet, Pitt, Delig
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,15 +48,6 @@ class _Estimator(Particle):
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
         return run_filter(model, self.setting, self.random_key).log_likelihood
-
-    def with_key(self, key: PRNGKeyArray) -> _Estimator:
-        return _Estimator(
-            self.num_particles,
-            proposal=self.proposal,
-            resampling=self.resampling,
-            ess_threshold=self.ess_threshold,
-            key=key,
-        )
 
 
 class PMMHState(NamedTuple):
@@ -366,13 +356,6 @@ class PMMH(MCMCKernel):
             kwargs = {} if model_kwargs is None else model_kwargs
             self.tune(jax.random.key(0), *model_args, **kwargs)
         return self._postprocess(*model_args, **({} if model_kwargs is None else model_kwargs))
-
-    def wrap_model(self, wrapper: Callable[..., Any]) -> PMMH:
-        """The same kernel on a wrapped model."""
-        new = copy.copy(self)
-        new._model = wrapper(self._model)
-        new._start = new._postprocess = None
-        return new
 
 
 def _adapt(factor: Array, direction: Array, excess: Array, i: Array) -> Array:

@@ -111,19 +111,7 @@ def systematic(
         >>> systematic(jax.random.key(0), jnp.array([0.5, 0.0, 0.25, 0.25])).tolist()
         [0, 0, 2, 3]
     """
-    return systematic_at(jax.random.uniform(key, (), weights.dtype), weights, conditional)
-
-
-def systematic_at(
-    uniform: Float[Array, ""], weights: Float[Array, " M"], conditional: bool = False
-) -> Ancestors:
-    """Systematic resampling as a function of its uniform number.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> systematic_at(jnp.array(0.5), jnp.ones(3)).tolist()
-        [0, 1, 2]
-    """
+    uniform = jax.random.uniform(key, (), weights.dtype)
     sums = _scaled_sums(_shares(weights))
     if not conditional:
         return _descend(jnp.ceil(sums - uniform).astype(jnp.int32))
