@@ -229,7 +229,7 @@ def guided_path(
     return GuidedPath(path, jnp.sum(log_weight(w, flat, log_det)))
 
 
-def _log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array, " N"]:
+def log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array, " N"]:
     """Log density of the observations at each grid time, given the states."""
     total = jnp.zeros(model.num_times, x.dtype)
     for instrument in model.instruments:
@@ -257,7 +257,7 @@ def data_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
         points = _keep_positive(
             model, x + jnp.asarray(_LENGTHS, x.dtype)[:, None, None] * move[..., 0]
         )
-        fit = jax.vmap(lambda x: _log_emissions(model, x))(points)
+        fit = jax.vmap(lambda x: log_emissions(model, x))(points)
         best = jnp.argmax(jnp.where(jnp.isnan(fit), -jnp.inf, fit), axis=0)
         return points[best, jnp.arange(N)], None
 

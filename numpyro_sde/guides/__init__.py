@@ -1,5 +1,17 @@
-"""Variational guides: normalizing flows over the latent sites of a model."""
+"""Variational guides: flows over the parameters of a model, structured laws over its paths."""
 
 from numpyro_sde.guides.auto import AutoFlow
+from numpyro_sde.guides.auto_path import AutoPathGuide
+from numpyro_sde.guides.path_laws import ControlledPath, GaussianMarkovPath, PathLaw
+from numpyro_sde.guides.path_posterior import PathGuideLaw
+from numpyro_sde.guides.score import ConditionalScorePath
 
-__all__ = ["AutoFlow"]
+__all__ = [
+    "AutoFlow",
+    "AutoPathGuide",
+    "ConditionalScorePath",
+    "ControlledPath",
+    "GaussianMarkovPath",
+    "PathGuideLaw",
+    "PathLaw",
+]

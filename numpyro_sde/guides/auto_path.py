@@ -1,0 +1,268 @@
+"""`AutoPathGuide`: a guide over parameters and paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.distributions import biject_to
+from numpyro.handlers import block, seed, substitute
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.initialization import init_to_value
+
+from numpyro_sde.guides.auto import AutoFlow
+from numpyro_sde.guides.path_laws import GaussianMarkovPath, PathLaw
+from numpyro_sde.guides.path_posterior import PathPosterior, Plan
+from numpyro_sde.guides.path_sites import (
+    NoDataError,
+    check_site,
+    is_traced,
+    latent_paths,
+    look,
+    sizes_of,
+    smoothed_references,
+    trace_at_median,
+    with_full_plates,
+    without_paths,
+)
+from numpyro_sde.infer.start import approximate_mode
+from numpyro_sde.reparam.lookahead import outside_all_handlers
+
+# A network is told of the shared parameters if there are no more of them than this.
+_MAX_THETA = 16
+# Draws made together, and draws behind a quantile.
+_BATCH = 64
+_QUANTILE_DRAWS = 4000
+
+
+class AutoPathGuide(AutoGuide):
+    r"""`q(parameters) q(path | parameters, data)`, as an automatic guide.
+
+    The parameters have a normalizing flow, each path of the model one of the laws in
+    `nsde.guides`: a correction, learned, of the guide that `GuidedReparam` and the guided
+    particle filter use, at the parameters drawn. It works with `SVI` and its bounds, `Predictive`,
+    plates of series and subsampled plates, and returns paths under their own names.
+
+    The data must be observed by `nsde.observe`. They are looked up in each call; a call without
+    them (as for posterior prediction) uses those of the first.
+
+    Args:
+        model: the model, its paths neither reparametrised nor integrated out.
+        parameters: makes a guide of the parameters from a model without its paths: `AutoFlow`,
+            a guide of NumPyro (`AutoNormal`, for parameters in a subsampled plate), or any
+            function of a model that returns a guide.
+        path: the law of the paths.
+        prefix: put before the names of the parameters of the path laws, `{site}_{prefix}_...`.
+        init: "mode" starts the parameters at the mode of the model with its paths integrated out
+            by an extended Kalman filter; "median" leaves them to their guide.
+
+    Raises:
+        ValueError: a model without a latent path, without data for one, or with a path that the
+            law cannot treat (without density, a step without unique innovations).
+        TypeError: arguments of the wrong kind.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> def model(y=None):
+        ...     rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
+        ...     sde = nsde.SDE(lambda t, x, p: -p * x, lambda t, x, p: 0.5, params=rate)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, [0.0, 0.5, 1.0], dist.Normal(0.0, 1.0)))
+        ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+        >>> guide = nsde.guides.AutoPathGuide(model)
+        >>> svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
+        >>> y = jax.numpy.array([0.8, 0.5, 0.2])
+        >>> fit = svi.run(jax.random.key(0), 20, y, progress_bar=False)
+        >>> draws = guide.sample_posterior(jax.random.key(1), fit.params, y, sample_shape=(10,))
+        >>> {name: value.shape for name, value in draws.items()}
+        {'rate': (10,), 'x': (10, 3)}
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        parameters: Callable[..., Any] = AutoFlow,
+        path: PathLaw | None = None,
+        prefix: str = "auto",
+        init: str = "mode",
+    ) -> None:
+        if not callable(parameters):
+            raise TypeError(
+                f"parameters must make a guide from a model, got {type(parameters).__name__}"
+            )
+        path = GaussianMarkovPath() if path is None else path
+        if not isinstance(path, PathLaw):
+            raise TypeError(
+                "path must be GaussianMarkovPath(), ControlledPath() or ConditionalScorePath(), "
+                f"got {path!r}"
+            )
+        if init not in ("mode", "median"):
+            raise ValueError(f"init must be 'mode' or 'median', got {init!r}")
+        super().__init__(model, prefix=prefix)
+        self.path = path
+        self.init = init
+        self.parameters = parameters(without_paths(model))
+        if not callable(self.parameters):
+            raise TypeError(f"parameters must return a guide, a callable, got {self.parameters!r}")
+        if isinstance(self.parameters, AutoGuide):
+            self.parameters.create_plates = lambda *_, **__: list(self._open.values())
+        self._plans: dict[str, Plan] = {}
+        self._data: tuple[Any, Any] = ((), {})
+        self._start: dict[str, Array] = {}
+        self._open: dict[str, Any] = {}
+
+    def path_sites(self) -> tuple[str, ...]:
+        """Names of the model's paths; known after the first call."""
+        return tuple(self._plans)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Sample parameters and paths; arguments as for the model."""
+        values: dict[str, Array] = {}
+        for name, posterior in self._posteriors(args, kwargs, values):
+            with posterior.plates():
+                values[name] = numpyro.sample(name, posterior.law())
+        return values
+
+    def _posteriors(
+        self, args: Any, kwargs: Any, values: dict[str, Array]
+    ) -> Iterator[tuple[str, PathPosterior]]:
+        """Sample the parameters into `values`, then hand out the paths' laws one by one.
+
+        A path's value must be in `values` before the next is asked for: its law may depend on it.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        self._open = plates = self._create_plates(*args, **kwargs)
+        if self._start:
+            values.update(self.parameters(*args, **kwargs))
+        theta = self._shared_vector(values) - self._theta_start
+        indices = {name: plate._indices for name, plate in plates.items()}
+        for name, plan in self._plans.items():
+            known = {**indices, **values}
+            try:
+                site = look(self.model, args, kwargs, name, known)
+            except NoDataError:
+                site = look(self.model, *self._data, name, known)
+            yield name, PathPosterior(self.path, name, self.prefix, site, plan, plates, theta)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        recorded = trace_at_median(self.model, args, kwargs)
+        names = latent_paths(recorded)
+        if not names:
+            raise ValueError(
+                "AutoPathGuide: the model has no latent SDEPath site. Hand over the model itself: "
+                "without handlers.marginalize and without reparametrisation of the path"
+            )
+        self._prototype_frames, self._prototype_frame_full_sizes = {}, {}
+        for name, site in recorded.items():
+            if site["type"] == "plate":
+                self._prototype_frame_full_sizes[name] = site["args"][0]
+            elif site["type"] == "sample" and not site["is_observed"]:
+                self._prototype_frames |= {f.name: f for f in site["cond_indep_stack"]}
+        full = with_full_plates(self.model)
+        self._sites = {
+            name: site
+            for name, site in trace_at_median(without_paths(full), args, kwargs).items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+        start = {name: site["value"] for name, site in self._sites.items()}
+        if start and self.init == "mode":
+            start |= self._find_mode(full, args, kwargs)
+        self._start = {} if is_traced(start) else jax.tree.map(np.asarray, start)
+        self._theta_start = np.asarray(self._shared_vector(self._start)) if self._start else 0.0
+        num_theta = self._shared_vector(start).size
+        for name in names:
+            site = look(full, args, kwargs, name, start)
+            check_site(name, site.path)
+            reference = None if self.path.amortized else smoothed_references(site)
+            if reference is not None:
+                reference = None if is_traced(reference) else np.asarray(reference)
+            frames = tuple(recorded[name]["cond_indep_stack"])
+            self._plans[name] = Plan(frames, sizes_of(site, num_theta), reference)
+        if not is_traced((args, kwargs)):
+            self._data = (args, kwargs)
+        self.prototype_trace = recorded
+
+    def _find_mode(self, full: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Array]:
+        """The mode with the paths integrated out; nothing where it cannot be found beforehand."""
+        with outside_all_handlers():
+            try:
+                found, constrain = approximate_mode(full, args, kwargs, jax.random.key(0))
+            except (ValueError, TypeError, jax.errors.JAXTypeError):
+                return {}
+            mode = {
+                k: v for k, v in constrain(*args, **kwargs)(found.z).items() if k in self._sites
+            }
+        if is_traced(mode):
+            return {}
+        if isinstance(self.parameters, AutoGuide):
+            self.parameters.init_loc_fn = init_to_value(values=mode)
+        return mode
+
+    def _shared_vector(self, values: Mapping[str, Array]) -> Float[Array, " theta"]:
+        """Parameters outside every plate, unconstrained, as one vector; empty if too long."""
+        parts = []
+        for name in sorted(self._sites):
+            site = self._sites[name]
+            if not site["cond_indep_stack"] and name in values:
+                free = biject_to(site["fn"].support).inv(jnp.asarray(values[name]))
+                parts.append(jnp.ravel(free).astype(jnp.result_type(float)))
+        theta = jnp.concatenate([jnp.zeros(0), *parts])
+        return theta if theta.size <= _MAX_THETA else theta[:0]
+
+    def sample_posterior(
+        self,
+        rng_key: PRNGKeyArray,
+        params: Mapping[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> dict[str, Array]:
+        """Draw parameters and paths.
+
+        Args:
+            rng_key: key.
+            params: fitted parameters, as `SVI.get_params` gives them.
+            *args: arguments of the model; those of the first call if there are none.
+            sample_shape: leading shape of the draws.
+            **kwargs: keyword arguments of the model.
+        """
+        if not args and not kwargs:
+            args, kwargs = self._data
+
+        def draw(key: PRNGKeyArray) -> dict[str, Array]:
+            with block(), seed(rng_seed=key), substitute(data=dict(params)):
+                return self(*args, **kwargs)
+
+        count = int(np.prod(sample_shape, dtype=int))
+        keys = jax.random.split(rng_key, count)
+        drawn = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=min(count, _BATCH)))(keys)
+        return {k: jnp.reshape(v, sample_shape + v.shape[1:]) for k, v in drawn.items()}
+
+    def median(self, params: Mapping[str, Any]) -> dict[str, Array]:
+        """Median of each parameter and of each path at each time; see `quantiles`."""
+        return {name: value[0] for name, value in self.quantiles(params, [0.5]).items()}
+
+    def quantiles(self, params: Mapping[str, Any], quantiles: Any) -> dict[str, Array]:
+        """Quantiles of each parameter and each path at each time, from a fixed set of draws.
+
+        Args:
+            params: fitted parameters.
+            quantiles: probabilities, `(Q,)`.
+
+        Returns:
+            For each site an array with a new leading axis of length Q. The standard error is that
+            of 4,000 draws, 0.02 sd at the median.
+        """
+        drawn = self.sample_posterior(jax.random.key(0), params, sample_shape=(_QUANTILE_DRAWS,))
+        probabilities = jnp.asarray(quantiles)
+        return {k: jnp.quantile(v, probabilities, axis=0) for k, v in drawn.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_open": {}}

@@ -1,0 +1,241 @@
+"""The path sites of a model: what a guide of paths finds out about them before and in a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.initialization import init_to_median
+from numpyro.primitives import Messenger
+
+from numpyro_sde.distributions.clocks import remember_value
+from numpyro_sde.distributions.observation import EmissionPath
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import Statement, run_on_model
+from numpyro_sde.filters.guide import data_reference, smoothed_reference
+from numpyro_sde.filters.model import StateSpaceModel
+from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
+from numpyro_sde.guides.steps import guide_along
+from numpyro_sde.handlers import path_law
+from numpyro_sde.reparam.lookahead import Recorder, outside_all_handlers, stand_in
+from numpyro_sde.reparam.path import peel
+from numpyro_sde.schemes.milstein import Milstein
+
+
+class Site(NamedTuple):
+    """A path site in one run of the model.
+
+    Attributes:
+        path: its law.
+        lead: batch shape around it, plates included.
+        mask: True, or where the site counts.
+        data: what is observed of it.
+    """
+
+    path: SDEPath
+    lead: tuple[int, ...]
+    mask: Any
+    data: list[tuple[Statement, Array]]
+
+
+class NoDataError(ValueError):
+    """Nothing is observed of a path."""
+
+
+class _StandIns(Messenger):
+    """Give latent paths a value without simulating them; `hide` them and what sees them too."""
+
+    def __init__(self, fn: Any = None, *, hide: bool = False) -> None:
+        super().__init__(fn)
+        self.hide = hide
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "deterministic" and self.hide:
+            msg["stop"] = True  # it may be made of a path
+        if msg["type"] != "sample":
+            return
+        law, _ = peel(msg["fn"])
+        path = path_law(msg["fn"])
+        if path is not None and not msg["is_observed"]:
+            if msg["value"] is not None:
+                return  # a recorder inside has given it one
+            shape = msg["fn"].shape()
+            msg["value"] = stand_in(path, shape[: len(shape) - path.event_dim])
+            msg["stop"] = self.hide
+            remember_value(msg["value"], path.clock)
+        elif isinstance(law, EmissionPath):
+            if msg["value"] is None:
+                msg["value"] = jnp.zeros(msg["fn"].shape())
+            msg["stop"] = self.hide
+
+
+class _FullPlates(Messenger):
+    """Take all of every plate, subsampled ones too."""
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate":
+            msg["args"] = (msg["args"][0], None)
+            msg["value"] = jnp.arange(msg["args"][0])
+
+
+def without_paths(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's parameters alone: no path, no observation of one, no deterministic site."""
+
+    def parameters(*args: Any, **kwargs: Any) -> None:
+        with _StandIns(hide=True):
+            model(*args, **kwargs)
+
+    return parameters
+
+
+def with_full_plates(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with all of every plate."""
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        with _FullPlates():
+            return model(*args, **kwargs)
+
+    return full
+
+
+def trace_at_median(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """A trace of the model at prior medians, with stand-ins for its paths."""
+    strategy = init_to_median(num_samples=15)
+
+    def value(msg: Any) -> Any:
+        return strategy(msg) if msg["value"] is None else None
+
+    median = substitute(substitute_fn=value)
+    with outside_all_handlers(), trace() as recorded, seed(rng_seed=0), median, _StandIns():
+        model(*args, **kwargs)
+    return recorded
+
+
+def latent_paths(recorded: Mapping[str, Any]) -> list[str]:
+    """Names of the latent path sites of a trace."""
+    return [
+        name
+        for name, site in recorded.items()
+        if site["type"] == "sample" and not site["is_observed"] and path_law(site["fn"]) is not None
+    ]
+
+
+def look(
+    model: Callable[..., Any], args: Any, kwargs: Any, name: str, known: Mapping[str, Any]
+) -> Site:
+    """Find a path's law and data in a run of the model at known values, plates' indices among them.
+
+    Raises:
+        NoDataError: nothing is observed of the path.
+    """
+    recorder = Recorder(name)
+    known = {k: v for k, v in known.items() if k != name}
+    held = substitute(data=known)
+    with outside_all_handlers(), trace(), seed(rng_seed=0), held, _StandIns(), recorder:
+        model(*args, **kwargs)
+    path, mask = peel(recorder.fn)
+    shape = recorder.fn.shape()
+    lead = shape[: len(shape) - path.event_dim]
+    data = []
+    for statement, y in recorder.data:
+        batch = jnp.shape(y)[: jnp.ndim(y) - len(statement.event_shape)]
+        if jnp.broadcast_shapes(lead, batch, statement.emission.batch_shape) == lead:
+            data.append((statement, y))
+    if not data:
+        raise NoDataError(
+            f"AutoPathGuide: path {name!r} has no data: state them with nsde.observe(..., obs=...) "
+            "and hand them to the guide's first call"
+        )
+    return Site(path, lead, mask, data)
+
+
+def check_site(name: str, path: SDEPath) -> None:
+    """Raise where a path cannot be guided."""
+    scheme = path.scheme
+    if not (scheme.has_density and scheme.has_innovations) or isinstance(scheme, Milstein):
+        raise ValueError(
+            f"AutoPathGuide: path {name!r} has scheme {type(scheme).__name__}, whose step is not "
+            "a density and a one-to-one map of innovations at once; choose scheme=Euler() or "
+            "LocalLinear()"
+        )
+    noises = int(np.prod(path.innovation_shape[1:], dtype=int))
+    states = int(np.prod(path.state_shape, dtype=int))
+    if noises != states:
+        raise ValueError(
+            f"AutoPathGuide: path {name!r} has {noises} noises in a step for states of shape "
+            f"{path.state_shape}; a path guide needs as many noises as states. With fewer choose "
+            "scheme=LocalLinear() or Strang(); with more give SDE the square root of "
+            "diffusion @ diffusion.T"
+        )
+
+
+def sizes_of(site: Site, num_theta: int) -> Sizes:
+    """Sizes of one path of a site and of its data."""
+    found: list[Sizes] = []
+    path = site.path
+
+    def probe(model: StateSpaceModel) -> Array:
+        found.append(
+            Sizes(
+                num_steps=path.num_times - 1,
+                num_noises=int(np.prod(path.innovation_shape[1:], dtype=int)),
+                dim=model.dim,
+                num_free=int(np.prod(path.state_shape, dtype=int)),
+                num_data=sum(i.values.shape[1] for i in model.instruments),
+                num_theta=num_theta,
+            )
+        )
+        return jnp.zeros(())
+
+    jax.eval_shape(lambda: run_on_model(path, site.lead, site.data, probe))
+    return found[0]
+
+
+def carried(model: StateSpaceModel, reference: Array) -> Array:
+    """A reference with all that the model carries along it."""
+    if reference.shape[-1] == model.dim:
+        return reference
+    path = model.visible(reference)
+    states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
+    return jnp.reshape(states, (model.num_times, -1))
+
+
+def smoothed_references(site: Site) -> Array:
+    """Mean of the extended Kalman smoother of every path, `(*lead, N, d)`."""
+
+    def one(model: StateSpaceModel) -> Array:
+        return carried(model, smoothed_reference(model))
+
+    return jax.jit(lambda: run_on_model(site.path, site.lead, site.data, one))()
+
+
+def reference_from_data(model: StateSpaceModel) -> Array:
+    """Interpolated data, for paths that have no reference of their own."""
+    return carried(model, data_reference(model))
+
+
+def place_of(model: StateSpaceModel, reference: Array, theta: Array) -> Place:
+    """The guide along a reference and the scales on which a law sees states.
+
+    States are seen from their mean along the reference, in units of how far they go: along it,
+    and by their noise between two observations.
+    """
+    along = guide_along(model, reference)
+    center = jnp.mean(reference, axis=0)
+    variance = jnp.mean((reference - center) ** 2, axis=0)
+    if model.num_times > 1:
+        B = along.linear.B
+        noise = jnp.sum(B**2, axis=0) if B.ndim == 2 else jnp.sum(B**2, axis=(0, 2))
+        variance = variance + noise / max(len(observed_rows(model)), 1)
+    spread = jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
+    return Place(along, center, spread, theta)
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf is known only inside a trace."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(tree))
