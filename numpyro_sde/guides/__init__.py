@@ -5,6 +5,7 @@ from numpyro_sde.guides.auto_path import AutoPathGuide
 from numpyro_sde.guides.path_laws import ControlledPath, GaussianMarkovPath, PathLaw
 from numpyro_sde.guides.path_posterior import PathGuideLaw
 from numpyro_sde.guides.score import ConditionalScorePath
+from numpyro_sde.guides.training import fit_score, fit_svi
 
 __all__ = [
     "AutoFlow",
@@ -14,4 +15,6 @@ __all__ = [
     "GaussianMarkovPath",
     "PathGuideLaw",
     "PathLaw",
+    "fit_score",
+    "fit_svi",
 ]

@@ -30,6 +30,7 @@ from numpyro_sde.guides.path_sites import (
     with_full_plates,
     without_paths,
 )
+from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.reparam.lookahead import outside_all_handlers
 
@@ -128,6 +129,20 @@ class AutoPathGuide(AutoGuide):
             with posterior.plates():
                 values[name] = numpyro.sample(name, posterior.law())
         return values
+
+    def score_residual(self, *args: Any, **kwargs: Any) -> Float[Array, ""]:
+        """Residual of the backward equation at one draw, for `ConditionalScorePath`.
+
+        A statement of a guide, to be run under `seed` and `substitute`; see `fit_score`.
+        """
+        assert isinstance(self.path, ConditionalScorePath)
+        law, total = self.path, jnp.zeros(())
+        values: dict[str, Array] = {}
+        for name, posterior in self._posteriors(args, kwargs, values):
+            with posterior.plates():
+                values[name] = numpyro.sample(name, posterior.law())
+            total = total + posterior.residual(law, values[name], numpyro.prng_key())
+        return total
 
     def _posteriors(
         self, args: Any, kwargs: Any, values: dict[str, Array]

@@ -19,6 +19,7 @@ from numpyro_sde.distributions.state_space import run_on_model
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.path_laws import PathLaw, Sizes
 from numpyro_sde.guides.path_sites import Site, place_of, reference_from_data
+from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.guides.starts import StartLaw, start_kind, start_params
 
 
@@ -209,6 +210,21 @@ class PathPosterior:
             return run_on_model(site.path, site.lead, site.data, one, flat, every)
 
         return run(*arrays, *(value for value, _ in own))
+
+    def residual(
+        self, law: ConditionalScorePath, value: Array, key: PRNGKeyArray
+    ) -> Float[Array, ""]:
+        """Mean residual of the backward equation over all series, around their paths."""
+        path, lead = self.site.path, self.site.lead
+        keys = jax.random.split(key, lead)
+
+        def one(
+            model: Any, place: Any, start: Any, local: Any, value: Array, key: PRNGKeyArray
+        ) -> Array:
+            del start, local
+            return law.residual(model, place, self.shared, value, key)
+
+        return jnp.mean(self.map(one, (value, keys), (path.event_dim, 0)))
 
     def _draw(self, key: PRNGKeyArray) -> tuple[Array, Array]:
         key_start, key_path = jax.random.split(key)
