@@ -188,7 +188,18 @@ class AutoPathGuide(AutoGuide):
         }
         start = {name: site["value"] for name, site in self._sites.items()}
         if start and self.init == "mode":
-            start |= self._find_mode(full, args, kwargs)
+            mode = self._find_mode(full, args, kwargs)
+            start |= mode
+            if mode and isinstance(self.parameters, AutoGuide):
+                # Sites in a subsampled plate begin at the median: their guide sees a batch.
+                self.parameters.init_loc_fn = init_to_value(
+                    values={
+                        name: mode[name]
+                        if jnp.shape(mode[name]) == jnp.shape(recorded[name]["value"])
+                        else recorded[name]["value"]
+                        for name in mode
+                    }
+                )
         self._start = {} if is_traced(start) else jax.tree.map(np.asarray, start)
         self._theta_start = np.asarray(self._shared_vector(self._start)) if self._start else 0.0
         num_theta = self._shared_vector(start).size
@@ -214,11 +225,7 @@ class AutoPathGuide(AutoGuide):
             mode = {
                 k: v for k, v in constrain(*args, **kwargs)(found.z).items() if k in self._sites
             }
-        if is_traced(mode):
-            return {}
-        if isinstance(self.parameters, AutoGuide):
-            self.parameters.init_loc_fn = init_to_value(values=mode)
-        return mode
+        return {} if is_traced(mode) else mode
 
     def _shared_vector(self, values: Mapping[str, Array]) -> Float[Array, " theta"]:
         """Parameters outside every plate, unconstrained, as one vector; empty if too long."""

@@ -287,27 +287,16 @@ def drawn_path(
 ) -> tuple[Array, Array]:
     """A path of the model's own steps under a control, and its log density."""
     drawn = draw_controlled(model, place.along, control, now, x0, z)
-    path = model.visible(drawn.states)
-    return path, drawn.log_ratio + _model_density(model, path)
+    return model.visible(drawn.states), drawn.log_density
 
 
 def path_log_prob(
     model: StateSpaceModel, place: Place, control: Control, now: Any, path: Array
 ) -> Array:
     """Log density of a path under a control."""
-    states = path
-    if model.num_times > 1:
-        states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
+    states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
     states = jnp.reshape(states, (model.num_times, -1))
-    ratio = weigh_controlled(model, place.along, control, now, states)
-    return ratio + _model_density(model, path)
-
-
-def _model_density(model: StateSpaceModel, path: Array) -> Array:
-    if model.num_times == 1:
-        return jnp.zeros((), path.dtype)
-    scheme = model.scheme
-    return scheme.log_density_sum(model.sde, model.times, model.dt, path, model.cache)
+    return weigh_controlled(model, place.along, control, now, states)
 
 
 def _num_free(model: StateSpaceModel) -> int:

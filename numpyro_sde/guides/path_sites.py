@@ -111,7 +111,7 @@ def trace_at_median(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[s
         return strategy(msg) if msg["value"] is None else None
 
     median = substitute(substitute_fn=value)
-    with outside_all_handlers(), trace() as recorded, seed(rng_seed=0), median, _StandIns():
+    with outside_all_handlers(), trace() as recorded, median, seed(rng_seed=0), _StandIns():
         model(*args, **kwargs)
     return recorded
 

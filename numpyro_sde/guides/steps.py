@@ -38,6 +38,9 @@ from numpyro_sde.linear.information import (
 from numpyro_sde.linear.small import cholesky, diagonal, matvec, solve_lower, transpose
 from numpyro_sde.schemes.base import GaussianScheme
 
+# A positive process is expected to keep this share of its value over a step.
+_LEAST_SHARE = 0.1
+
 # `control(local, x, pull)` gives a shift `(m,)` and a factor: log scales `(m,)`, or `(m, m)`,
 # lower triangular, the logarithm of its diagonal in place of it.
 Control = Callable[[Any, "Pull"], tuple[Array, Array]]
@@ -110,22 +113,20 @@ def _unpack_factor(factor: Array) -> Array:
     return jnp.tril(factor, -1) + jnp.diag(jnp.exp(diagonal(factor)))
 
 
-def _log_ratio(w: Array, z: Array, log_det: Array) -> Array:
-    """Log density of the law at innovations `w`, less that of the model, summed over all."""
-    return 0.5 * jnp.sum(w**2) - 0.5 * jnp.sum(z**2) - jnp.sum(log_det)
-
-
 class DrawnPath(NamedTuple):
-    """States, and the law's log density less the model's, both given the first state."""
+    """States and the law's log density, both given the first state."""
 
     states: Float[Array, "N d"]
-    log_ratio: Float[Array, ""]
+    log_density: Float[Array, ""]
 
 
 def draw_controlled(
     model: StateSpaceModel, along: Along, control: Control, local: Any, x0: Array, z: Array
 ) -> DrawnPath:
     """Run the model's scheme with controlled innovations.
+
+    A positive process moves by the factor `exp(B w / mean)` where the scheme would add `B w`: the
+    same to first order, and never negative.
 
     Args:
         model: the path and its instruments.
@@ -138,15 +139,16 @@ def draw_controlled(
     if model.num_times == 1:
         return DrawnPath(x0[None], jnp.zeros((), x0.dtype))
     shape, flat = z.shape[1:], jnp.reshape(z, (z.shape[0], -1))
-    scheme = model.scheme
+    scheme, direct = model.scheme, _is_direct(model)
 
     def step(x: Array, inputs: Any) -> tuple[Array, Any]:
         now, H, e, following, local, z = inputs
         t, dt, cache = now
-        mean, B = affine_step(model, t, dt, x, cache)
+        mean, B = _step_from(model, t, dt, x, cache)
         w, log_det = _transform(control, local, pull_of(H, e, x, mean, mean - following, B), z)
-        if isinstance(scheme, GaussianScheme):
-            new = mean + (B * w if B.ndim == 1 else matvec(B, w))
+        if direct:
+            new, more = _move(model, mean, B, w)
+            log_det = log_det + more
         else:
             state = scheme.step(model.sde, t, dt, model.to_state(x), jnp.reshape(w, shape), cache)
             new = jnp.reshape(state, (model.dim,))
@@ -155,28 +157,78 @@ def draw_controlled(
 
     inputs = (model.step_inputs(), *_ahead(along), local, flat)
     _, (rest, w, log_det) = lax.scan(jax.checkpoint(step), x0, inputs)
-    return DrawnPath(jnp.concatenate([x0[None], rest]), _log_ratio(w, flat, log_det))
+    states = jnp.concatenate([x0[None], rest])
+    return DrawnPath(states, _log_density(model, states, w, flat, log_det))
 
 
 def weigh_controlled(
     model: StateSpaceModel, along: Along, control: Control, local: Any, states: Array
 ) -> Float[Array, ""]:
-    """`log_ratio` of a path that was not drawn here; all steps at once, no recursion."""
+    """Log density of a path that was not drawn here; all steps at once, no recursion."""
     if model.num_times == 1:
         return jnp.zeros((), states.dtype)
-    scheme = model.scheme
+    scheme, direct = model.scheme, _is_direct(model)
 
     def step(x: Array, new: Array, inputs: Any) -> tuple[Array, Array, Array]:
         (t, dt, cache), H, e, following, local = inputs
-        mean, B = affine_step(model, t, dt, x, cache)
-        w = scheme.invert(model.sde, t, dt, model.to_state(x), model.to_state(new), cache)
-        w = jnp.ravel(w)
+        mean, B = _step_from(model, t, dt, x, cache)
+        more: Any = 0.0
+        if direct:
+            w, more = _moved_by(model, mean, B, new)
+        else:
+            state, following_state = model.to_state(x), model.to_state(new)
+            w = jnp.ravel(scheme.invert(model.sde, t, dt, state, following_state, cache))
         pull = pull_of(H, e, x, mean, mean - following, B)
         z, log_det = _whiten(control, local, pull, w)
-        return w, z, log_det
+        return w, z, log_det + more
 
     inputs = (model.step_inputs(), *_ahead(along), local)
-    return _log_ratio(*jax.vmap(step)(states[:-1], states[1:], inputs))
+    w, z, log_det = jax.vmap(step)(states[:-1], states[1:], inputs)
+    return _log_density(model, states, w, z, log_det)
+
+
+def _is_direct(model: StateSpaceModel) -> bool:
+    """Whether a step is its mean plus its factor times the innovations, nothing carried."""
+    return isinstance(model.scheme, GaussianScheme) and model.state_shape is None
+
+
+def _log_density(
+    model: StateSpaceModel, states: Array, w: Array, z: Array, log_det: Array
+) -> Array:
+    if _is_direct(model):
+        return jnp.sum(_log_normal(z)) - jnp.sum(log_det)
+    # The step's own Jacobian is in the model's density: the laws differ in the innovations only.
+    ratio = 0.5 * jnp.sum(w**2) - 0.5 * jnp.sum(z**2) - jnp.sum(log_det)
+    path = model.visible(states)
+    density = model.scheme.log_density_sum(model.sde, model.times, model.dt, path, model.cache)
+    return ratio + density
+
+
+def _step_from(
+    model: StateSpaceModel, t: Any, dt: Any, x: Array, cache: Any
+) -> tuple[Array, Array]:
+    mean, B = affine_step(model, t, dt, x, cache)
+    if model.sde.positive and _is_direct(model):
+        mean = jnp.maximum(mean, _LEAST_SHARE * x)
+    return mean, B
+
+
+def _move(model: StateSpaceModel, mean: Array, B: Array, w: Array) -> tuple[Array, Array]:
+    """Next state of innovations, and the log of the Jacobian's determinant."""
+    gap = B * w if B.ndim == 1 else matvec(B, w)
+    log_det = _log_det(B, model.dim)
+    if model.sde.positive:
+        return mean * jnp.exp(gap / mean), log_det + jnp.sum(gap / mean)
+    return mean + gap, log_det
+
+
+def _moved_by(model: StateSpaceModel, mean: Array, B: Array, new: Array) -> tuple[Array, Array]:
+    """Innovations that lead to a state, and the same log determinant."""
+    gap, log_det = new - mean, _log_det(B, model.dim)
+    if model.sde.positive:
+        gap = mean * jnp.log(new / mean)
+        log_det = log_det + jnp.sum(gap / mean)
+    return (gap / B if B.ndim == 1 else jnp.linalg.solve(B, gap)), log_det
 
 
 def _ahead(along: Along) -> tuple[Array, Array, Array]:

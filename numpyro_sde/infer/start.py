@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
 from jax.flatten_util import ravel_pytree
 from jax.scipy.optimize import minimize
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -19,6 +21,8 @@ from numpyro_sde.handlers import marginalize, observed_paths
 
 # Scale of a proposal in a direction where the approximation says nothing, unconstrained.
 _PLAIN_SCALE = 0.1
+# Step of the difference of gradients behind the curvature: unconstrained, so of unit scale.
+_DIFFERENCE = 1e-2
 
 
 class _NoData(AbstractFilter):
@@ -47,7 +51,8 @@ def approximate_mode(
     """Find mode and curvature by the extended Kalman filter, from the prior's median.
 
     Where the filter refuses the model, or its likelihood is not finite, the median is the start
-    and the covariance a small multiple of the unit matrix. All of it can be traced.
+    and the covariance a small multiple of the unit matrix. It can be traced; outside a trace the
+    search runs on the host, for which one gradient is all that has to be compiled.
 
     Returns:
         The start, and what turns unconstrained draws into constrained ones.
@@ -74,10 +79,43 @@ def approximate_mode(
         return potential_energy(approximate, args, kwargs, back(flat))
 
     try:
-        mode, factor = jax.jit(lambda flat: _descend(potential, flat))(flat)
+        mode, factor = _search(potential, flat)
     except (ValueError, TypeError):
         mode, factor = flat, _PLAIN_SCALE * jnp.eye(flat.shape[0], dtype=flat.dtype)
     return Start(back(mode), factor), info.postprocess_fn
+
+
+def _search(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, Array]:
+    both = jax.jit(jax.value_and_grad(potential))
+    if isinstance(both(flat)[0], jax.core.Tracer):
+        return jax.jit(lambda flat: _descend(potential, flat))(flat)
+    return _descend_on_host(both, flat)
+
+
+def _descend_on_host(both: Callable[..., Any], flat: Array) -> tuple[Array, Array]:
+    start = np.asarray(flat, np.float64)
+
+    def at(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = both(jnp.asarray(x, flat.dtype))
+        value = float(value)
+        finite = np.isfinite(value)
+        return (value if finite else 1e30), np.nan_to_num(np.asarray(slope, np.float64))
+
+    found = scipy.optimize.minimize(at, start, jac=True, method="L-BFGS-B")
+    plain = _PLAIN_SCALE * jnp.eye(start.size, dtype=flat.dtype)
+    if not (np.isfinite(found.fun) and found.fun < 1e30):
+        return flat, plain
+    rows = [
+        (at(found.x + step)[1] - at(found.x - step)[1]) / (2.0 * _DIFFERENCE)
+        for step in _DIFFERENCE * np.eye(start.size)
+    ]
+    hessian = 0.5 * (np.array(rows) + np.array(rows).T)
+    mode = jnp.asarray(found.x, flat.dtype)
+    if not np.all(np.isfinite(hessian)):
+        return mode, plain
+    values, vectors = np.linalg.eigh(hessian)
+    covariance = (vectors / np.maximum(values, 1.0)) @ vectors.T
+    return mode, jnp.asarray(np.linalg.cholesky(covariance), flat.dtype)
 
 
 def _descend(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, Array]:
