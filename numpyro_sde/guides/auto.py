@@ -13,7 +13,7 @@ networks and transforms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax.example_libraries import stax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from numpyro.distributions import constraints
 from numpyro.distributions.flows import (
     BlockNeuralAutoregressiveTransform,
@@ -88,7 +88,8 @@ class AutoFlow(AutoContinuous):
         prefix: Put before the name of each parameter: `{prefix}_loc`, `{prefix}_scale_tril` (or
             `{prefix}_scale`), `{prefix}_flow` (or `{prefix}_arn__{i}$params`).
         init_loc_fn: NumPyro's initialisation strategy, which gives the initial `loc`.
-        init_scale: Initial standard deviation of each unconstrained coordinate.
+        init_scale: Initial standard deviation of each unconstrained coordinate: one number, or for
+            each site one or an array of its unconstrained shape.
         num_quantile_draws: Size, a power of two, of the fixed set of draws behind `median` and
             `quantiles`.
         forward_mode_differentiation: As in NumPyro's `AutoContinuous`.
@@ -127,7 +128,7 @@ class AutoFlow(AutoContinuous):
         bound: float = 4.0,
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        init_scale: float | Mapping[str, ArrayLike] = 0.1,
         num_quantile_draws: int = 8192,
         forward_mode_differentiation: bool = False,
     ) -> None:
@@ -135,7 +136,8 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"flow must be one of {', '.join(get_args(FlowName))}, got {flow!r}")
         if covariance not in (None, "full", "diagonal"):
             raise ValueError(f"covariance must be 'full' or 'diagonal', got {covariance!r}")
-        if not init_scale > 0.0:
+        scales = init_scale.values() if isinstance(init_scale, Mapping) else [init_scale]
+        if not all(np.all(np.asarray(scale) > 0.0) for scale in scales):
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         if num_quantile_draws < 1 or num_quantile_draws & (num_quantile_draws - 1):
             raise ValueError(f"num_quantile_draws must be a power of two, got {num_quantile_draws}")
@@ -255,16 +257,27 @@ class AutoFlow(AutoContinuous):
         if covariance == "diagonal":
             scale = numpyro.param(
                 f"{self.prefix}_scale",
-                jnp.full(self.latent_dim, self.init_scale),
+                self._init_scales(),
                 constraint=constraints.softplus_positive,
             )
             return IndependentTransform(AffineTransform(loc, scale), 1)
         scale_tril = numpyro.param(
             f"{self.prefix}_scale_tril",
-            self.init_scale * jnp.identity(self.latent_dim),
+            jnp.diag(self._init_scales()),
             constraint=constraints.scaled_unit_lower_cholesky,
         )
         return LowerCholeskyAffine(loc, scale_tril)
+
+    def _init_scales(self) -> Float[Array, " latent"]:
+        if not isinstance(self.init_scale, Mapping):
+            return jnp.full(self.latent_dim, self.init_scale)
+        if missing := set(self._init_locs) - set(self.init_scale):
+            raise ValueError(f"init_scale has no entry for {sorted(missing)}")
+        parts = [
+            jnp.broadcast_to(jnp.asarray(self.init_scale[name]), jnp.shape(loc)).ravel()
+            for name, loc in self._init_locs.items()
+        ]
+        return jnp.concatenate(parts).astype(jnp.result_type(float))
 
     def _coupling_layers(self, kind: CouplingKind) -> list[Transform]:
         create = partial(

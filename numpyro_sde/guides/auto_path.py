@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import biject_to
 from numpyro.handlers import block, seed, substitute
@@ -61,6 +62,10 @@ class AutoPathGuide(AutoGuide):
         prefix: put before the names of the parameters of the path laws, `{site}_{prefix}_...`.
         init: "mode" starts the parameters at the mode of the model with its paths integrated out
             by an extended Kalman filter; "median" leaves them to their guide.
+        gradient: "landing" leaves the score of a path's law out of the bound's gradient: it has
+            mean zero, and without it the gradient has no noise where the law is exact (Roeder,
+            Wu, Duvenaud 2017, "Sticking the landing"). "path" keeps it, as importance-weighted
+            bounds (`RenyiELBO`) need.
 
     Raises:
         ValueError: a model without a latent path, without data for one, or with a path that the
@@ -92,6 +97,7 @@ class AutoPathGuide(AutoGuide):
         path: PathLaw | None = None,
         prefix: str = "auto",
         init: str = "mode",
+        gradient: str = "landing",
     ) -> None:
         if not callable(parameters):
             raise TypeError(
@@ -105,8 +111,11 @@ class AutoPathGuide(AutoGuide):
             )
         if init not in ("mode", "median"):
             raise ValueError(f"init must be 'mode' or 'median', got {init!r}")
+        if gradient not in ("landing", "path"):
+            raise ValueError(f"gradient must be 'landing' or 'path', got {gradient!r}")
         super().__init__(model, prefix=prefix)
         self.path = path
+        self.gradient = gradient
         self.init = init
         self.parameters = parameters(without_paths(model))
         if not callable(self.parameters):
@@ -164,7 +173,12 @@ class AutoPathGuide(AutoGuide):
                 site = look(self.model, args, kwargs, name, known)
             except NoDataError:
                 site = look(self.model, *self._data, name, known)
-            yield name, PathPosterior(self.path, name, self.prefix, site, plan, plates, theta)
+            yield (
+                name,
+                PathPosterior(
+                    self.path, name, self.prefix, self.gradient, site, plan, plates, theta
+                ),
+            )
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         recorded = trace_at_median(self.model, args, kwargs)
@@ -188,8 +202,10 @@ class AutoPathGuide(AutoGuide):
         }
         start = {name: site["value"] for name, site in self._sites.items()}
         if start and self.init == "mode":
-            mode = self._find_mode(full, args, kwargs)
+            mode, scales = self._find_mode(full, args, kwargs)
             start |= mode
+            if mode and isinstance(self.parameters, AutoFlow):
+                self.parameters.init_scale = scales
             if mode and isinstance(self.parameters, AutoGuide):
                 # Sites in a subsampled plate begin at the median: their guide sees a batch.
                 self.parameters.init_loc_fn = init_to_value(
@@ -215,17 +231,24 @@ class AutoPathGuide(AutoGuide):
             self._data = (args, kwargs)
         self.prototype_trace = recorded
 
-    def _find_mode(self, full: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Array]:
-        """The mode with the paths integrated out; nothing where it cannot be found beforehand."""
+    def _find_mode(
+        self, full: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The mode with the paths integrated out, and standard deviations there, unconstrained.
+
+        Nothing where it cannot be found beforehand.
+        """
         with outside_all_handlers():
             try:
                 found, constrain = approximate_mode(full, args, kwargs, jax.random.key(0))
             except (ValueError, TypeError, jax.errors.JAXTypeError):
-                return {}
-            mode = {
-                k: v for k, v in constrain(*args, **kwargs)(found.z).items() if k in self._sites
-            }
-        return {} if is_traced(mode) else mode
+                return {}, {}
+            values = constrain(*args, **kwargs)(found.z)
+        if is_traced(values):
+            return {}, {}
+        _, back = ravel_pytree(found.z)
+        scales = back(jnp.sqrt(jnp.sum(found.factor**2, axis=1)))
+        return {name: value for name, value in values.items() if name in self._sites}, scales
 
     def _shared_vector(self, values: Mapping[str, Array]) -> Float[Array, " theta"]:
         """Parameters outside every plate, unconstrained, as one vector; empty if too long."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import constraints
 
@@ -106,6 +108,7 @@ class PathPosterior:
         law: the family.
         name: the path's site.
         prefix: the guide's prefix.
+        gradient: how draws hand gradients on, see `AutoPathGuide`.
         site: the path and its data in this call.
         plan: from set-up.
         plates: the open plates by name.
@@ -117,13 +120,14 @@ class PathPosterior:
         law: PathLaw,
         name: str,
         prefix: str,
+        gradient: str,
         site: Site,
         plan: Plan,
         plates: Mapping[str, Any],
         theta: Float[Array, " theta"],
     ) -> None:
         self.family, self.site, self.plan, self.theta = law, site, plan, theta
-        self._plates = plates
+        self._plates, self._gradient = plates, gradient
         path, sizes, prefix = site.path, plan.sizes, f"{name}_{prefix}"
         if path.num_times - 1 != sizes.num_steps:
             raise ValueError(
@@ -237,7 +241,17 @@ class PathPosterior:
             drawn, log_q = self.family.draw(model, place, self.shared, local, x0, z)
             return drawn, log_start + log_q
 
-        return self.map(one, (z0, z), (1, len(path.innovation_shape)))
+        drawn, log_q = self.map(one, (z0, z), (1, len(path.innovation_shape)))
+        if self._gradient == "landing":
+            log_q = self._held()._density(drawn)
+        return drawn, log_q
+
+    def _held(self) -> PathPosterior:
+        """The same law with its parameters held: gradients pass through the path alone."""
+        held = copy.copy(self)
+        held._own = {k: (lax.stop_gradient(value), dim) for k, (value, dim) in self._own.items()}
+        held.shared, held.start = lax.stop_gradient((self.shared, self.start))
+        return held
 
     def _density(self, value: Array) -> Array:
         path, lead = self.site.path, self.site.lead
