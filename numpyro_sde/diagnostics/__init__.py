@@ -1,7 +1,9 @@
 """Fits in ArviZ's terms, side by side: conversion, comparison, plots."""
 
 from numpyro_sde.diagnostics.averaged import AveragedDrift, averaged_drift
+from numpyro_sde.diagnostics.calibration import SBCResult, sbc
 from numpyro_sde.diagnostics.compare import FitComparison, compare_fits
+from numpyro_sde.diagnostics.compiled import compiled_chain
 from numpyro_sde.diagnostics.convert import to_arviz
 from numpyro_sde.diagnostics.draws import SVIFit
 from numpyro_sde.diagnostics.filtered import FilteredEstimate, filtered_estimate
@@ -15,16 +17,19 @@ __all__ = [
     "FilteredEstimate",
     "FitComparison",
     "GuideQuality",
+    "SBCResult",
     "SVIFit",
     "ScaleScan",
     "Timing",
     "averaged_drift",
     "compare_fits",
+    "compiled_chain",
     "filtered_estimate",
     "guide_quality",
     "plot_fits",
     "plot_paths",
     "sampling_scale_scan",
+    "sbc",
     "timed",
     "to_arviz",
 ]

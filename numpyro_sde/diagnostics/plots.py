@@ -17,13 +17,22 @@ from jaxtyping import Float
 from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree, scalar_draws
 from numpyro_sde.diagnostics.convert import to_arviz
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _MAX_PANELS = 12
 _GRID = 256
 
 
-def _load_pyplot() -> ModuleType:
+def load_pyplot() -> ModuleType:
+    """The module `matplotlib.pyplot`.
+
+    Raises:
+        ImportError: If Matplotlib is not installed; the message says how to install it.
+
+    Example:
+        >>> load_pyplot().__name__
+        'matplotlib.pyplot'
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -44,7 +53,7 @@ def plot_paths(
     draws: int = 0,
     series: Any = None,
     state: Any = None,
-    color: str = _COLOURS[0],
+    color: str = COLOURS[0],
     label: str | None = None,
 ) -> Any:
     """Draw the posterior bands of a path, with data on top.
@@ -92,7 +101,7 @@ def plot_paths(
     tree = fit if is_tree(fit) else to_arviz(fit, times=times, log_likelihood=False)
     path = _Panels(_variable(tree, group, var), series, state)
     observed = _data_panels(tree, data, data_times, path)
-    axes = _axes(ax, len(path), names=[path.title(k) for k in range(len(path))])
+    axes = make_axes(ax, len(path), names=[path.title(k) for k in range(len(path))])
     for k, axis in enumerate(axes):
         at, values = path.times(k), path.values(k)
         for depth, level in enumerate(sorted(intervals, reverse=True)):
@@ -154,11 +163,11 @@ def plot_fits(
     scalars = _scalars(posteriors, var_names)
     if not scalars:
         raise ValueError("fits must have a scalar variable in common; nothing to draw")
-    panels = _axes(axes, len(scalars), names=[""] * len(scalars))
+    panels = make_axes(axes, len(scalars), names=[""] * len(scalars))
     for axis, (var, element) in zip(panels, scalars, strict=True):
         for k, (name, posterior) in enumerate(posteriors.items()):
             grid, density = _density(scalar_draws(posterior, var, element).ravel())
-            style = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _STYLES[k % len(_STYLES)]}
+            style = {"color": COLOURS[k % len(COLOURS)], "linestyle": _STYLES[k % len(_STYLES)]}
             axis.plot(grid, density, label=name, **style)
         axis.set_xlabel(f"{var}[{', '.join(map(str, element))}]" if element else var)
         axis.set_yticks([])
@@ -282,16 +291,33 @@ def _data_panels(
     return panels
 
 
-def _axes(axes: Any, count: int, names: Sequence[str]) -> list[Any]:
+def make_axes(axes: Any, count: int, names: Sequence[str], columns: int | None = None) -> list[Any]:
+    """The axes given, flattened, or those of a new figure.
+
+    Args:
+        axes: Axes to use, `count` of them; None makes a figure.
+        count: Number of panels.
+        names: Titles for new axes.
+        columns: Panels side by side; None takes up to three.
+
+    Raises:
+        ValueError: If axes and panels differ in number.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> len(make_axes(None, 2, ["a", "b"]))
+        2
+    """
     if axes is not None:
         given = list(np.ravel(np.asarray(axes, dtype=object)))
         if len(given) != count:
             raise ValueError(f"{count} axes are needed, one for each panel; got {len(given)}")
         return given
-    columns = 2 if count == 4 else min(count, 3)
+    columns = columns or (2 if count == 4 else min(count, 3))
     rows = -(-count // columns)
     width = 6.0 if count == 1 else 3.6 * columns
-    figure, grid = _load_pyplot().subplots(
+    figure, grid = load_pyplot().subplots(
         rows, columns, figsize=(width, 2.8 * rows + 0.2), squeeze=False, layout="constrained"
     )
     made = list(grid.ravel())
