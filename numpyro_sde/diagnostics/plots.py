@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree, scalar_draws
 from numpyro_sde.diagnostics.convert import to_arviz
+from numpyro_sde.diagnostics.path_distances import Difference
+from numpyro_sde.diagnostics.tables import Differences, Summary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
@@ -126,23 +128,31 @@ def plot_fits(
     fits: Mapping[str, Any],
     var_names: Iterable[str] | None = None,
     axes: Any = None,
+    *,
+    paths: Iterable[str] = (),
+    reference: str | None = None,
 ) -> list[Any]:
-    """Draw the marginal posteriors of several fits over one another.
+    """Draw the marginal posteriors of several fits over one another, and how their paths differ.
 
     A kernel estimate for each scalar, reflected at the ends of the draws, so that a positive
-    parameter gets no mass below its smallest draw.
+    parameter gets no mass below its smallest draw. For each path of `paths`, and each series and
+    component of it, two more panels over time: differences of posterior means and of posterior
+    sds from the reference fit, in its posterior sds, with bands of two Monte Carlo errors.
 
     Args:
         fits: Name to a result of :func:`to_arviz`, or to a fit that it converts.
         var_names: Variables to draw; None takes those in common, without paths, at most 12
             scalars.
-        axes: Axes to draw on, one for each scalar; None makes a new figure.
+        axes: Axes to draw on, one for each panel; None makes a new figure.
+        paths: Variables with a time dimension, at most 12 panels of each.
+        reference: Name of the fit that paths are compared with; None is the first.
 
     Returns:
-        The list of `matplotlib.axes.Axes`.
+        The list of `matplotlib.axes.Axes`: scalars first, then paths.
 
     Raises:
-        ValueError: If there is nothing to draw, or axes and scalars differ in number.
+        ValueError: If there is nothing to draw, a path is not in every fit or has no time,
+            `reference` is no fit, or axes and panels differ in number.
         ImportError: If Matplotlib is not installed.
 
     Example:
@@ -156,15 +166,20 @@ def plot_fits(
         >>> [axis.get_xlabel() for axis in plot_fits(fits)]
         ['rate']
     """
-    posteriors: dict[str, Any] = {}
+    summaries: dict[str, Summary] = {}
     for name, fit in fits.items():
         tree = fit if is_tree(fit) else to_arviz(fit, log_likelihood=False)
-        posteriors[name] = get_group(tree, "posterior")
+        posterior = get_group(tree, "posterior")
+        summaries[name] = Summary(tree, posterior, dict(posterior.attrs))
+    posteriors = {name: summary.posterior for name, summary in summaries.items()}
     scalars = _scalars(posteriors, var_names)
-    if not scalars:
+    curves = _path_panels(summaries, list(paths), reference)
+    count = len(scalars) + 2 * len(curves)
+    if not count:
         raise ValueError("fits must have a scalar variable in common; nothing to draw")
-    panels = make_axes(axes, len(scalars), names=[""] * len(scalars))
-    for axis, (var, element) in zip(panels, scalars, strict=True):
+    panels = make_axes(axes, count, names=[""] * count)
+    _draw_differences(panels[len(scalars) :], curves, list(fits))
+    for axis, (var, element) in zip(panels, scalars, strict=False):
         for k, (name, posterior) in enumerate(posteriors.items()):
             grid, density = _density(scalar_draws(posterior, var, element).ravel())
             style = {"color": COLOURS[k % len(COLOURS)], "linestyle": _STYLES[k % len(_STYLES)]}
@@ -174,8 +189,59 @@ def plot_fits(
         axis.locator_params(axis="x", nbins=5)
         axis.set_ylim(bottom=0.0)
         axis.spines[["top", "left", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize="small")
+    if scalars:
+        panels[0].legend(frameon=False, fontsize="small")
     return panels
+
+
+class _Curves(NamedTuple):
+    """Differences of one series and component of a path, by fit."""
+
+    label: str
+    times: np.ndarray
+    by_fit: dict[str, Difference]
+
+
+def _path_panels(
+    summaries: Mapping[str, Summary], paths: list[str], reference: str | None
+) -> list[_Curves]:
+    first = next(iter(summaries), "") if reference is None else reference
+    if first not in summaries:
+        raise ValueError(f"reference names {reference!r}, but the fits are {list(summaries)}")
+    curves = []
+    for var in paths:
+        shapes = {
+            name: summary.posterior[var].shape[2:] if var in summary.posterior else None
+            for name, summary in summaries.items()
+        }
+        if None in shapes.values() or len(set(shapes.values())) > 1:
+            raise ValueError(f"paths names {var!r}, whose shapes in the fits are {shapes}")
+        panels = _Panels(summaries[first].posterior[var], None, None)
+        found = Differences.between(summaries, first, var).by_fit
+        for k, (series, state) in enumerate(panels.chosen):
+            by_fit = {
+                name: Difference(*(panels.cut(part)[series, :, state] for part in difference))
+                for name, difference in found.items()
+            }
+            title = panels.title(k)
+            curves.append(_Curves(f"{var}, {title}" if title else var, panels.times(k), by_fit))
+    return curves
+
+
+def _draw_differences(panels: list[Any], curves: list[_Curves], fits: list[str]) -> None:
+    for k, (label, times, by_fit) in enumerate(curves):
+        for axis, what in zip(panels[2 * k : 2 * k + 2], ("mean", "sd"), strict=True):
+            axis.axhline(0.0, color="black", linewidth=0.8)
+            for name, found in by_fit.items():
+                j = fits.index(name)
+                color, style = COLOURS[j % len(COLOURS)], _STYLES[j % len(_STYLES)]
+                value, error = getattr(found, what), getattr(found, f"{what}_error")
+                axis.plot(times, value, color=color, linestyle=style, label=name)
+                low, high = value - 2 * error, value + 2 * error
+                axis.fill_between(times, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.set(xlabel="time", ylabel=f"{what} of {label}, less reference's")
+        if k == 0:
+            panels[0].legend(frameon=False, fontsize="small")
 
 
 class _Panels:
@@ -211,6 +277,10 @@ class _Panels:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def cut(self, values: np.ndarray) -> Float[np.ndarray, "series time state"]:
+        """Values with the shape of one draw, batch dimensions joined."""
+        return np.reshape(values, self.array.shape[1:])
 
     def values(self, panel: int) -> Float[np.ndarray, "draw time"]:
         """Draws of one panel."""

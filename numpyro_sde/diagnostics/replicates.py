@@ -224,6 +224,10 @@ class Replicator:
         pairs = self._pairs(truth, data, posterior)
         random = np.random.default_rng([index, *np.asarray(recipe.key_data).ravel().tolist()])
         exact = recipe.independent or fitted.method == "variational"
+        for label, (true, values) in zip(self.labels, pairs, strict=True):
+            bad = 0 if values is None else int(np.sum(~np.isfinite(values)))
+            if bad or not np.isfinite(true):
+                raise FloatingPointError(f"{label}: truth {true:g}, {bad} draws not finite")
         rows = [_rank(true, draws, recipe.num_ranks, exact, random) for true, draws in pairs]
         pit, true, mean, sd, kept = np.array(rows).T
         return Outcome(index, pit, true, mean, sd, kept, "")
@@ -324,8 +328,6 @@ def _rank(
     if draws is None:
         return np.nan, truth, np.nan, np.nan, np.nan
     draws = np.asarray(draws, np.float64)
-    if not (np.isfinite(truth) and np.isfinite(draws).all()):
-        raise FloatingPointError("draws or the true value are not finite")
     flat = draws.ravel()
     size = float(flat.size)
     if not independent and draws.shape[1] >= _NO_LAG and np.ptp(flat) > 0:
