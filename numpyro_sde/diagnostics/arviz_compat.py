@@ -186,7 +186,8 @@ def split_rhat(draws: Float[np.ndarray, "chain draw"]) -> float:
     if draws.shape[0] == 1:
         half = draws.shape[1] // 2
         draws = np.concatenate([draws[:, :half], draws[:, half : 2 * half]])
-    return float(load_arviz().rhat(draws))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a chain that never moves: NaN
+        return float(load_arviz().rhat(draws))
 
 
 def smooth_log_weights(

@@ -39,12 +39,12 @@ def compiled_chain(
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from numpyro.infer import NUTS
+        >>> from numpyro.infer import BarkerMH
         >>> from numpyro_sde.diagnostics import compiled_chain
         >>> def model(y):
         ...     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
         ...     numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
-        >>> run = compiled_chain(NUTS(model), num_warmup=50, num_samples=100)
+        >>> run = compiled_chain(BarkerMH(model), num_warmup=50, num_samples=100)
         >>> run(jax.random.key(0), 0.5)["a"].shape
         (100,)
     """

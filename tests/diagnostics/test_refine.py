@@ -58,6 +58,7 @@ def weights(guide, num_paths):
     return tree, get_group(tree, "sample_stats")
 
 
+@pytest.mark.slow
 def test_exact_guide_has_constant_weights():
     _, _, log_z = exact_theta()
     _, stats = weights(path_guide(), 3)
@@ -82,6 +83,7 @@ def test_parameters_alone_are_judged_right_under_a_poor_path():
     assert "not its path" in table.verdicts["poor"]
 
 
+@pytest.mark.slow
 def test_wrong_parameters_stay_wrong():
     tree, _ = weights(path_guide(shift=4.0), 8)
     table = compare_fits({"wrong": tree})
@@ -177,6 +179,7 @@ def test_psis_says_when_it_corrects_nothing():
     assert compare_fits({"bad": fit}).verdicts["bad"].startswith("do not trust these parameters")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "shift"), [(1.5, 0.0), (0.2, 2.0)])
 def test_nuts_from_a_guide(factor, shift):
     """2 chains of 1,000 draws after 100, from a good guide and from a bad one; seed 0."""
@@ -199,6 +202,7 @@ def test_nuts_from_a_guide(factor, shift):
     assert fit.khat < 0.5 if factor > 1 else fit.khat > 0.7
 
 
+@pytest.mark.slow
 def test_several_sites_with_constraints():
     """Chains start where the guide is, in unconstrained space and the order of its sites."""
 

@@ -28,14 +28,14 @@ def run(fit, number=200, **options):
 
 @pytest.fixture(scope="module")
 def exact():
-    return run(models.exact, log_joint=True)
+    return run(models.exact)
 
 
 def test_an_exact_posterior_passes(exact):
     """Seed 0, 200 replicates: bands of 95 %, z-scores and coverages within 4 standard errors."""
-    assert exact.names == ("theta", "log_joint")
+    assert exact.names == ("theta",)
     assert exact.ok
-    assert exact.ranks.shape == (200, 2)
+    assert exact.ranks.shape == (200, 1)
     assert exact.ranks.min() >= 0
     assert exact.ranks.max() <= exact.max_rank == 63
     z = exact.z_scores[:, 0]
@@ -107,13 +107,13 @@ def test_missing_data_stay_missing():
 
 def test_replicates_do_not_hang_on_who_runs_them(exact, tmp_path):
     with ThreadPoolExecutor(2) as pool:
-        threads = run(models.exact, 30, log_joint=True, executor=pool, batch_size=4)
+        threads = run(models.exact, 30, executor=pool, batch_size=4)
     np.testing.assert_array_equal(threads.ranks, exact.ranks[:30])
 
 
 def test_processes(exact):
     """A real pool, by spawn: the same ranks as in this process."""
-    result = run(models.exact, 12, log_joint=True, executor=1, batch_size=6)
+    result = run(models.exact, 12, executor=1, batch_size=6)
     np.testing.assert_array_equal(result.ranks, exact.ranks[:12])
     np.testing.assert_allclose(result.truth, exact.truth[:12], rtol=1e-6)
 
@@ -127,7 +127,7 @@ def test_dask(exact):
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
-        result = run(models.exact, 12, log_joint=True, executor=client.get_executor(), batch_size=4)
+        result = run(models.exact, 12, executor=client.get_executor(), batch_size=4)
     np.testing.assert_array_equal(result.ranks, exact.ranks[:12])
 
 
@@ -141,24 +141,24 @@ def test_an_interrupted_run_goes_on(exact, tmp_path):
         return models.exact(key, data)
 
     with pytest.raises(KeyboardInterrupt):
-        run(stopping, 40, log_joint=True, path=path)
+        run(stopping, 40, path=path)
     again = []
 
     def counting(key, data):
         again.append(1)
         return models.exact(key, data)
 
-    result = run(counting, 40, log_joint=True, path=path)
+    result = run(counting, 40, path=path)
     assert len(again) == 20  # two batches of ten were saved
     np.testing.assert_array_equal(result.ranks, exact.ranks[:40])
-    more = run(counting, 50, log_joint=True, path=path)
+    more = run(counting, 50, path=path)
     assert len(again) == 30
     np.testing.assert_array_equal(more.ranks, exact.ranks[:50])
-    assert len(run(counting, 30, log_joint=True, path=path).ranks) == 30
+    assert len(run(counting, 30, path=path).ranks) == 30
     with pytest.raises(ValueError, match="holds replicates of another run"):
-        run(models.exact, 40, path=path)
+        run(models.exact, 40, num_ranks=31, path=path)
     with pytest.raises(ValueError, match="holds replicates of another run"):
-        run(models.exact, 40, log_joint=True, path=path, rng_key=jax.random.key(1))
+        run(models.exact, 40, path=path, rng_key=jax.random.key(1))
 
 
 def test_failures_are_counted_and_told(tmp_path):
@@ -204,8 +204,8 @@ def test_paths_are_ranked_at_few_times():
     assert all_times.names == tuple(f"x[time={t:g}]" for t in TIMES[[0, 2, 4, 6]])
 
 
-def test_a_markov_chain_with_several_parameters():
-    """An `MCMC` is read; what it lacks is told."""
+@pytest.mark.slow
+def test_a_markov_chain_is_read():
     kernel = BarkerMH(two_parameters)
     mcmc = MCMC(kernel, num_warmup=30, num_samples=40, progress_bar=False, jit_model_args=True)
 
@@ -218,16 +218,20 @@ def test_a_markov_chain_with_several_parameters():
     assert result.names == ("a", "b[0]", "b[1]")
     assert result.ranks.max() <= 10
 
+
+def test_what_a_fit_lacks_is_told():
+    options = {"data": "y", "num_ranks": 10, **QUIET}
+
     def one(key, data):
         return {"a": np.zeros(20)}
 
-    assert sbc(two_parameters, one, 1, **options).names == ("a",)
     with pytest.raises(RuntimeError, match=r"log_joint needs draws of all latent .*\['b'\]"):
         sbc(two_parameters, one, 1, log_joint=True, **options)
     with pytest.raises(RuntimeError, match=r"var_names has \['b'\], but fit returned"):
         sbc(two_parameters, one, 1, var_names=["b"], **options)
 
 
+@pytest.mark.slow
 def test_a_compiled_chain_gives_the_posterior():
     """Seed 0, 2,000 draws, every second kept: mean and sd within 4 Monte Carlo errors."""
     y = np.array([0.5, np.nan, 1.5, 0.3])
@@ -274,7 +278,7 @@ def test_the_plot_shows_ranks_and_bands(exact):
     difference = axes[1].lines[0].get_ydata()
     expected = [np.mean(exact.ranks[:, 0] <= r) - (r + 1) / 64 for r in range(63)]
     np.testing.assert_allclose(difference, expected)
-    assert len(exact.plot()) == 4
+    assert len(exact.plot()) == 2
     with pytest.raises(ValueError, match=r"names has \['z'\]"):
         exact.plot(["z"])
     with pytest.raises(ValueError, match="2 axes are needed"):
@@ -283,7 +287,7 @@ def test_the_plot_shows_ranks_and_bands(exact):
 
 def test_table(exact):
     table = exact.table()
-    assert list(table.index) == ["theta", "log_joint"]
+    assert list(table.index) == ["theta"]
     np.testing.assert_allclose(table["coverage_90"], exact.coverage(0.9))
     assert "No departure from uniform ranks" in str(exact)
     assert isinstance(exact, SBCResult)
@@ -299,10 +303,11 @@ class Plain:
 
 
 def test_any_executor_serves(exact):
-    result = run(models.exact, 8, log_joint=True, executor=Plain())
+    result = run(models.exact, 8, executor=Plain())
     np.testing.assert_array_equal(result.ranks, exact.ranks[:8])
 
 
+@pytest.mark.slow
 def test_float64_is_kept(x64):
     seen = []
 
