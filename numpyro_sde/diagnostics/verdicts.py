@@ -18,7 +18,7 @@ from numpyro_sde.diagnostics.statistics import khat_threshold
 
 GOOD_RHAT, BAD_RHAT = 1.01, 1.05
 GOOD_ESS, BAD_ESS = 400.0, 100.0
-GOOD_KHAT, GOOD_EFFICIENCY = 0.5, 0.1
+GOOD_KHAT, GOOD_EFFICIENCY = 0.5, 0.5
 _MATERIAL = 0.1  # posterior sds: a smaller difference is of no account, however certain
 _LEAST_ERRORS = 4.0
 _FAMILY_LEVEL = 1e-3  # of finding a difference by chance anywhere
