@@ -17,6 +17,8 @@ from numpyro_sde.diagnostics.tables import (
     Differences,
     Summary,
     fit_table,
+    has_time,
+    labelled,
     over_time,
     parameter_table,
     path_table,
@@ -207,7 +209,7 @@ def compare_fits(
             )
         summaries[name] = _summarise(tree, name, (timings or {}).get(name))
     shared = _shared_variables(summaries, reference, var_names)
-    small = [name for name in shared if _is_small(summaries[reference].posterior[name], max_size)]
+    small = [name for name in shared if _is_small(labelled(summaries, reference, name), max_size)]
     large = {
         name: Differences.between(summaries, reference, name)
         for name in shared
@@ -256,8 +258,7 @@ def _shared_variables(
 
 
 def _is_small(variable: Any, max_size: int) -> bool:
-    on_time = any(str(dim).startswith("time") for dim in variable.dims)
-    return not on_time and int(np.prod(variable.shape[2:])) <= max_size
+    return not has_time(variable) and int(np.prod(variable.shape[2:])) <= max_size
 
 
 def _verdicts(summaries: Mapping[str, Summary], table: FitComparison) -> dict[str, str]:

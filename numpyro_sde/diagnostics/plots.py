@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree, scalar_draws
 from numpyro_sde.diagnostics.convert import to_arviz
 from numpyro_sde.diagnostics.path_distances import Difference
-from numpyro_sde.diagnostics.tables import Differences, Summary
+from numpyro_sde.diagnostics.tables import Differences, Summary, has_time, labelled
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
@@ -216,7 +216,7 @@ def _path_panels(
         }
         if None in shapes.values() or len(set(shapes.values())) > 1:
             raise ValueError(f"paths names {var!r}, whose shapes in the fits are {shapes}")
-        panels = _Panels(summaries[first].posterior[var], None, None)
+        panels = _Panels(labelled(summaries, first, var), None, None)
         found = Differences.between(summaries, first, var).by_fit
         for k, (series, state) in enumerate(panels.chosen):
             by_fit = {
@@ -410,7 +410,7 @@ def _scalars(
         else [
             var
             for var in first.data_vars
-            if not any(str(dim).startswith("time") for dim in first[var].dims)
+            if not any(has_time(p[var]) for p in posteriors.values() if var in p)
         ]
     )
     shared = [

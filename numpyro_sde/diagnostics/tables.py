@@ -154,6 +154,31 @@ def parameter_table(summaries: Mapping[str, Summary], reference: str, variables:
     )
 
 
+def labelled(summaries: Mapping[str, Summary], reference: str, var: str) -> Any:
+    """A variable of the reference; of another fit, if only there its times are known.
+
+    Under `GuidedReparam` and the like a path is a deterministic site that knows no times.
+
+    Example:
+        >>> posterior = make_dataset({"x": (("chain", "draw"), np.zeros((1, 2)))}, {}, {})
+        >>> labelled({"NUTS": Summary(None, posterior, {})}, "NUTS", "x").dims
+        ('chain', 'draw')
+    """
+    own = summaries[reference].posterior[var]
+    found = [own, *(summary.posterior[var] for summary in summaries.values())]
+    return next((variable for variable in found if has_time(variable)), own)
+
+
+def has_time(variable: Any) -> bool:
+    """Whether a variable has a time dimension.
+
+    Example:
+        >>> has_time(make_dataset({"x": (("draw", "time"), np.zeros((1, 2)))}, {}, {})["x"])
+        True
+    """
+    return any(str(dim).startswith("time") for dim in variable.dims)
+
+
 class Differences(NamedTuple):
     """Moments of a variable under every fit, and their differences from the reference's.
 
@@ -195,7 +220,7 @@ def over_time(
     names = [name for name in summaries if name != reference]
     found = {}
     for var, (_, by_fit) in paths.items() if names else ():
-        first = summaries[reference].posterior[var]
+        first = labelled(summaries, reference, var)
         dims = ("fit", *(str(dim) for dim in first.dims[2:]))
         arrays = {
             "mean_difference": [by_fit[name].mean for name in names],
@@ -225,6 +250,7 @@ def path_table(
     rows, index = [], []
     for var, (known, differences) in paths.items():
         first = summaries[reference].posterior[var]
+        places = labelled(summaries, reference, var)
         for name, summary in summaries.items():
             distance = np.asarray(_scaled_distance(summary.posterior[var], first))
             row: dict[str, Any] = {"distance": np.nan, "mean_distance": np.nan, "where": ""}
@@ -234,8 +260,8 @@ def path_table(
                 row["distance"] = float(np.nanmax(distance))
                 row["mean_distance"] = float(np.nanmean(distance))
                 if name != reference:
-                    places = _places(first, tuple(int(i) for i in at))
-                    row["where"] = ", ".join(f"{dim}={place}" for dim, place in places.items())
+                    where = _places(places, tuple(int(i) for i in at))
+                    row["where"] = ", ".join(f"{dim}={place}" for dim, place in where.items())
             if name in differences and np.isfinite(differences[name].size).any():
                 found = differences[name]
                 row["mean_difference"] = float(np.nanmax(np.abs(found.mean)))

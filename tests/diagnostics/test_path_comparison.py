@@ -114,3 +114,15 @@ def test_the_plot_shows_differences(fits, table):
     with pytest.raises(ValueError, match="reference names 'z'"):
         plot_fits(fits, paths=["x"], reference="z")
     plt.close("all")
+
+
+def test_times_are_taken_from_the_fit_that_knows_them(fits, table):
+    """A path under a reparametrisation is a deterministic site without times."""
+    posterior = fits["NUTS"]["posterior"]
+    plain = {name: posterior[name].values[0] for name in ("rate", "x")}
+    mixed = {"NUTS": to_arviz(plain), "other": fits["other"]}
+    again = compare_fits(mixed)
+    assert list(again.paths.index) == list(table.paths.index)
+    np.testing.assert_allclose(again.over_time["x"]["time"], TIMES)
+    assert again.paths.loc[("x", "other"), "where"].startswith("time=")
+    assert len(plot_fits(mixed, [], paths=["x"])) == 2
