@@ -229,7 +229,8 @@ def sbc(
             as well: Dask's `Client.get_executor()`, mpi4py's `MPIPoolExecutor`.
         batch_size: Replicates handed to a worker at a time, and between two savings.
         path: A file (`.npz`) that keeps what is done: a run with the same arguments goes on from
-            it, with more replicates if asked, and tries failed ones again.
+            it, with more replicates if asked, and tries failed ones again. It cannot tell
+            whether `model` or `fit` have changed: then take another file.
         progress: Show a line of progress on standard error.
 
     Raises:

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 from diagnostic_models import CONJUGATE_DATA, conjugate, conjugate_posterior
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from scipy.stats import multivariate_normal, norm
 
 from numpyro_sde.diagnostics import RefinedFit, SVIFit, compare_fits, refine_fit, to_arviz
@@ -109,7 +109,9 @@ class ParametersThenPath:
     """An automatic guide over theta, then a path given it: the form of a path guide."""
 
     def __init__(self):
-        self.parameters = AutoNormal(lambda y=None: numpyro.sample("theta", dist.Normal(0.0, 1.0)))
+        self.parameters = AutoDiagonalNormal(
+            lambda y=None: numpyro.sample("theta", dist.Normal(0.0, 1.0)), prefix="first"
+        )
 
     def __call__(self, y=None):
         theta = self.parameters(y)["theta"]
@@ -122,11 +124,12 @@ class ParametersThenPath:
 
 
 def test_auxiliary_sites_are_held():
+    """`first_latent` is held; `theta`, a Delta at it, follows."""
     mean, sd, log_z = exact_theta()
     guide = ParametersThenPath()
     svi = SVI(levels, guide, numpyro.optim.Adam(0.1), Trace_ELBO())
     svi.init(jax.random.key(0), y=Y)
-    params = {"theta_auto_loc": jnp.asarray(mean), "theta_auto_scale": jnp.asarray(sd)}
+    params = {"first_loc": jnp.array([mean]), "first_scale": jnp.array([sd])}
     fit = SVIFit(svi, params, model_kwargs={"y": Y})
     stats = get_group(to_arviz(fit, num_samples=50, num_paths=3), "sample_stats")
     np.testing.assert_allclose(stats["log_weight_parameters"], log_z, atol=1e-3)
