@@ -182,7 +182,7 @@ def disagreement(quantities: Mapping[str, Evidence], reference: str) -> str:
     if not away:
         return ""
     text = f"do not trust these parameters: {_listed(away)} away from {reference}"
-    return f"{text}, and nothing else tells which of the two is wrong"
+    return f"{text}: if the models are the same, one of the two fits is wrong"
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
