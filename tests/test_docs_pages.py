@@ -20,7 +20,7 @@ SLOW = {
         "multiscale",
         "particles",
     ),
-    *("missing_data", "processes", "schemes", "treatments"),
+    *("comparing", "missing_data", "processes", "schemes", "treatments"),
 }
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -38,7 +38,10 @@ PURE = (
     *("multiscale.cell_problem", "multiscale.green_kubo"),
     *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
 )
-OPTIONAL = ("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax")
+OPTIONAL = (
+    *("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax"),
+    "cloudpickle",
+)
 
 
 def module_of(path):

@@ -174,13 +174,20 @@ def effective_sample_size(draws: Float[np.ndarray, "chain draw"], method: str = 
 def split_rhat(draws: Float[np.ndarray, "chain draw"]) -> float:
     """Rank-normalised split R-hat of one quantity by ArviZ (Vehtari et al. 2021).
 
+    Of a single chain its two halves are compared.
+
     Example:
         >>> import numpy as np
         >>> draws = np.random.default_rng(0).normal(size=(4, 250))
         >>> split_rhat(draws) < 1.02
         True
     """
-    return float(load_arviz().rhat(np.asarray(draws, np.float64)))
+    draws = np.asarray(draws, np.float64)
+    if draws.shape[0] == 1:
+        half = draws.shape[1] // 2
+        draws = np.concatenate([draws[:, :half], draws[:, half : 2 * half]])
+    with np.errstate(invalid="ignore", divide="ignore"):  # a chain that never moves: NaN
+        return float(load_arviz().rhat(draws))
 
 
 def smooth_log_weights(

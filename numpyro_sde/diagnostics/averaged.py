@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from numpyro_sde.diagnostics.plots import _COLOURS, _axes
+from numpyro_sde.diagnostics.plots import COLOURS, make_axes
 from numpyro_sde.sde import SDE
 
 _RIDGE = 0.95
@@ -80,12 +80,12 @@ class AveragedDrift(NamedTuple):
         Raises:
             ImportError: if Matplotlib is not installed.
         """
-        (axis,) = _axes(ax, 1, [""])
+        (axis,) = make_axes(ax, 1, [""])
         for level, alpha in ((0.9, 0.2), (0.5, 0.4)):
             low, high = self.band(level)
-            style = {"color": _COLOURS[0], "alpha": alpha, "linewidth": 0}
+            style = {"color": COLOURS[0], "alpha": alpha, "linewidth": 0}
             axis.fill_between(self.states, low, high, label=f"{100 * level:g} %", **style)
-        axis.plot(self.states, self.median, color=_COLOURS[0], label="median")
+        axis.plot(self.states, self.median, color=COLOURS[0], label="median")
         if truth is not None:
             axis.plot(self.states, truth, "--", color="black", linewidth=1.0, label="truth")
         if self.visited is not None:

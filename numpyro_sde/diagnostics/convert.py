@@ -19,6 +19,7 @@ from numpyro_sde.diagnostics.draws import (
     flatten_draws,
     read_fit,
 )
+from numpyro_sde.diagnostics.parameter_weights import NUM_PATHS
 from numpyro_sde.diagnostics.sites import (
     Layout,
     is_latent,
@@ -41,6 +42,7 @@ def to_arviz(
     model_args: tuple[Any, ...] = (),
     model_kwargs: Mapping[str, Any] | None = None,
     num_samples: int = 1000,
+    num_paths: int = NUM_PATHS,
     rng_key: PRNGKeyArray | None = None,
     prior: bool | int = False,
     posterior_predictive: bool | int = False,
@@ -69,9 +71,9 @@ def to_arviz(
 
     Args:
         fit: An `MCMC` after `run`; a tuple `(svi, svi_result)`, `(guide, params)` or an
-            :class:`SVIFit`; or a dictionary of draws, shape `(draw, ...)`, or
-            `(chain, draw, ...)` with `group_by_chain=True`. A fit by `AutoDelta` or
-            `AutoLaplaceApproximation` has no `log_p` and `log_q`.
+            :class:`SVIFit`; a :class:`RefinedFit`; or a dictionary of draws, shape
+            `(draw, ...)`, or `(chain, draw, ...)` with `group_by_chain=True`. A fit by
+            `AutoDelta` or `AutoLaplaceApproximation` has no `log_p` and `log_q`.
         times: Labels of the time axis, shape `(T,)` or `(*batch, T)`, numbers or dates, or a
             `TimeGrid`. None takes the times of the model's first path. Give them for a
             reparametrised path that is not observed at all its times.
@@ -80,6 +82,9 @@ def to_arviz(
         model_args: Positional arguments of the fit; known from an `MCMC`.
         model_kwargs: Keyword arguments of the fit; known from an `MCMC`.
         num_samples: Draws from a guide.
+        num_paths: For a guide with a method `path_sites()`, which names sites that it draws given
+            its parameters: paths drawn for each of its draws, to integrate the path out of the
+            weight of the parameters (`log_weight_parameters`). 1 leaves that out.
         rng_key: For draws from a guide and predictions; None is `jax.random.key(0)`.
         prior: Draw the prior and its predictions, so many times (True: 500).
         posterior_predictive: Draw predictions of the data for so many posterior draws, evenly
@@ -122,6 +127,7 @@ def to_arviz(
     draws = complete_draws(
         draws,
         num_samples=num_samples,
+        num_paths=num_paths,
         rng_key=key_draws,
         log_likelihood=log_likelihood,
         num_times=layout.num_times,
@@ -186,6 +192,7 @@ def _attributes(draws: Draws, timing: Timing | None) -> dict[str, Any]:
         "inference_library_version": numpyro.__version__,
         "method": draws.method,
         "engine": draws.engine,
+        **draws.attributes,
     }
     if timing is not None:
         # ArviZ's schema calls the time of sampling so; compilation is kept apart from it.

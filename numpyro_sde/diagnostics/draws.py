@@ -8,6 +8,7 @@ guide, predictions) runs it once for each draw, in batches, under `jax.jit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,15 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
-from numpyro.infer.util import log_density
+from numpyro.infer.util import compute_log_probs, log_density
 
+from numpyro_sde.diagnostics.fits import RefinedFit, SVIFit
+from numpyro_sde.diagnostics.parameter_weights import (
+    NUM_PATHS,
+    GuideDraw,
+    parameter_log_weight,
+    path_sites_of,
+)
 from numpyro_sde.diagnostics.sites import (
     hold_values,
     is_latent,
@@ -36,45 +44,11 @@ _STATISTICS = {
 }
 
 
-class SVIFit(NamedTuple):
-    """A variational fit with what is needed to evaluate it.
-
-    A plain tuple `(svi, result)` stands for one without model arguments.
-
-    Attributes:
-        svi: The `numpyro.infer.SVI`, or the guide alone.
-        result: What `svi.run` returned, or the guide's parameters.
-        model_args: Positional arguments of model and guide.
-        model_kwargs: Their keyword arguments.
-        timing: From :func:`timed`.
-
-    Example:
-        >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> from numpyro.infer.autoguide import AutoNormal
-        >>> from numpyro_sde.diagnostics import SVIFit, to_arviz
-        >>> def model(y):
-        ...     level = numpyro.sample("level", dist.Normal(0.0, 1.0))
-        ...     numpyro.sample("y", dist.Normal(level, 1.0), obs=y)
-        >>> svi = SVI(model, AutoNormal(model), numpyro.optim.Adam(0.1), Trace_ELBO())
-        >>> result = svi.run(jax.random.key(0), 10, 0.5, progress_bar=False)
-        >>> tree = to_arviz(SVIFit(svi, result, model_args=(0.5,)), num_samples=50)
-        >>> tree["posterior"]["level"].shape
-        (1, 50)
-    """
-
-    svi: Any
-    result: Any
-    model_args: tuple[Any, ...] = ()
-    model_kwargs: Mapping[str, Any] | None = None
-    timing: Timing | None = None
-
-
 class Draws(NamedTuple):
     """A fit in one form: from :func:`read_fit`, with everything after :func:`complete_draws`.
 
     Attributes:
-        method: `"mcmc"`, `"variational"` or `"draws"`.
+        method: `"mcmc"`, `"variational"`, `"psis"` or `"draws"`.
         engine: Class name of the kernel or guide.
         posterior: For each site an array of shape `(chain, draw, ...)`.
         statistics: For each sampler statistic an array of that shape.
@@ -85,6 +59,7 @@ class Draws(NamedTuple):
         params: Values of its `param` sites.
         guide: The guide of a variational fit.
         timing: From :func:`timed`, where known.
+        attributes: More numbers of the fit, by name.
     """
 
     method: str
@@ -98,6 +73,7 @@ class Draws(NamedTuple):
     params: Mapping[str, Any]
     guide: Any = None
     timing: Timing | None = None
+    attributes: Mapping[str, Any] = MappingProxyType({})
 
 
 def map_draws(
@@ -182,11 +158,13 @@ def read_fit(
         return _from_mcmc(fit, model, model_args, model_kwargs)
     if isinstance(fit, Mapping):
         return _from_mapping(fit, model, model_args, model_kwargs, group_by_chain)
+    if isinstance(fit, RefinedFit):
+        return _from_refined(fit, model, model_args, model_kwargs)
     if isinstance(fit, tuple) and len(fit) >= 2:
         return _from_guide(SVIFit(*fit), model, model_args, model_kwargs)
     raise TypeError(
-        "fit must be an MCMC, a tuple (svi, svi_result) or (guide, params), an SVIFit, or a "
-        f"dictionary of draws, got {type(fit).__name__}"
+        "fit must be an MCMC, a tuple (svi, svi_result) or (guide, params), an SVIFit, a "
+        f"RefinedFit or a dictionary of draws, got {type(fit).__name__}"
     )
 
 
@@ -198,6 +176,7 @@ def complete_draws(
     log_likelihood: bool,
     num_times: int | None,
     deterministic: Collection[str] = (),
+    num_paths: int = NUM_PATHS,
 ) -> Draws:
     """Sample a guide, and evaluate what the draws imply: log likelihood, deterministic sites.
 
@@ -208,6 +187,7 @@ def complete_draws(
         log_likelihood: Whether to evaluate it.
         num_times: Length of the time axis, see `pointwise_log_prob`.
         deterministic: Deterministic sites of the model, added where the draws lack them.
+        num_paths: Paths by which a guide that draws them given parameters is integrated over them.
     """
     if isinstance(draws.guide, AutoDelta | AutoLaplaceApproximation):
         # Trained to a point: what they hold as fit is `sample_posterior`, without a log density.
@@ -223,7 +203,7 @@ def complete_draws(
         draws = draws._replace(posterior=posterior)
     elif draws.guide is not None:
         keys = jax.random.split(rng_key, num_samples)
-        one = _guide_draw(draws, log_likelihood, num_times)
+        one = _guide_draw(draws, log_likelihood, num_times, num_paths)
         values = {name: value[None] for name, value in map_draws(one, keys, num_samples).items()}
         return draws._replace(
             posterior=_with_prefix(values, "value/"),
@@ -298,6 +278,31 @@ def _from_mcmc(
     )
 
 
+def _from_refined(
+    fit: RefinedFit,
+    model: Callable[..., Any] | None,
+    model_args: tuple[Any, ...],
+    model_kwargs: Mapping[str, Any] | None,
+) -> Draws:
+    source: Draws = fit.source
+    method, engine, statistics = fit.method, source.engine, {}
+    if fit.mcmc is not None:
+        chains = _from_mcmc(fit.mcmc, None, (), None)
+        method, engine, statistics = chains.method, chains.engine, chains.statistics
+    return source._replace(
+        method=method,
+        engine=engine,
+        posterior=dict(fit.draws),
+        statistics=statistics,
+        guide=None,
+        model=model or source.model,
+        model_args=model_args or source.model_args,
+        model_kwargs=source.model_kwargs if model_kwargs is None else model_kwargs,
+        timing=fit.timing,
+        attributes={**fit.weight_summary, "refined_from": source.engine},
+    )
+
+
 def _from_mapping(
     samples: Mapping[str, Any],
     model: Callable[..., Any] | None,
@@ -358,18 +363,29 @@ def _from_guide(
 
 
 def _guide_draw(
-    draws: Draws, log_likelihood: bool, num_times: int | None
+    draws: Draws, log_likelihood: bool, num_times: int | None, num_paths: int
 ) -> Callable[[PRNGKeyArray], dict[str, Array]]:
     """One particle of the evidence lower bound, with everything it visits."""
     model, guide, params = draws.model, draws.guide, draws.params
+    assert model is not None
     args, kwargs = draws.model_args, dict(draws.model_kwargs)
+    paths = path_sites_of(guide) if num_paths > 1 else ()
 
     def one(key: PRNGKeyArray) -> dict[str, Array]:
         key_guide, key_model = jax.random.split(key)
-        log_q, guide_trace = log_density(handlers.seed(guide, key_guide), args, kwargs, params)
+        guide_log_probs, guide_trace = compute_log_probs(
+            handlers.seed(guide, key_guide), args, kwargs, params
+        )
+        log_q = sum(guide_log_probs.values(), start=jnp.zeros(()))
         replayed = handlers.replay(handlers.seed(model, key_model), trace=guide_trace)
         log_p, trace = log_density(replayed, args, kwargs, params)
         out = {"stat/log_p": log_p, "stat/log_q": log_q}
+        if paths:
+            drawn = GuideDraw(guide_log_probs, guide_trace, log_p)
+            key_paths = jax.random.fold_in(key, 1)
+            out["stat/log_weight_parameters"] = parameter_log_weight(
+                model, guide, params, args, kwargs, drawn, paths, key_paths, num_paths
+            )
         for name, site in trace.items():
             if is_latent(site) or site["type"] == "deterministic":
                 out[f"value/{name}"] = jnp.asarray(site["value"])

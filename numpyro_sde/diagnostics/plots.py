@@ -9,21 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree, scalar_draws
 from numpyro_sde.diagnostics.convert import to_arviz
+from numpyro_sde.diagnostics.path_distances import Difference
+from numpyro_sde.diagnostics.tables import Differences, Summary, has_time, labelled
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _MAX_PANELS = 12
 _GRID = 256
 
 
-def _load_pyplot() -> ModuleType:
+def load_pyplot() -> ModuleType:
+    """The module `matplotlib.pyplot`.
+
+    Raises:
+        ImportError: If Matplotlib is not installed; the message says how to install it.
+
+    Example:
+        >>> load_pyplot().__name__
+        'matplotlib.pyplot'
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -44,7 +55,7 @@ def plot_paths(
     draws: int = 0,
     series: Any = None,
     state: Any = None,
-    color: str = _COLOURS[0],
+    color: str = COLOURS[0],
     label: str | None = None,
 ) -> Any:
     """Draw the posterior bands of a path, with data on top.
@@ -92,7 +103,7 @@ def plot_paths(
     tree = fit if is_tree(fit) else to_arviz(fit, times=times, log_likelihood=False)
     path = _Panels(_variable(tree, group, var), series, state)
     observed = _data_panels(tree, data, data_times, path)
-    axes = _axes(ax, len(path), names=[path.title(k) for k in range(len(path))])
+    axes = make_axes(ax, len(path), names=[path.title(k) for k in range(len(path))])
     for k, axis in enumerate(axes):
         at, values = path.times(k), path.values(k)
         for depth, level in enumerate(sorted(intervals, reverse=True)):
@@ -117,23 +128,31 @@ def plot_fits(
     fits: Mapping[str, Any],
     var_names: Iterable[str] | None = None,
     axes: Any = None,
+    *,
+    paths: Iterable[str] = (),
+    reference: str | None = None,
 ) -> list[Any]:
-    """Draw the marginal posteriors of several fits over one another.
+    """Draw the marginal posteriors of several fits over one another, and how their paths differ.
 
     A kernel estimate for each scalar, reflected at the ends of the draws, so that a positive
-    parameter gets no mass below its smallest draw.
+    parameter gets no mass below its smallest draw. For each path of `paths`, and each series and
+    component of it, two more panels over time: differences of posterior means and of posterior
+    sds from the reference fit, in its posterior sds, with bands of two Monte Carlo errors.
 
     Args:
         fits: Name to a result of :func:`to_arviz`, or to a fit that it converts.
         var_names: Variables to draw; None takes those in common, without paths, at most 12
             scalars.
-        axes: Axes to draw on, one for each scalar; None makes a new figure.
+        axes: Axes to draw on, one for each panel; None makes a new figure.
+        paths: Variables with a time dimension, at most 12 panels of each.
+        reference: Name of the fit that paths are compared with; None is the first.
 
     Returns:
-        The list of `matplotlib.axes.Axes`.
+        The list of `matplotlib.axes.Axes`: scalars first, then paths.
 
     Raises:
-        ValueError: If there is nothing to draw, or axes and scalars differ in number.
+        ValueError: If there is nothing to draw, a path is not in every fit or has no time,
+            `reference` is no fit, or axes and panels differ in number.
         ImportError: If Matplotlib is not installed.
 
     Example:
@@ -147,26 +166,82 @@ def plot_fits(
         >>> [axis.get_xlabel() for axis in plot_fits(fits)]
         ['rate']
     """
-    posteriors: dict[str, Any] = {}
+    summaries: dict[str, Summary] = {}
     for name, fit in fits.items():
         tree = fit if is_tree(fit) else to_arviz(fit, log_likelihood=False)
-        posteriors[name] = get_group(tree, "posterior")
+        posterior = get_group(tree, "posterior")
+        summaries[name] = Summary(tree, posterior, dict(posterior.attrs))
+    posteriors = {name: summary.posterior for name, summary in summaries.items()}
     scalars = _scalars(posteriors, var_names)
-    if not scalars:
+    curves = _path_panels(summaries, list(paths), reference)
+    count = len(scalars) + 2 * len(curves)
+    if not count:
         raise ValueError("fits must have a scalar variable in common; nothing to draw")
-    panels = _axes(axes, len(scalars), names=[""] * len(scalars))
-    for axis, (var, element) in zip(panels, scalars, strict=True):
+    panels = make_axes(axes, count, names=[""] * count)
+    _draw_differences(panels[len(scalars) :], curves, list(fits))
+    for axis, (var, element) in zip(panels, scalars, strict=False):
         for k, (name, posterior) in enumerate(posteriors.items()):
             grid, density = _density(scalar_draws(posterior, var, element).ravel())
-            style = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _STYLES[k % len(_STYLES)]}
+            style = {"color": COLOURS[k % len(COLOURS)], "linestyle": _STYLES[k % len(_STYLES)]}
             axis.plot(grid, density, label=name, **style)
         axis.set_xlabel(f"{var}[{', '.join(map(str, element))}]" if element else var)
         axis.set_yticks([])
         axis.locator_params(axis="x", nbins=5)
         axis.set_ylim(bottom=0.0)
         axis.spines[["top", "left", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize="small")
+    if scalars:
+        panels[0].legend(frameon=False, fontsize="small")
     return panels
+
+
+class _Curves(NamedTuple):
+    """Differences of one series and component of a path, by fit."""
+
+    label: str
+    times: np.ndarray
+    by_fit: dict[str, Difference]
+
+
+def _path_panels(
+    summaries: Mapping[str, Summary], paths: list[str], reference: str | None
+) -> list[_Curves]:
+    first = next(iter(summaries), "") if reference is None else reference
+    if first not in summaries:
+        raise ValueError(f"reference names {reference!r}, but the fits are {list(summaries)}")
+    curves = []
+    for var in paths:
+        shapes = {
+            name: summary.posterior[var].shape[2:] if var in summary.posterior else None
+            for name, summary in summaries.items()
+        }
+        if None in shapes.values() or len(set(shapes.values())) > 1:
+            raise ValueError(f"paths names {var!r}, whose shapes in the fits are {shapes}")
+        panels = _Panels(labelled(summaries, first, var), None, None)
+        found = Differences.between(summaries, first, var).by_fit
+        for k, (series, state) in enumerate(panels.chosen):
+            by_fit = {
+                name: Difference(*(panels.cut(part)[series, :, state] for part in difference))
+                for name, difference in found.items()
+            }
+            title = panels.title(k)
+            curves.append(_Curves(f"{var}, {title}" if title else var, panels.times(k), by_fit))
+    return curves
+
+
+def _draw_differences(panels: list[Any], curves: list[_Curves], fits: list[str]) -> None:
+    for k, (label, times, by_fit) in enumerate(curves):
+        for axis, what in zip(panels[2 * k : 2 * k + 2], ("mean", "sd"), strict=True):
+            axis.axhline(0.0, color="black", linewidth=0.8)
+            for name, found in by_fit.items():
+                j = fits.index(name)
+                color, style = COLOURS[j % len(COLOURS)], _STYLES[j % len(_STYLES)]
+                value, error = getattr(found, what), getattr(found, f"{what}_error")
+                axis.plot(times, value, color=color, linestyle=style, label=name)
+                low, high = value - 2 * error, value + 2 * error
+                axis.fill_between(times, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.set(xlabel="time", ylabel=f"{what} of {label}, less reference's")
+        if k == 0:
+            panels[0].legend(frameon=False, fontsize="small")
 
 
 class _Panels:
@@ -202,6 +277,10 @@ class _Panels:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def cut(self, values: np.ndarray) -> Float[np.ndarray, "series time state"]:
+        """Values with the shape of one draw, batch dimensions joined."""
+        return np.reshape(values, self.array.shape[1:])
 
     def values(self, panel: int) -> Float[np.ndarray, "draw time"]:
         """Draws of one panel."""
@@ -282,16 +361,33 @@ def _data_panels(
     return panels
 
 
-def _axes(axes: Any, count: int, names: Sequence[str]) -> list[Any]:
+def make_axes(axes: Any, count: int, names: Sequence[str], columns: int | None = None) -> list[Any]:
+    """The axes given, flattened, or those of a new figure.
+
+    Args:
+        axes: Axes to use, `count` of them; None makes a figure.
+        count: Number of panels.
+        names: Titles for new axes.
+        columns: Panels side by side; None takes up to three.
+
+    Raises:
+        ValueError: If axes and panels differ in number.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> len(make_axes(None, 2, ["a", "b"]))
+        2
+    """
     if axes is not None:
         given = list(np.ravel(np.asarray(axes, dtype=object)))
         if len(given) != count:
             raise ValueError(f"{count} axes are needed, one for each panel; got {len(given)}")
         return given
-    columns = 2 if count == 4 else min(count, 3)
+    columns = columns or (2 if count == 4 else min(count, 3))
     rows = -(-count // columns)
     width = 6.0 if count == 1 else 3.6 * columns
-    figure, grid = _load_pyplot().subplots(
+    figure, grid = load_pyplot().subplots(
         rows, columns, figsize=(width, 2.8 * rows + 0.2), squeeze=False, layout="constrained"
     )
     made = list(grid.ravel())
@@ -314,7 +410,7 @@ def _scalars(
         else [
             var
             for var in first.data_vars
-            if not any(str(dim).startswith("time") for dim in first[var].dims)
+            if not any(has_time(p[var]) for p in posteriors.values() if var in p)
         ]
     )
     shared = [

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float
 from scipy.optimize import minimize
 
-from numpyro_sde.diagnostics.plots import _COLOURS, _axes
+from numpyro_sde.diagnostics.plots import COLOURS, make_axes
 from numpyro_sde.schemes import AbstractScheme, Exact, LocalLinear
 from numpyro_sde.sde import SDE
 
@@ -116,12 +116,12 @@ class ScaleScan(NamedTuple):
         Raises:
             ImportError: if Matplotlib is not installed.
         """
-        panels = _axes(axes, len(self.names) + 1, [""] * (len(self.names) + 1))
+        panels = make_axes(axes, len(self.names) + 1, [""] * (len(self.names) + 1))
         for k, (axis, name) in enumerate(zip(panels, self.names, strict=False)):
             bars = 2.0 * self.standard_errors[:, k]
-            axis.errorbar(self.steps, self.estimates[:, k], bars, marker="o", color=_COLOURS[0])
+            axis.errorbar(self.steps, self.estimates[:, k], bars, marker="o", color=COLOURS[0])
             axis.set_ylabel(name)
-        panels[-1].plot(self.steps, self.quadratic_variation, marker="o", color=_COLOURS[1])
+        panels[-1].plot(self.steps, self.quadratic_variation, marker="o", color=COLOURS[1])
         panels[-1].set_ylabel("quadratic variation per time")
         for axis in panels:
             axis.set_xscale("log")
