@@ -5,7 +5,8 @@
 
 A process with two wells, dX = pull (X - X^3) dt + scale dW, seen ten times with noise of 0.2 (one
 value missing) on a grid of four Euler steps between observations; pull and scale are unknown.
-Fitted by NUTS on the guided path, by a normalizing flow over parameters and guided path (SVI), and
+Fitted by NUTS on the guided path, by a normalizing flow over the parameters with a
+controlled path (SVI), and
 by particle Gibbs. Each engine is one compiled function of key and data. The log joint density of
 parameters, path and data is ranked beside the parameters and the path at three times.
 
@@ -14,6 +15,7 @@ Prints one table for each engine; with `--output` also pictures, and files to re
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -64,31 +66,28 @@ def particle_gibbs():
 
 
 def svi(steps=2000, draws=500):
-    """A flow with affine couplings, trained with falling step sizes, and draws from it."""
-    guide = nsde.guides.AutoFlow(GUIDED, flow="affine", num_flows=4)
+    """A flow over the parameters and a controlled path, trained with falling step sizes."""
 
     def step_size(step):
         done = step / steps
         return 1e-2 * jnp.minimum(10.0 * done, 0.5 + 0.5 * jnp.cos(jnp.pi * done))
 
     adam = numpyro.optim.ClippedAdam(step_size, clip_norm=10.0)
-    engine = SVI(GUIDED, guide, adam, Trace_ELBO(num_particles=8))
-    engine.init(jax.random.key(0), jnp.asarray(PATTERN))  # sets the guide up, outside of a trace
 
     @jax.jit
     def run(key, y):
+        # A guide of its own for each data set: it is set up along them.
+        guide = nsde.guides.AutoPathGuide(
+            model,
+            parameters=partial(nsde.guides.AutoFlow, num_flows=4),
+            path=nsde.guides.ControlledPath((16, 16)),
+        )
+        engine = SVI(model, guide, adam, Trace_ELBO(num_particles=8))
         key_init, key_draws = jax.random.split(key)
         state = engine.init(key_init, y)
         state, _ = jax.lax.scan(lambda s, _: engine.stable_update(s, y), state, None, length=steps)
         params = engine.get_params(state)
-
-        def one(key):
-            drawn = handlers.trace(handlers.seed(handlers.substitute(guide, params), key))
-            values = handlers.replay(handlers.seed(GUIDED, key), drawn.get_trace(y))
-            sites = handlers.trace(values).get_trace(y)
-            return {name: sites[name]["value"] for name in ("pull", "scale", "x")}
-
-        return jax.lax.map(one, jax.random.split(key_draws, draws), batch_size=50)
+        return guide.sample_posterior(key_draws, params, y, sample_shape=(draws,))
 
     return lambda key, data: run(key, data["y"])
 

@@ -124,7 +124,8 @@ class AutoPathGuide(AutoGuide):
             self.parameters.create_plates = lambda *_, **__: list(self._open.values())
         self._plans: dict[str, Plan] = {}
         self._data: tuple[Any, Any] = ((), {})
-        self._start: dict[str, Array] = {}
+        self._sites: dict[str, Any] = {}
+        self._theta_start: Any = 0.0
         self._open: dict[str, Any] = {}
 
     def path_sites(self) -> tuple[str, ...]:
@@ -163,7 +164,7 @@ class AutoPathGuide(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._open = plates = self._create_plates(*args, **kwargs)
-        if self._start:
+        if self._sites:
             values.update(self.parameters(*args, **kwargs))
         theta = self._shared_vector(values) - self._theta_start
         indices = {name: plate._indices for name, plate in plates.items()}
@@ -188,7 +189,6 @@ class AutoPathGuide(AutoGuide):
                 "AutoPathGuide: the model has no latent SDEPath site. Hand over the model itself: "
                 "without handlers.marginalize and without reparametrisation of the path"
             )
-        self._prototype_frames, self._prototype_frame_full_sizes = {}, {}
         for name, site in recorded.items():
             if site["type"] == "plate":
                 self._prototype_frame_full_sizes[name] = site["args"][0]
@@ -216,17 +216,16 @@ class AutoPathGuide(AutoGuide):
                         for name in mode
                     }
                 )
-        self._start = {} if is_traced(start) else jax.tree.map(np.asarray, start)
-        self._theta_start = np.asarray(self._shared_vector(self._start)) if self._start else 0.0
-        num_theta = self._shared_vector(start).size
+        theta = self._shared_vector(start)
+        # A start that is known only inside a trace must not outlive it.
+        self._theta_start = np.zeros(theta.shape) if is_traced(theta) else np.asarray(theta)
         for name in names:
             site = look(full, args, kwargs, name, start)
             check_site(name, site.path)
-            reference = None if self.path.amortized else smoothed_references(site)
-            if reference is not None:
-                reference = None if is_traced(reference) else np.asarray(reference)
+            found = None if self.path.amortized else smoothed_references(site)
+            reference = None if found is None or is_traced(found) else np.asarray(found)
             frames = tuple(recorded[name]["cond_indep_stack"])
-            self._plans[name] = Plan(frames, sizes_of(site, num_theta), reference)
+            self._plans[name] = Plan(frames, sizes_of(site, theta.size), reference)
         if not is_traced((args, kwargs)):
             self._data = (args, kwargs)
         self.prototype_trace = recorded

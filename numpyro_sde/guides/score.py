@@ -167,11 +167,9 @@ class _Ahead(NamedTuple):
     log_guide: Array
 
 
-def _look_ahead(
-    model: StateSpaceModel, step: Any, H: Array, e: Array, following: Array, x: Array
-) -> _Ahead:
+def _look_ahead(model: StateSpaceModel, step: Any, x: Array) -> _Ahead:
     """The guide's log likelihood of what comes after a step, from its start, up to a constant."""
-    t, dt, cache = step
+    (t, dt, cache), H, e, following = step
     mean, B = affine_step(model, t, dt, x, cache)
     a = mean - following
     pull = pull_of(H, e, x, mean, a, B)
@@ -192,7 +190,7 @@ def _residuals(
         return -0.5 * d @ matvec(H, d) + e @ d
 
     def expected(step: Any, features: Array, x: Array) -> tuple[Array, Array]:
-        ahead = _look_ahead(model, *step, x)
+        ahead = _look_ahead(model, step, x)
         pull = ahead.pull
 
         def at(point: Array) -> Array:
@@ -204,7 +202,7 @@ def _residuals(
         return ahead.log_guide, log_mean
 
     log_guide, log_mean = jax.vmap(expected)(steps, features[1:], x[:-1])
-    at_reference = jax.vmap(lambda step, x: _look_ahead(model, *step, x).log_guide)(
+    at_reference = jax.vmap(lambda step, x: _look_ahead(model, step, x).log_guide)(
         steps, guide.reference[:-1]
     )
     # Constants of the guide's form are such that it is exact at the reference.
