@@ -38,7 +38,10 @@ PURE = (
     *("multiscale.cell_problem", "multiscale.green_kubo"),
     *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
 )
-OPTIONAL = ("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax")
+OPTIONAL = (
+    *("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax"),
+    "blackjax",
+)
 
 
 def module_of(path):
@@ -116,7 +119,7 @@ def test_optional_packages_are_imported_late_and_in_one_file():
                 assert lazy or bridge, f"{module_of(path)} imports {package} at its top"
                 where.setdefault(package, set()).add(module_of(path))
     assert where, "no optional package found: the test looks at the wrong files"
-    for package in ("arviz", "diffrax"):
+    for package in ("arviz", "diffrax", "blackjax"):
         assert len(where[package]) == 1, (package, where[package])
 
 
