@@ -4,9 +4,9 @@
 
 leaves `exp(-f(x) - |v|^2 / 2)` invariant; a solver with a finite step leaves a law near it.
 Positions are measured in scales that warm-up finds, so one step size serves all of them: the
-square root of the ratio of standard deviations of positions and of gradients, which for independent
-normals is right long before they are explored (Seyboldt, Carlson and Carpenter 2026, "Preconditioning
-Hamiltonian Monte Carlo by minimizing Fisher divergence").
+square root of the ratio of standard deviations of positions and of gradients, which for
+independent normals is right long before they are explored (Seyboldt, Carlson and Carpenter 2026,
+"Preconditioning Hamiltonian Monte Carlo by minimizing Fisher divergence").
 """
 
 from __future__ import annotations
