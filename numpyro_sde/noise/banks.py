@@ -48,16 +48,22 @@ class Innovations(NamedTuple):
     gain: Float[Array, "N n"]
 
 
-@partial(jax.jit, static_argnums=2)
-def innovations_form(steps: BankSteps, start: Float[Array, "n n"], length: int) -> Innovations:
+@partial(jax.jit, static_argnums=(2, 3))
+def innovations_form(
+    steps: BankSteps, start: Float[Array, "n n"], length: int, stationary: bool = False
+) -> Innovations:
     """Gains and scales of all steps, by one scan over the bank's covariance.
 
     Args:
         steps: the law of each step, or of one for all.
         start: covariance of the bank at the start.
         length: number of steps N.
+        stationary: whether that covariance is the stationary one; then equal steps need no
+            matrices.
     """
     same = steps.variance.shape[0] == 1 and length != 1
+    if same and stationary:
+        return _stationary_form(steps, start, length)
 
     def step(P: Array, now: Any) -> tuple[Array, tuple[Array, Array]]:
         one = jax.tree.map(lambda a: a[0], steps) if same else now
@@ -69,11 +75,40 @@ def innovations_form(steps: BankSteps, start: Float[Array, "n n"], length: int) 
         return 0.5 * (P + P.T), (variance, cross / variance)
 
     _, (variance, gain) = lax.scan(step, start, None if same else steps, length)
+    return _form(steps, variance, gain)
 
+
+def _form(steps: BankSteps, variance: Array, gain: Array) -> Innovations:
     def spread(a: Array) -> Array:
-        return jnp.broadcast_to(a, (length, *a.shape[1:]))
+        return jnp.broadcast_to(a, (gain.shape[0], *a.shape[1:]))
 
     return Innovations(spread(steps.decay), spread(steps.loading), jnp.sqrt(variance), gain)
+
+
+def _stationary_form(steps: BankSteps, start: Array, length: int) -> Innovations:
+    """The same by the recursions of Chandrasekhar's type: two vectors instead of a covariance.
+
+    From the stationary law the covariance changes by a matrix of rank one in every step,
+    `P' - P = -l l' / r` (Morf, Sidhu and Kailath 1974, "Some new algorithms for recursive
+    estimation in constant, linear, discrete-time systems").
+    """
+    one = jax.tree.map(lambda a: a[0], steps)
+    f, h, n = one.decay, one.loading, one.decay.size
+    seen = start @ h
+    variance, cross = h @ seen + one.variance, f * seen + one.gain
+
+    @jax.checkpoint
+    def step(packed: Array, _: None) -> tuple[Array, Array]:
+        # Packed: a loop over one vector is far quicker than one over several arrays.
+        s, r, k, change = packed[0], packed[1], packed[2 : 2 + n], packed[2 + n :]
+        a = jnp.sum(h * change)
+        moved = f * change
+        scalars = jnp.stack([s - a * a / r, r - a * a / s])
+        return jnp.concatenate([scalars, k - moved * (a / r), moved - k * (a / s)]), packed
+
+    first = jnp.concatenate([jnp.stack([variance, variance]), cross, cross])
+    _, states = lax.scan(step, first, None, length)
+    return _form(steps, states[:, 0], states[:, 2 : 2 + n] / states[:, :1])
 
 
 @jax.jit
