@@ -123,8 +123,39 @@ def test_particles_give_the_likelihood_of_the_kalman_filter(proposal, x64):
 
     keys = jax.random.split(jax.random.key(2), 64)
     ratio = np.exp(np.asarray(jax.jit(partial(jax.lax.map, estimate))(keys)) - wanted)
-    assert abs(ratio.mean() - 1.0) < 4 * ratio.std() / np.sqrt(len(ratio))
+    assert abs(ratio.mean() - 1.0) < 4 * ratio.std() / np.sqrt(len(ratio)) + 1e-9  # rounding
     assert ratio.std() < (1.0 if proposal == "bootstrap" else 1e-6)
+
+
+@pytest.mark.slow
+def test_pmmh_and_particle_gibbs(x64):
+    """PMMH and conditional SMC by genealogy, against the path integrated out exactly."""
+    y = sparse_data()[:31]
+
+    def model(y):
+        hurst = numpyro.sample("hurst", dist.Uniform(0.05, 0.95))
+        sde = nsde.SDE(
+            lambda t, x, p: -RATE * x, lambda t, x, p: SCALE, params=0.0, noise=MarkovFBM(hurst, 5)
+        )
+        x = numpyro.sample("x", nsde.SDEPath(sde, TIMES[:31], init=0.0))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+
+    # Exact for the linear steps of Euler's scheme.
+    integrated = marginalize(model, method=nsde.filters.ExtendedKalman())
+    mean, sd = moments(on_grid(lambda h: log_density(integrated, (y,), {}, {"hurst": h})[0]))
+    with pytest.raises(ValueError, match="renewal='none'"):
+        MCMC(
+            nsde.infer.ParticleGibbs(model, 8), num_warmup=1, num_samples=1, progress_bar=False
+        ).run(jax.random.key(0), y)
+    mcmc = MCMC(nsde.infer.PMMH(model), num_warmup=500, num_samples=4000, progress_bar=False)
+    mcmc.run(jax.random.key(2), y)
+    agree(mcmc.get_samples()["hurst"], mean, sd)
+    for proposal, particles in (("guided", 8), ("bootstrap", 200)):
+        kernel = nsde.infer.ParticleGibbs(model, particles, renewal="none", proposal=proposal)
+        mcmc = MCMC(kernel, num_warmup=200, num_samples=2000, progress_bar=False)
+        mcmc.run(jax.random.key(0), y, extra_fields=(kernel.PATH_RENEWED,))
+        agree(mcmc.get_samples()["hurst"], mean, sd)
+        assert mcmc.get_extra_fields()[kernel.PATH_RENEWED]["x"][:, 1:].mean(0).min() > 0.5
 
 
 # --- a double well ---------------------------------------------------------------------------
@@ -175,25 +206,6 @@ def test_every_treatment_of_a_double_well_finds_one_posterior(x64):
     fit = svi.run(jax.random.key(0), 1000, y, progress_bar=False)
     draws = guide.sample_posterior(jax.random.key(1), fit.params, y, sample_shape=(2000,))
     assert abs(draws["hurst"].mean() - mean) < 0.4 * sd
-
-
-@pytest.mark.slow
-def test_pmmh_of_a_double_well(x64):
-    simulate = substitute(double_well, {"hurst": jnp.array(0.75)})
-    y = np.asarray(trace(seed(simulate, 3)).get_trace()["y"]["value"])
-    model = reparam(double_well, config={"x": InnovationReparam()})
-    kernels = (
-        (nsde.infer.PMMH(double_well, num_particles=20), 200, 2000),
-        (NUTS(model, init_strategy=init_to_median), 200, 1000),
-    )
-    fits = []
-    for kernel, warmup, draws in kernels:
-        mcmc = MCMC(kernel, num_warmup=warmup, num_samples=draws, progress_bar=False)
-        mcmc.run(jax.random.key(1), y)
-        fits.append(np.asarray(mcmc.get_samples()["hurst"], np.float64))
-    nuts = fits[1]
-    error = nuts.std() / np.sqrt(effective_sample_size(nuts[None]))
-    agree(fits[0], nuts.mean(), nuts.std(), error)
 
 
 # --- rough volatility ------------------------------------------------------------------------

@@ -200,23 +200,27 @@ def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array,
     while power.shape[0] <= size:  # by doubling: a cumulative product compiles for seconds
         power, square = jnp.concatenate([power, power * square]), square * square
     power = power[: size + 1]
-    # Covariance of the bank after 0, ..., size steps: a geometric sum.
+    # The stationary law of the bank, 0 where it has none because nothing drives it: given the
+    # bank at the start, the covariance of increments is the stationary one less what it explains.
     ratio = f[:, None] * f
-    ends = jnp.where(ratio < 1.0, 1.0 - ratio, 1.0)
-    spread = one.noise * (1.0 - power[:, :, None] * power[:, None, :]) / ends
-    # Covariance of the increment at i with the bank after it; then with the increments at j > i.
-    after = f * (spread[:size] @ h) + one.gain
-    lag = np.arange(size)[:, None] - np.arange(size) - 1
-    later = jnp.einsum("ijn,jn->ij", power[np.maximum(lag, 0)] * h, after)
-    own = jnp.einsum("n,inm,m->i", h, spread[:size], h) + one.variance
-    cov = jnp.where(lag >= 0, later, 0.0)
-    L = jnp.linalg.cholesky(cov + cov.T + jnp.diag(own))
+    still = one.noise / jnp.where(ratio < 1.0, 1.0 - ratio, 1.0)
+    V = power[:size] * h
+    after = f * (still @ h - power[:size] * (V @ still)) + one.gain
+    column = jnp.append(h @ still @ h + one.variance, V[:-1] @ (f * (still @ h) + one.gain))
+    L = jnp.linalg.cholesky(_toeplitz(column) - V @ still @ V.T)
     cross = power[size - 1 - np.arange(size)] * after
-    white = jax.scipy.linalg.solve_triangular(
-        L, jnp.concatenate([power[:size] * h, cross], axis=1), lower=True
-    )
+    end = still * (1.0 - power[size][:, None] * power[size])
+    white = jax.scipy.linalg.solve_triangular(L, jnp.concatenate([V, cross], axis=1), lower=True)
     loading, gain = white[:, :n], white[:, n:].T
-    return L, loading, jnp.diag(power[size]) - gain @ loading, gain, spread[size] - gain @ gain.T
+    return L, loading, jnp.diag(power[size]) - gain @ loading, gain, end - gain @ gain.T
+
+
+def _toeplitz(column: Float[Array, " s"]) -> Float[Array, "s s"]:
+    """The symmetric Toeplitz matrix, by reshapes: the transpose of a gather is a slow scatter."""
+    size = column.size
+    around = jnp.concatenate([column[:0:-1], column, jnp.zeros(1, column.dtype)])
+    rows = jnp.tile(around, size)[: size * (2 * size - 1)].reshape(size, 2 * size - 1)
+    return rows[:, size - 1 :]
 
 
 @partial(jax.jit, static_argnames="size")
