@@ -104,7 +104,8 @@ def test_nuts_and_a_flow_find_that_posterior(x64):
     assert abs(draws["hurst"].std() / sd - 1) < 0.2
 
 
-@pytest.mark.parametrize("proposal", ["bootstrap", pytest.param("guided", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("proposal", ["bootstrap", "guided"])
 def test_particles_give_the_likelihood_of_the_kalman_filter(proposal, x64):
     """An unbiased estimate: the mean of its exponential over 64 filters, within 4 errors."""
     y = sparse_data()[:31]
@@ -127,9 +128,41 @@ def test_particles_give_the_likelihood_of_the_kalman_filter(proposal, x64):
     assert ratio.std() < (1.0 if proposal == "bootstrap" else 1e-6)
 
 
+def shifted(y):
+    """Half the path's error is a shift of all observations."""
+    shift = numpyro.sample("shift", dist.Normal(0.0, 1.0))
+    sde = nsde.SDE(lambda t, x: -RATE * x, lambda t, x: SCALE, noise=MarkovFBM(0.75, 5))
+    x = numpyro.sample("x", nsde.SDEPath(sde, TIMES[:31], init=0.0))
+    nsde.observe("y", x, lambda t, x, s: dist.Normal(x + s, 0.3), params=shift, obs=y)
+
+
+def test_conditional_smc_refuses_to_weigh_ancestors():
+    kernel = nsde.infer.ConditionalSMC(substitute(shifted, {"shift": 0.0}), num_particles=8)
+    with pytest.raises(ValueError, match="renewal='none'"):
+        kernel.init(jax.random.key(0), 1, {"x": jnp.zeros(31)}, (sparse_data()[:31],), {})
+
+
 @pytest.mark.slow
-def test_pmmh_and_particle_gibbs(x64):
-    """PMMH and conditional SMC by genealogy, against the path integrated out exactly."""
+@pytest.mark.parametrize(("proposal", "particles"), [("guided", 8), ("bootstrap", 200)])
+def test_particle_gibbs_by_genealogy(proposal, particles, x64):
+    """Conditional SMC of a path with a memory, against NUTS with the path integrated out."""
+    y = sparse_data()[:31]
+    # Exact for the linear steps of Euler's scheme.
+    exact = marginalize(shifted, method=nsde.filters.ExtendedKalman())
+    nuts = MCMC(NUTS(exact), num_warmup=200, num_samples=4000, progress_bar=False)
+    nuts.run(jax.random.key(1), y)
+    wanted = np.asarray(nuts.get_samples()["shift"], np.float64)
+    kernel = nsde.infer.ParticleGibbs(shifted, particles, renewal="none", proposal=proposal)
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=3000, progress_bar=False)
+    mcmc.run(jax.random.key(0), y, extra_fields=(kernel.PATH_RENEWED,))
+    error = wanted.std() / np.sqrt(effective_sample_size(wanted[None]))
+    agree(mcmc.get_samples()["shift"], wanted.mean(), wanted.std(), error)
+    assert mcmc.get_extra_fields()[kernel.PATH_RENEWED]["x"][:, 1:].mean(0).min() > 0.5
+
+
+@pytest.mark.slow
+def test_pmmh(x64):
+    """Against the path integrated out exactly."""
     y = sparse_data()[:31]
 
     def model(y):
@@ -140,22 +173,11 @@ def test_pmmh_and_particle_gibbs(x64):
         x = numpyro.sample("x", nsde.SDEPath(sde, TIMES[:31], init=0.0))
         nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
 
-    # Exact for the linear steps of Euler's scheme.
     integrated = marginalize(model, method=nsde.filters.ExtendedKalman())
     mean, sd = moments(on_grid(lambda h: log_density(integrated, (y,), {}, {"hurst": h})[0]))
-    with pytest.raises(ValueError, match="renewal='none'"):
-        MCMC(
-            nsde.infer.ParticleGibbs(model, 8), num_warmup=1, num_samples=1, progress_bar=False
-        ).run(jax.random.key(0), y)
     mcmc = MCMC(nsde.infer.PMMH(model), num_warmup=500, num_samples=4000, progress_bar=False)
     mcmc.run(jax.random.key(2), y)
     agree(mcmc.get_samples()["hurst"], mean, sd)
-    for proposal, particles in (("guided", 8), ("bootstrap", 200)):
-        kernel = nsde.infer.ParticleGibbs(model, particles, renewal="none", proposal=proposal)
-        mcmc = MCMC(kernel, num_warmup=200, num_samples=2000, progress_bar=False)
-        mcmc.run(jax.random.key(0), y, extra_fields=(kernel.PATH_RENEWED,))
-        agree(mcmc.get_samples()["hurst"], mean, sd)
-        assert mcmc.get_extra_fields()[kernel.PATH_RENEWED]["x"][:, 1:].mean(0).min() > 0.5
 
 
 # --- a double well ---------------------------------------------------------------------------
@@ -296,5 +318,4 @@ def test_cross_validation_prefers_the_right_noise(truth, x64):
         fits[name] = nsde.diagnostics.to_arviz(mcmc)
     table = nsde.diagnostics.compare_fits(fits).fits
     best = "fractional" if truth > 0.5 else "Brownian"
-    print(table.T)
     assert table["elpd"].astype(float).idxmax() == best

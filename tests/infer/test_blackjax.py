@@ -52,6 +52,7 @@ def walk(f):
 
 
 SLOW = [
+    (BlackJAX(gaussian), 2000, 0.0),
     (BlackJAX(gaussian, "hmc", num_steps=8), 4000, 0.0),
     (BlackJAX(gaussian, "nuts", dense_mass=True), 4000, 0.0),
     (BlackJAX(gaussian, blackjax.multinomial_hmc, num_steps=8), 4000, 0.0),
@@ -64,7 +65,6 @@ SLOW = [
 @pytest.mark.parametrize(
     ("kernel", "draws", "bias"),
     [
-        (BlackJAX(gaussian), 2000, 0.0),
         (BlackJAX(gaussian, "mclmc", steps_per_draw=5), 8000, 0.05),
         *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW),
     ],
@@ -116,7 +116,8 @@ def test_a_run_goes_on_where_it_stopped_also_after_pickling():
     np.testing.assert_allclose(both, whole, rtol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["nuts", pytest.param("mclmc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["nuts", "mclmc"])
 def test_chains_in_one_program_are_different_draws_of_one_law(algorithm):
     kernel = BlackJAX(gaussian, algorithm)
     mcmc = run(kernel, 400, 300, num_chains=3, chain_method="vectorized")

@@ -13,7 +13,7 @@ from numpyro.infer import MCMC
 from scipy.linalg import expm, solve_discrete_lyapunov
 
 import numpyro_sde as nsde
-from numpyro_sde.infer.langevin import SOLVERS, stepper
+from numpyro_sde.infer.langevin import stepper
 
 SCALES = np.array([0.1, 1.0, 20.0])
 
@@ -50,7 +50,9 @@ def test_ubu_is_free_motion_kick_free_motion(x64):
     np.testing.assert_allclose(B @ B.T, U @ kick @ cov @ kick.T @ U.T + cov, atol=1e-13)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("ubu", 2), ("quicsort", 3)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("ubu", 2), pytest.param("quicsort", 3, marks=pytest.mark.slow)]
+)
 def test_bias_of_the_stationary_law_falls_with_the_order(solver, order, x64):
     """Error of the variance of a position, at least of the solver's order."""
     steps = 0.1 / 2.0 ** np.arange(3)
@@ -79,7 +81,7 @@ def run(kernel, draws, warmup=500, seed=0, **options):
     return mcmc
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["ubu", pytest.param("quicsort", marks=pytest.mark.slow)])
 def test_draws_have_the_law_of_the_steps(solver):
     """Variances within 4 Monte Carlo errors of the stationary one of the step in closed form."""
     if solver == "quicsort":
