@@ -7,7 +7,7 @@ yield. NUTS runs on the guided path where the data say much of each state, else 
 one. Beside its posterior stands the quasi likelihood of Harvey, Ruiz and Shephard (1994), a dense
 Gaussian computation that shares nothing with it but the model. No estimate of H is published for
 the Treasury series.
-Run: python examples/rough_volatility.py [--draws 150]
+Run: python examples/rough_volatility.py [--draws 100]
 """
 
 # ruff: noqa: ARG005
@@ -29,7 +29,7 @@ from scipy.special import polygamma, psi
 
 import numpyro_sde as nsde
 
-DAYS, RETURNS_A_DAY = 120, 40
+DAYS, RETURNS_A_DAY = 250, 20
 TRUTH = {"hurst": 0.15, "rate": 0.05, "mean": -1.0, "scale": 0.5}
 
 
@@ -136,7 +136,7 @@ def quasi_likelihood(log_square, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=150)
+    parser.add_argument("--draws", type=int, default=100)
     draws = parser.parse_args().draws
     numpyro.enable_x64()
     variance = simulated_variances(np.random.default_rng(0))

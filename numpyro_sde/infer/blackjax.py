@@ -57,8 +57,6 @@ class BlackJAX(UnconstrainedKernel):
     | --- | --- | --- |
     | "nuts" | no-U-turn sampler | step size, mass matrix |
     | "hmc", "multinomial_hmc" | `num_steps` steps a draw | step size, mass matrix |
-    | "barker" | Barker's proposal, one gradient | step size, mass matrix |
-    | "mala" | Langevin proposal, one gradient | step size |
     | "mclmc" | microcanonical Langevin, unadjusted | step size, variances |
     | "adjusted_mclmc" | the same with rejection, `num_steps` on average | step size, mass matrix |
 
@@ -68,7 +66,7 @@ class BlackJAX(UnconstrainedKernel):
     at least two unknowns. BlackJAX's own objects (`blackjax.nuts`) stand for their names.
 
     Any other algorithm: a function from a log density of the vector of all unconstrained values to
-    a BlackJAX `SamplingAlgorithm`, as `lambda f: blackjax.rmh(f, ...)`; it is not tuned.
+    a BlackJAX `SamplingAlgorithm`, as `lambda f: blackjax.mala(f, 0.1)`; it is not tuned.
 
     Args:
         model: the model, or None with `potential_fn`.
@@ -76,10 +74,9 @@ class BlackJAX(UnconstrainedKernel):
         potential_fn: minus a log density of unconstrained values, instead of a model; then `run`
             needs `init_params`.
         step_size: first step size; None for a default.
-        dense_mass: adapt a full covariance and not only variances ("nuts", the two of HMC,
-            "barker").
+        dense_mass: adapt a full covariance and not only variances ("nuts" and the two of HMC).
         target_accept_prob: acceptance rate that warm-up aims at; None for the algorithm's own:
-            0.8, for "adjusted_mclmc" 0.9, "mala" 0.574, "barker" 0.4.
+            0.8, for "adjusted_mclmc" 0.9.
         num_steps: integrator steps of "hmc" and "multinomial_hmc" (10), mean number of
             "adjusted_mclmc" (2).
         max_tree_depth: of "nuts".
@@ -139,7 +136,7 @@ class BlackJAX(UnconstrainedKernel):
             check_count(name, count)
         make_algorithm(algorithm, num_steps, max_tree_depth)  # refused now, not in the run
         named = name_of(algorithm)
-        if dense_mass and named not in ("nuts", "hmc", "multinomial_hmc", "barker"):
+        if dense_mass and named not in ("nuts", "hmc", "multinomial_hmc"):
             raise ValueError(f"dense_mass: {named or 'this algorithm'} has no dense mass matrix")
         self.algorithm = algorithm if named is None else named
         self.step_size, self.dense_mass = step_size, dense_mass

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
+from numpyro.handlers import seed
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from numpyro.util import identity, is_prng_key
@@ -114,9 +115,10 @@ class UnconstrainedKernel(MCMCKernel):
         if self._model is None:
             return identity
         kwargs = {} if model_kwargs is None else model_kwargs
+        # As a block of Gibbs it is asked before the sites of other blocks have values.
         return partial(
             constrain_fn,
-            self._model,
+            seed(self._model, 0),
             model_args,
             kwargs,
             return_deterministic=return_deterministic,

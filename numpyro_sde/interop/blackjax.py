@@ -97,8 +97,8 @@ def _report(info: Any, dtype: Any) -> Report:
     )
 
 
-def _plain(module: Any, names: tuple[str, ...], target: float, **options: Any) -> Algorithm:
-    """An algorithm whose kernel takes these tuned values after the log density."""
+def _hmc(module: Any, **options: int) -> Algorithm:
+    """An algorithm of the HMC family."""
     kernel = module.build_kernel()
 
     def init(position: Array, log_density: LogDensity, key: PRNGKeyArray) -> Any:
@@ -108,12 +108,17 @@ def _plain(module: Any, names: tuple[str, ...], target: float, **options: Any) -
     def step(
         key: PRNGKeyArray, state: Any, log_density: LogDensity, tuning: Tuning
     ) -> tuple[Any, Report]:
-        tuned = {"step_size": tuning.step_size, "inverse_mass_matrix": tuning.inverse_mass}
-        chosen = {name: tuned[name] for name in names}
-        state, info = kernel(key, state, log_density, **chosen, **options)
+        state, info = kernel(
+            key,
+            state,
+            log_density,
+            step_size=tuning.step_size,
+            inverse_mass_matrix=tuning.inverse_mass,
+            **options,
+        )
         return state, _report(info, state.logdensity.dtype)
 
-    return Algorithm(init, step, "acceptance", target)
+    return Algorithm(init, step, "acceptance", 0.8)
 
 
 def _adjusted_mclmc(num_steps: int) -> Algorithm:
@@ -189,15 +194,11 @@ def _built(builder: Callable[[LogDensity], Any]) -> Algorithm:
     return Algorithm(init, step, None, 0.0)
 
 
-_BOTH = ("step_size", "inverse_mass_matrix")
-# Of algorithms that accept and reject: what is tuned, the acceptance rate to aim at, and the name
-# of what the user sets.
-_ACCEPTING: dict[str, tuple[tuple[str, ...], float, str | None]] = {
-    "nuts": (_BOTH, 0.8, "max_num_doublings"),
-    "hmc": (_BOTH, 0.8, "num_integration_steps"),
-    "multinomial_hmc": (_BOTH, 0.8, "num_integration_steps"),
-    "barker": (_BOTH, 0.4, None),
-    "mala": (("step_size",), 0.574, None),
+# Of the HMC family: the name of what the user sets.
+_ACCEPTING = {
+    "nuts": "max_num_doublings",
+    "hmc": "num_integration_steps",
+    "multinomial_hmc": "num_integration_steps",
 }
 NAMES = (*_ACCEPTING, "mclmc", "adjusted_mclmc")
 
@@ -237,10 +238,8 @@ def make_algorithm(
         return _mclmc()
     if name == "adjusted_mclmc":
         return _adjusted_mclmc(num_steps or 2)
-    names, target, option = _ACCEPTING[name]
     value = max_tree_depth if name == "nuts" else num_steps or 10
-    options = {} if option is None else {option: value}
-    return _plain(getattr(blackjax, name), names, target, **options)
+    return _hmc(getattr(blackjax, name), **{_ACCEPTING[name]: value})
 
 
 class Adaptation(NamedTuple):

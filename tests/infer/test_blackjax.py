@@ -48,7 +48,8 @@ def has_the_law(draws, bias=0.0):
 
 
 def walk(f):
-    return blackjax.rmh(f, blackjax.mcmc.random_walk.normal(jnp.array([0.1, 0.9, 15.0, 0.5])))
+    scales = jnp.array([0.5, 0.1, 0.9, 20.0])  # of s and x
+    return blackjax.additive_step_random_walk(f, blackjax.mcmc.random_walk.normal(scales))
 
 
 SLOW = [
@@ -57,7 +58,6 @@ SLOW = [
     (BlackJAX(gaussian, "nuts", dense_mass=True), 4000, 0.0),
     (BlackJAX(gaussian, blackjax.multinomial_hmc, num_steps=8), 4000, 0.0),
     (BlackJAX("adjusted_mclmc", gaussian, num_steps=4), 8000, 0.0),
-    (BlackJAX(gaussian, "barker", steps_per_draw=5), 8000, 0.0),
     (BlackJAX(gaussian, walk, steps_per_draw=20), 8000, 0.0),
 ]
 
