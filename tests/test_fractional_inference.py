@@ -143,8 +143,7 @@ def test_conditional_smc_refuses_to_weigh_ancestors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("proposal", "particles"), [("guided", 8), ("bootstrap", 200)])
-def test_particle_gibbs_by_genealogy(proposal, particles, x64):
+def test_particle_gibbs_by_genealogy(x64):
     """Conditional SMC of a path with a memory, against NUTS with the path integrated out."""
     y = sparse_data()[:31]
     # Exact for the linear steps of Euler's scheme.
@@ -152,7 +151,7 @@ def test_particle_gibbs_by_genealogy(proposal, particles, x64):
     nuts = MCMC(NUTS(exact), num_warmup=200, num_samples=4000, progress_bar=False)
     nuts.run(jax.random.key(1), y)
     wanted = np.asarray(nuts.get_samples()["shift"], np.float64)
-    kernel = nsde.infer.ParticleGibbs(shifted, particles, renewal="none", proposal=proposal)
+    kernel = nsde.infer.ParticleGibbs(shifted, 8, renewal="none")
     mcmc = MCMC(kernel, num_warmup=200, num_samples=3000, progress_bar=False)
     mcmc.run(jax.random.key(0), y, extra_fields=(kernel.PATH_RENEWED,))
     error = wanted.std() / np.sqrt(effective_sample_size(wanted[None]))
@@ -233,42 +232,6 @@ def test_every_treatment_of_a_double_well_finds_one_posterior(x64):
 # --- rough volatility ------------------------------------------------------------------------
 
 
-def volatility(variance, count=20):
-    """Realised variances of `count` returns a day, their log variance fractional."""
-    hurst = numpyro.sample("hurst", dist.Uniform(0.02, 0.98))
-    scale = numpyro.sample("scale", dist.LogNormal(-1.0, 0.7))
-    sde = nsde.SDE(
-        lambda t, x, p: -0.05 * x, lambda t, x, p: p, params=scale, noise=MarkovFBM(hurst)
-    )
-    times = np.arange(len(variance), dtype=float)
-    v = numpyro.sample("v", nsde.SDEPath(sde, times, init=dist.Normal(0.0, 1.0)))
-    nsde.observe(
-        "variance",
-        v,
-        lambda t, v: dist.Gamma(count / 2, count / 2 * jnp.exp(-v)),
-        obs=variance,
-    )
-
-
-@pytest.mark.slow
-def test_the_index_of_a_hidden_volatility_is_recovered(x64):
-    """Simulated from the exact law; the posterior holds the truth within 4 of its sds."""
-    law = FractionalOrnsteinUhlenbeck(np.arange(150.0), 0.2, 0.05, 0.5)
-    v = np.asarray(law.sample(jax.random.key(3)))
-    variance = np.exp(v) * np.random.default_rng(1).chisquare(20, 150) / 20
-    fits = []
-    for treatment in (GuidedReparam(), InnovationReparam()):
-        model = reparam(volatility, config={"v": treatment})
-        kernel = NUTS(model, init_strategy=init_to_median)
-        mcmc = MCMC(kernel, num_warmup=200, num_samples=400, progress_bar=False)
-        mcmc.run(jax.random.key(0), variance)
-        fits.append(np.asarray(mcmc.get_samples()["hurst"], np.float64))
-    guided, whitened = fits
-    assert abs(guided.mean() - 0.2) < 4 * guided.std()
-    error = whitened.std() / np.sqrt(effective_sample_size(whitened[None]))
-    agree(guided, whitened.mean(), whitened.std(), error)
-
-
 @pytest.mark.parametrize("spread", [0.3, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_a_guide_sees_an_emission_whose_variance_is_the_state(spread, x64):
     """Returns given their log variance: information 1/2 a return, score (r^2 e^-v - 1) / 2."""
@@ -295,12 +258,11 @@ def test_a_guide_sees_an_emission_whose_variance_is_the_state(spread, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("truth", [0.85, 0.5])
-def test_cross_validation_prefers_the_right_noise(truth, x64):
-    """`drive` and leave-one-out on data of long memory and of none."""
+def test_cross_validation_prefers_the_right_noise(x64):
+    """`drive` and leave-one-out on data of long memory."""
     pytest.importorskip("arviz")
     times = np.arange(200.0)
-    law = FractionalOrnsteinUhlenbeck(times, truth, 0.3, 1.0)
+    law = FractionalOrnsteinUhlenbeck(times, 0.85, 0.3, 1.0)
     y = np.asarray(law.sample(jax.random.key(7))) + 0.3 * np.random.default_rng(2).normal(size=200)
 
     def model(y=None):
@@ -317,5 +279,4 @@ def test_cross_validation_prefers_the_right_noise(truth, x64):
         mcmc.run(jax.random.key(0), y)
         fits[name] = nsde.diagnostics.to_arviz(mcmc)
     table = nsde.diagnostics.compare_fits(fits).fits
-    best = "fractional" if truth > 0.5 else "Brownian"
-    assert table["elpd"].astype(float).idxmax() == best
+    assert table["elpd"].astype(float).idxmax() == "fractional"
