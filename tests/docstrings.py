@@ -19,7 +19,11 @@ PUBLIC_MODULES = [
     *("datasets", "diagnostics", "distributions", "filters", "guides", "handlers", "infer"),
     *("multiscale", "noise", "processes", "reparam", "schemes", "testing"),
 ]
-NEEDS = {"diagnostics": ("arviz", "matplotlib.pyplot"), "schemes.diffrax_solver": ("diffrax",)}
+NEEDS = {
+    "diagnostics": ("arviz", "matplotlib.pyplot"),
+    "schemes.diffrax_solver": ("diffrax",),
+    "infer.blackjax": ("blackjax",),
+}
 
 
 def modules_with_examples() -> dict[str, int]:

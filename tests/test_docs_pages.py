@@ -17,6 +17,7 @@ SLOW = {
         "flows",
         "fractional",
         "integrated_out",
+        "kernels",
         "multiscale",
         "particles",
     ),

@@ -41,6 +41,7 @@ PURE = (
 OPTIONAL = (
     *("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax"),
     "cloudpickle",
+    "blackjax",
 )
 
 
@@ -119,7 +120,7 @@ def test_optional_packages_are_imported_late_and_in_one_file():
                 assert lazy or bridge, f"{module_of(path)} imports {package} at its top"
                 where.setdefault(package, set()).add(module_of(path))
     assert where, "no optional package found: the test looks at the wrong files"
-    for package in ("arviz", "diffrax"):
+    for package in ("arviz", "diffrax", "blackjax"):
         assert len(where[package]) == 1, (package, where[package])
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.model import Instrument, StateSpaceModel
-from numpyro_sde.filters.updates import drop_missing, linearize
+from numpyro_sde.filters.updates import covariance_uses_state, drop_missing, linearize
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     backward_information,
@@ -109,19 +109,40 @@ def observed_information(
     """Information of one observation about the state, and its score, at a state.
 
     The information is the expected one of a Gaussian with the emission's mean and covariance
-    (for the exponential families in their mean, Fisher's); the score is the emission's own.
+    (for the exponential families in their mean, Fisher's); of a normal emission whose covariance
+    uses the state, as that of a return given its log volatility, it has the covariance's part
+    `tr(R^-1 dR R^-1 dR) / 2` too. The score is the emission's own.
     """
     mean, R, C = linearize(instrument, inputs, x)
     residual, C, R = drop_missing(y - mean, C, R, present)
-    white = solve_lower(cholesky(R), jnp.concatenate([C, residual[:, None]], axis=1))
+    L = cholesky(R)
+    white = solve_lower(L, jnp.concatenate([C, residual[:, None]], axis=1))
     information = matmul(transpose(white[:, :-1]), white[:, :-1])
-    if instrument.gaussian:
+    scaled = instrument.gaussian and covariance_uses_state(instrument, inputs, x)
+    if scaled:
+        information = information + _scale_information(instrument, inputs, x, L, present)
+    if instrument.gaussian and not scaled:
         score = matvec(transpose(white[:, :-1]), white[:, -1])
     else:
         score = jax.grad(lambda x: instrument.log_prob(inputs, x, y, present))(x)
     # An emission without moments (a Cauchy law) does not guide; its likelihood still counts.
     usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
     return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
+
+
+def _scale_information(
+    instrument: Instrument, inputs: Any, x: Array, L: Array, present: Bool[Array, " p"]
+) -> Float[Array, "d d"]:
+    """Fisher's information of a normal law about a state that sets its covariance `L L'`."""
+    change = jax.jacfwd(lambda x: instrument.moments(inputs, x)[1])(x)
+    change = jnp.where((present[:, None] & present)[:, :, None], change, 0.0)
+
+    def whiten(change: Array) -> Array:
+        half = solve_lower(L, change)
+        return jnp.ravel(solve_lower(L, transpose(half)))
+
+    white = jax.vmap(whiten, 2)(change)
+    return 0.5 * matmul(white, transpose(white))
 
 
 def observations_along(

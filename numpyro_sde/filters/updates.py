@@ -42,6 +42,7 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
+from numpyro_sde.schemes.dependence import reaches_output
 
 Belief = tuple[Array, Array, Array]
 """Mean `(d,)`, covariance `(d, d)` and log density of the observation."""
@@ -110,6 +111,15 @@ def drop_missing(
         jnp.where(present[:, None], H, 0.0),
         jnp.where(both, R, jnp.eye(R.shape[0], dtype=R.dtype)),
     )
+
+
+def covariance_uses_state(instrument: Instrument, inputs: Any, x: Float[Array, " d"]) -> bool:
+    """Whether the covariance of an observation depends on the state, by its trace.
+
+    Conservative: it may say yes wrongly, never no.
+    """
+    jaxpr = jax.make_jaxpr(lambda x: instrument.moments(inputs, x)[1])(x).jaxpr
+    return reaches_output(jaxpr, 0)
 
 
 def linearize(

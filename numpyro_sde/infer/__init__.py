@@ -1,6 +1,8 @@
-"""MCMC kernels with paths in them; they run under `numpyro.infer.MCMC`."""
+"""MCMC kernels, with paths in them or for any model; they run under `numpyro.infer.MCMC`."""
 
+from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
+from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
 from numpyro_sde.infer.pmmh import PMMH, PMMHState
@@ -8,12 +10,16 @@ from numpyro_sde.infer.score import Score, score
 
 __all__ = [
     "PMMH",
+    "BlackJAX",
+    "BlackJAXState",
     "ConditionalSMC",
     "ConditionalSMCState",
     "PMMHState",
     "ParisianEstimate",
     "ParticleGibbs",
     "Score",
+    "UnderdampedLangevin",
+    "UnderdampedLangevinState",
     "parisian_gibbs",
     "score",
 ]

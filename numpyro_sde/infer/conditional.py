@@ -68,14 +68,14 @@ class ConditionalSMC(MCMCKernel):
         renewal: "backward" draws the path backward among all particles, with new bridges between
             observations; "ancestor" (grids of which every time is observed) gives the path new
             ancestors while the filter runs; "none" follows the ancestors, which all paths share at
-            the beginning of long series.
+            the beginning of long series. Noise with a memory (`MarkovFBM`) needs "none".
         resampling: scheme of the conditional filter.
         ess_threshold: share of particles below which the effective size calls for resampling.
 
     Raises:
         ValueError: an option out of range. When run: a model without path sites, a path that enters
-            the density elsewhere than in `observe`, a transition without density, or noise that is
-            not Brownian.
+            the density elsewhere than in `observe`, a transition without density, or noise with a
+            memory and a `renewal` other than "none".
         TypeError: a count that is no integer.
 
     Example:
@@ -188,8 +188,7 @@ class ConditionalSMC(MCMCKernel):
 
         def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
             self._check(model)
-            states = first_path(model, self.setting, key)
-            return states[:, 0] if model.scalar else states
+            return model.visible(first_path(model, self.setting, key))
 
         return run_seeded(path, lead, data, one, key, self.num_particles)
 
@@ -200,15 +199,28 @@ class ConditionalSMC(MCMCKernel):
 
         def one(model: StateSpaceModel, key: PRNGKeyArray, x: Array) -> tuple[Array, Array, Array]:
             self._check(model)
-            states = jnp.reshape(x, (model.num_times, model.dim))
+            if model.state_shape is None:
+                states = jnp.reshape(x, (model.num_times, model.dim))
+            else:
+                states = model.scheme.lift(model.sde, model.times, model.dt, x, model.cache)
             sweep = conditional_smc(model, self.setting, states, key, renewal=self.renewal)
-            return jnp.reshape(sweep.path, x.shape), sweep.renewed, sweep.ess
+            return model.visible(sweep.path), sweep.renewed, sweep.ess
 
         dims = (1 + len(path.state_shape),)
         return run_seeded(path, lead, data, one, key, self.num_particles, (value,), dims)
 
     def _check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "ConditionalSMC()")
+        if model.state_shape is not None:
+            # A carried bank is a function of the path: innovations can be read off, a density of
+            # the carried state there is not.
+            if self.renewal == "none":
+                return
+            raise ValueError(
+                f"with noise {type(model.sde.noise).__name__} a state's law depends on the whole "
+                "past of its path, so other ancestors cannot be weighed one step at a time: give "
+                "renewal='none', or use PMMH, or reparam.GuidedReparam with NUTS"
+            )
         reason = invertible(model)
         if reason:
             raise ValueError(

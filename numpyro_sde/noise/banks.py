@@ -48,16 +48,22 @@ class Innovations(NamedTuple):
     gain: Float[Array, "N n"]
 
 
-@partial(jax.jit, static_argnums=2)
-def innovations_form(steps: BankSteps, start: Float[Array, "n n"], length: int) -> Innovations:
+@partial(jax.jit, static_argnums=(2, 3))
+def innovations_form(
+    steps: BankSteps, start: Float[Array, "n n"], length: int, stationary: bool = False
+) -> Innovations:
     """Gains and scales of all steps, by one scan over the bank's covariance.
 
     Args:
         steps: the law of each step, or of one for all.
         start: covariance of the bank at the start.
         length: number of steps N.
+        stationary: whether that covariance is the stationary one; then equal steps need no
+            matrices.
     """
     same = steps.variance.shape[0] == 1 and length != 1
+    if same and stationary:
+        return _stationary_form(steps, start, length)
 
     def step(P: Array, now: Any) -> tuple[Array, tuple[Array, Array]]:
         one = jax.tree.map(lambda a: a[0], steps) if same else now
@@ -69,11 +75,40 @@ def innovations_form(steps: BankSteps, start: Float[Array, "n n"], length: int) 
         return 0.5 * (P + P.T), (variance, cross / variance)
 
     _, (variance, gain) = lax.scan(step, start, None if same else steps, length)
+    return _form(steps, variance, gain)
 
+
+def _form(steps: BankSteps, variance: Array, gain: Array) -> Innovations:
     def spread(a: Array) -> Array:
-        return jnp.broadcast_to(a, (length, *a.shape[1:]))
+        return jnp.broadcast_to(a, (gain.shape[0], *a.shape[1:]))
 
     return Innovations(spread(steps.decay), spread(steps.loading), jnp.sqrt(variance), gain)
+
+
+def _stationary_form(steps: BankSteps, start: Array, length: int) -> Innovations:
+    """The same by the recursions of Chandrasekhar's type: two vectors instead of a covariance.
+
+    From the stationary law the covariance changes by a matrix of rank one in every step,
+    `P' - P = -l l' / r` (Morf, Sidhu and Kailath 1974, "Some new algorithms for recursive
+    estimation in constant, linear, discrete-time systems").
+    """
+    one = jax.tree.map(lambda a: a[0], steps)
+    f, h, n = one.decay, one.loading, one.decay.size
+    seen = start @ h
+    variance, cross = h @ seen + one.variance, f * seen + one.gain
+
+    @jax.checkpoint
+    def step(packed: Array, _: None) -> tuple[Array, Array]:
+        # Packed: a loop over one vector is far quicker than one over several arrays.
+        s, r, k, change = packed[0], packed[1], packed[2 : 2 + n], packed[2 + n :]
+        a = jnp.sum(h * change)
+        moved = f * change
+        scalars = jnp.stack([s - a * a / r, r - a * a / s])
+        return jnp.concatenate([scalars, k - moved * (a / r), moved - k * (a / s)]), packed
+
+    first = jnp.concatenate([jnp.stack([variance, variance]), cross, cross])
+    _, states = lax.scan(step, first, None, length)
+    return _form(steps, states[:, 0], states[:, 2 : 2 + n] / states[:, :1])
 
 
 @jax.jit
@@ -165,23 +200,27 @@ def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array,
     while power.shape[0] <= size:  # by doubling: a cumulative product compiles for seconds
         power, square = jnp.concatenate([power, power * square]), square * square
     power = power[: size + 1]
-    # Covariance of the bank after 0, ..., size steps: a geometric sum.
+    # The stationary law of the bank, 0 where it has none because nothing drives it: given the
+    # bank at the start, the covariance of increments is the stationary one less what it explains.
     ratio = f[:, None] * f
-    ends = jnp.where(ratio < 1.0, 1.0 - ratio, 1.0)
-    spread = one.noise * (1.0 - power[:, :, None] * power[:, None, :]) / ends
-    # Covariance of the increment at i with the bank after it; then with the increments at j > i.
-    after = f * (spread[:size] @ h) + one.gain
-    lag = np.arange(size)[:, None] - np.arange(size) - 1
-    later = jnp.einsum("ijn,jn->ij", power[np.maximum(lag, 0)] * h, after)
-    own = jnp.einsum("n,inm,m->i", h, spread[:size], h) + one.variance
-    cov = jnp.where(lag >= 0, later, 0.0)
-    L = jnp.linalg.cholesky(cov + cov.T + jnp.diag(own))
+    still = one.noise / jnp.where(ratio < 1.0, 1.0 - ratio, 1.0)
+    V = power[:size] * h
+    after = f * (still @ h - power[:size] * (V @ still)) + one.gain
+    column = jnp.append(h @ still @ h + one.variance, V[:-1] @ (f * (still @ h) + one.gain))
+    L = jnp.linalg.cholesky(_toeplitz(column) - V @ still @ V.T)
     cross = power[size - 1 - np.arange(size)] * after
-    white = jax.scipy.linalg.solve_triangular(
-        L, jnp.concatenate([power[:size] * h, cross], axis=1), lower=True
-    )
+    end = still * (1.0 - power[size][:, None] * power[size])
+    white = jax.scipy.linalg.solve_triangular(L, jnp.concatenate([V, cross], axis=1), lower=True)
     loading, gain = white[:, :n], white[:, n:].T
-    return L, loading, jnp.diag(power[size]) - gain @ loading, gain, spread[size] - gain @ gain.T
+    return L, loading, jnp.diag(power[size]) - gain @ loading, gain, end - gain @ gain.T
+
+
+def _toeplitz(column: Float[Array, " s"]) -> Float[Array, "s s"]:
+    """The symmetric Toeplitz matrix, by reshapes: the transpose of a gather is a slow scatter."""
+    size = column.size
+    around = jnp.concatenate([column[:0:-1], column, jnp.zeros(1, column.dtype)])
+    rows = jnp.tile(around, size)[: size * (2 * size - 1)].reshape(size, 2 * size - 1)
+    return rows[:, size - 1 :]
 
 
 @partial(jax.jit, static_argnames="size")

@@ -25,9 +25,12 @@ from jaxtyping import Array, ArrayLike, Float
 
 # Centres of two increments this many half-lengths apart: the series beats the difference.
 _FAR, _FAR_TERMS = 8.0, 10
-_IMAGES = 16  # aliased copies of the spectrum that are summed one by one
+_IMAGES = 8  # aliased copies of the spectrum that are summed one by one
 # B_2k / (2k)! of the Euler-Maclaurin formula.
-_EULER_MACLAURIN = (1 / 12, -1 / 720, 1 / 30240, -1 / 1209600)
+_EULER_MACLAURIN = (
+    *(1 / 12, -1 / 720, 1 / 30240, -1 / 1209600),
+    *(1 / 47900160, -691 / 1307674368000),
+)
 
 
 def power(x: ArrayLike, exponent: ArrayLike) -> Array:

@@ -87,8 +87,9 @@ class _IncrementScheme(MemoryScheme):
         """The increment that leads from one state to the next, and its log Jacobian."""
 
     def prepare(self, sde: SDE, times: Any, dt: Any) -> Innovations:
-        bank, steps = _readable(sde, self.state_shape).on_grid(times, dt)
-        return innovations_form(steps, bank.start, np.shape(dt)[0])
+        noise = _readable(sde, self.state_shape)
+        bank, steps = noise.on_grid(times, dt)
+        return innovations_form(steps, bank.start, np.shape(dt)[0], noise.kind == 1)
 
     def _increments(self, sde: SDE, times: Any, dt: Any, path: Array) -> tuple[Array, Array]:
         return jax.vmap(self.increment, (None, 0, 0, 0, 0))(

@@ -119,7 +119,8 @@ def conditional_smc(
     """Replace a path by another one of its smoothing law, given the data.
 
     Args:
-        model: the path law and its instruments; its steps must have a density.
+        model: the path law and its instruments; its steps must have a density, or with
+            renewal="none" innovations that can be read off their ends.
         setting: particles (at least 2), proposal (bootstrap or guided), resampling.
         path: the present path.
         key: random key.
@@ -149,7 +150,10 @@ def conditional_smc(
     usable = jnp.isfinite(jnp.max(scores))
     last = jax.random.categorical(last_key, jnp.where(usable, scores, 0.0))
     last = jnp.where(usable, last, 0).astype(history.ancestors.dtype)
-    new = _trace_back(law, history, plan, proposal, last, back_key, renewal == "backward")
+    if renewal == "backward":
+        new = _trace_back(law, history, plan, proposal, last, back_key)
+    else:
+        new = genealogy(history)[last]
     return Sweep(new, jnp.any(new != path, axis=-1), history, law, run.ess)
 
 
@@ -160,7 +164,6 @@ def _trace_back(
     proposal: Proposal,
     last: Array,
     key: PRNGKeyArray,
-    backward: bool,
 ) -> Float[Array, "N d"]:
     end = history.particles[-1][:, last]
     if len(law.nodes) == 1:
@@ -171,11 +174,10 @@ def _trace_back(
         index, end = carry
         block, node, key = now
         piece = current_piece(model, block, history, index, end)
-        if backward:
-            x = history.particles[block.start]
-            ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(x)
-            pool = make_pool(x, history.log_weights[block.start], ahead)
-            piece, _ = choose_piece(model, block, pool, piece, end, key)
+        x = history.particles[block.start]
+        ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(x)
+        pool = make_pool(x, history.log_weights[block.start], ahead)
+        piece, _ = choose_piece(model, block, pool, piece, end, key)
         return (piece.ancestor, piece.start), (piece.start, piece.states)
 
     keys = jax.random.split(key, len(law.nodes) - 1)

@@ -156,6 +156,19 @@ def test_likelihood_in_blocks_is_the_filters(x64):
         )
 
 
+@pytest.mark.parametrize("strong", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recursion_without_matrices_is_that_of_the_covariance(strong, x64):
+    fit = {"fit": "strong"} if strong else {}
+    for hurst in (0.05, 0.5, 0.9) if not strong else (0.1, 0.4, 0.6):
+        bank, steps = MarkovFBM(hurst, **fit).on_grid(np.arange(301.0), np.ones(300))
+        for quick, full in zip(
+            innovations_form(steps, bank.start, 300, True),
+            innovations_form(steps, bank.start, 300),
+            strict=True,
+        ):
+            np.testing.assert_allclose(quick, full, rtol=1e-9, atol=1e-11)
+
+
 def _walk(hurst, scale=1.0, **kwargs):
     noise = MarkovFBM(hurst, **kwargs)
     return nsde.SDE(lambda t, x, p: 0.0 * x, lambda t, x, p: p, params=scale, noise=noise)
