@@ -20,6 +20,7 @@ SLOW = {
         "kernels",
         "multiscale",
         "particles",
+        "path_guides",
     ),
     *("comparing", "missing_data", "processes", "schemes", "treatments"),
 }

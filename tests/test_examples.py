@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+VOLATILITY = ["volatility_parameters.png", "volatility_paths.png"]
+ENGINES = ["nuts", "particle_gibbs", "svi", "svi_weighted"]
 PICTURES = ["nile_level.png", "nile_parameters.png", "rate_parameters.png", "rate_prediction.png"]
 RESULTS = [
     "nile_flow.nc",
@@ -20,10 +22,10 @@ RESULTS = [
 ]
 
 
-def test_demo_writes_pictures_and_results(tmp_path: Path) -> None:
-    arviz = pytest.importorskip("arviz")
+def run_demo(output: Path, *parts: str) -> subprocess.CompletedProcess[str]:
+    demo = [sys.executable, ROOT / "examples" / "demo.py", "--quick", "--output", output]
     run = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py", "--quick", "--output", tmp_path / "out"],
+        [*demo, "--parts", *parts],
         capture_output=True,
         text=True,
         # What the demo sets for itself (the number of devices) must not come from the tests.
@@ -31,6 +33,24 @@ def test_demo_writes_pictures_and_results(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    return run
+
+
+@pytest.mark.slow
+def test_demo_compares_three_engines(tmp_path: Path) -> None:
+    arviz = pytest.importorskip("arviz")
+    run = run_demo(tmp_path / "out", "3")
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == sorted([*VOLATILITY, *(f"volatility_{name}.nc" for name in ENGINES)])
+    for name in ENGINES:
+        posterior = arviz.from_netcdf(tmp_path / "out" / f"volatility_{name}.nc")["posterior"]
+        assert posterior["v"].shape[2:] == (557,)
+    assert "Verdicts" in run.stdout
+
+
+def test_demo_writes_pictures_and_results(tmp_path: Path) -> None:
+    arviz = pytest.importorskip("arviz")
+    run = run_demo(tmp_path / "out", "1", "2")
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == sorted(PICTURES + RESULTS)
     for picture in PICTURES:
