@@ -19,6 +19,7 @@ PUBLIC = public_objects()
 SLOW = {
     *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
+    *("guides.path_laws", "guides.score", "guides.auto_path", "guides.training"),
     *("multiscale.flow", "diagnostics.scale", "distributions.fractional", "handlers"),
 }
 

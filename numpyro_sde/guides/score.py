@@ -75,13 +75,10 @@ class ConditionalScorePath(PathLaw):
         ...     x = numpyro.sample("x", nsde.SDEPath(sde, [0.0, 0.1, 0.2], dist.Normal(-1.0, 0.1)))
         ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
         >>> guide = nsde.guides.AutoPathGuide(model, path=nsde.guides.ConditionalScorePath((8,)))
-        >>> svi = numpyro.infer.SVI(
-        ...     model, guide, numpyro.optim.Adam(1e-2), numpyro.infer.Trace_ELBO())
         >>> y = jax.numpy.array([-0.9, -1.2, -1.0])
-        >>> fit = nsde.guides.fit_score(
-        ...     svi, jax.random.key(0), 1, y, score_steps=5, svi_steps=5, progress_bar=False)
-        >>> fit.losses.shape
-        (5,)
+        >>> sites = numpyro.handlers.trace(numpyro.handlers.seed(guide, 0)).get_trace(y)
+        >>> list(sites)  # train it by SVI, or with `fit_score`
+        ['x_auto_network', 'x_auto_start_shift', 'x_auto_start_factor', 'x_auto_scale', 'x']
     """
 
     hidden_dims: tuple[int, ...] = eqx.field(static=True)

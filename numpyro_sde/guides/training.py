@@ -163,6 +163,22 @@ def fit_score(
         ValueError: a count out of range.
 
     Source: arXiv:2605.05606 (2026), section on variational EM.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> from numpyro_sde.guides import AutoPathGuide, ConditionalScorePath, fit_score
+        >>> def model(y):
+        ...     sde = nsde.processes.DoubleWell(linear=2.0, cubic=2.0, scale=1.0)
+        ...     x = numpyro.sample("x", nsde.SDEPath(sde, [0.0, 0.1, 0.2], dist.Normal(-1.0, 0.1)))
+        ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+        >>> guide = AutoPathGuide(model, path=ConditionalScorePath((8,)))
+        >>> svi = numpyro.infer.SVI(
+        ...     model, guide, numpyro.optim.Adam(1e-2), numpyro.infer.Trace_ELBO())
+        >>> y = jax.numpy.array([-0.9, -1.2, -1.0])
+        >>> fit = fit_score(
+        ...     svi, jax.random.key(0), 1, y, score_steps=5, svi_steps=5, progress_bar=False)
+        >>> fit.losses.shape
+        (5,)
     """
     guide = svi.guide
     if not (isinstance(guide, AutoPathGuide) and isinstance(guide.path, ConditionalScorePath)):
