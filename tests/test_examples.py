@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 VOLATILITY = ["volatility_parameters.png", "volatility_paths.png"]
-ENGINES = ["nuts", "particle_gibbs", "svi", "svi_weighted"]
+ENGINES = ["nuts", "particle_gibbs", "svi"]
 PICTURES = ["nile_level.png", "nile_parameters.png", "rate_parameters.png", "rate_prediction.png"]
 RESULTS = [
     "nile_flow.nc",
