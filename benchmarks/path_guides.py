@@ -231,20 +231,20 @@ def panel():
         return {name: np.asarray(draws[name]) for name in names}, time.perf_counter() - start
 
     exact = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
-    long, seconds = sample(exact, 500, 4000)
-    print(f"\nreference: NUTS, path integrated out, 4,000 draws, {seconds:.0f} s")
+    long, seconds = sample(exact, 300, 2000)
+    print(f"\nreference: NUTS, path integrated out, 2,000 draws, {seconds:.0f} s")
 
     def distance(draws):
         return max(float(wasserstein(draws[n], long[n])) / long[n].std() for n in names)
 
     start = time.perf_counter()
     guide = AutoPathGuide(model)
-    params = by_bound(model, guide, y, rate=1e-2, steps=400, num_particles=1)
+    params = by_bound(model, guide, y, rate=5e-3, steps=800, num_particles=2)
     draws = guide.sample_posterior(jax.random.key(2), params, y, sample_shape=(1000,))
     fast = time.perf_counter() - start
-    print(f"SVI, 400 steps: {fast:.0f} s, worst distance {distance(draws):.3f} sd", flush=True)
+    print(f"SVI, 800 steps: {fast:.0f} s, worst distance {distance(draws):.3f} sd", flush=True)
     guided = reparam(model, config={"x": nsde.reparam.GuidedReparam()})
-    for warmup, count in ((100, 100), (200, 200), (300, 400), (500, 1000)):
+    for warmup, count in ((200, 200), (300, 400), (500, 1000)):
         draws, seconds = sample(guided, warmup, count)
         off = distance(draws)
         print(

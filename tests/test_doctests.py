@@ -20,6 +20,7 @@ SLOW = {
     *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
     *("guides.path_laws", "guides.score", "guides.auto_path", "guides.training"),
+    "infer.metric",
     *("multiscale.flow", "diagnostics.scale", "distributions.fractional", "handlers"),
 }
 

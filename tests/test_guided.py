@@ -331,6 +331,7 @@ def fit():
     return model, mcmc
 
 
+@pytest.mark.slow
 def test_posterior_is_that_of_a_grid_filter(fit):
     """Seed 0, 1,500 draws: mean and sd of log scale within 4 Monte Carlo errors."""
     _, mcmc = fit
@@ -343,12 +344,14 @@ def test_posterior_is_that_of_a_grid_filter(fit):
     assert abs(draws.std() - sd) < 4 * sd / np.sqrt(2 * spread)
 
 
+@pytest.mark.slow
 def test_posterior_innovations_are_close_to_standard_normal(fit):
     z = np.asarray(fit[1].get_samples()["x_innov"])
     assert abs(z.std() - 1.0) < 0.1
     assert np.abs(z.mean(0)).max() < 0.4
 
 
+@pytest.mark.slow
 def test_draws_predict_with_the_guided_model(fit):
     model, mcmc = fit
     draws = {k: v[:5] for k, v in mcmc.get_samples().items()}

@@ -3,6 +3,7 @@
 from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
+from numpyro_sde.infer.metric import guided_metric
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
 from numpyro_sde.infer.pmmh import PMMH, PMMHState
@@ -20,6 +21,7 @@ __all__ = [
     "Score",
     "UnderdampedLangevin",
     "UnderdampedLangevinState",
+    "guided_metric",
     "parisian_gibbs",
     "score",
 ]

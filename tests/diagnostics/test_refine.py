@@ -123,6 +123,7 @@ class ParametersThenPath:
         return ("x",)
 
 
+@pytest.mark.slow
 def test_auxiliary_sites_are_held():
     """`first_latent` is held; `theta`, a Delta at it, follows."""
     mean, sd, log_z = exact_theta()
