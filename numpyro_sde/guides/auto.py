@@ -88,8 +88,9 @@ class AutoFlow(AutoContinuous):
         prefix: Put before the name of each parameter: `{prefix}_loc`, `{prefix}_scale_tril` (or
             `{prefix}_scale`), `{prefix}_flow` (or `{prefix}_arn__{i}$params`).
         init_loc_fn: NumPyro's initialisation strategy, which gives the initial `loc`.
-        init_scale: Initial standard deviation of each unconstrained coordinate: one number, or for
-            each site one or an array of its unconstrained shape.
+        init_scale: Initial standard deviation of each unconstrained coordinate; or their initial
+            covariance `(D, D)` in blocks of sites, `{("rate", "scale"): covariance}`, as NumPyro's
+            kernels take `inverse_mass_matrix`.
         num_quantile_draws: Size, a power of two, of the fixed set of draws behind `median` and
             `quantiles`.
         forward_mode_differentiation: As in NumPyro's `AutoContinuous`.
@@ -128,7 +129,7 @@ class AutoFlow(AutoContinuous):
         bound: float = 4.0,
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float | Mapping[str, ArrayLike] = 0.1,
+        init_scale: float | Mapping[tuple[str, ...], ArrayLike] = 0.1,
         num_quantile_draws: int = 8192,
         forward_mode_differentiation: bool = False,
     ) -> None:
@@ -136,8 +137,7 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"flow must be one of {', '.join(get_args(FlowName))}, got {flow!r}")
         if covariance not in (None, "full", "diagonal"):
             raise ValueError(f"covariance must be 'full' or 'diagonal', got {covariance!r}")
-        scales = init_scale.values() if isinstance(init_scale, Mapping) else [init_scale]
-        if not all(np.all(np.asarray(scale) > 0.0) for scale in scales):
+        if not isinstance(init_scale, Mapping) and not init_scale > 0.0:
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         if num_quantile_draws < 1 or num_quantile_draws & (num_quantile_draws - 1):
             raise ValueError(f"num_quantile_draws must be a power of two, got {num_quantile_draws}")
@@ -257,27 +257,38 @@ class AutoFlow(AutoContinuous):
         if covariance == "diagonal":
             scale = numpyro.param(
                 f"{self.prefix}_scale",
-                self._init_scales(),
+                jnp.sqrt(jnp.sum(self._init_factor() ** 2, axis=1)),
                 constraint=constraints.softplus_positive,
             )
             return IndependentTransform(AffineTransform(loc, scale), 1)
         scale_tril = numpyro.param(
             f"{self.prefix}_scale_tril",
-            jnp.diag(self._init_scales()),
+            self._init_factor(),
             constraint=constraints.scaled_unit_lower_cholesky,
         )
         return LowerCholeskyAffine(loc, scale_tril)
 
-    def _init_scales(self) -> Float[Array, " latent"]:
+    def _init_factor(self) -> Float[Array, "latent latent"]:
+        """Lower factor of the initial covariance, sites in the guide's order."""
         if not isinstance(self.init_scale, Mapping):
-            return jnp.full(self.latent_dim, self.init_scale)
-        if missing := set(self._init_locs) - set(self.init_scale):
-            raise ValueError(f"init_scale has no entry for {sorted(missing)}")
-        parts = [
-            jnp.broadcast_to(jnp.asarray(self.init_scale[name]), jnp.shape(loc)).ravel()
-            for name, loc in self._init_locs.items()
-        ]
-        return jnp.concatenate(parts).astype(jnp.result_type(float))
+            return self.init_scale * jnp.identity(self.latent_dim)
+        sizes = {name: int(np.size(loc)) for name, loc in self._init_locs.items()}
+        named = [name for names in self.init_scale for name in names]
+        if sorted(named) != sorted(sizes):
+            raise ValueError(
+                f"init_scale must have each of {sorted(sizes)} once, got {sorted(named)}"
+            )
+        starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+        covariance = jnp.zeros((self.latent_dim, self.latent_dim))
+        for names, block in self.init_scale.items():
+            where = np.concatenate([starts[name] + np.arange(sizes[name]) for name in names])
+            if jnp.shape(block) != (where.size, where.size):
+                raise ValueError(
+                    f"init_scale of {names} must have shape {(where.size, where.size)}, got "
+                    f"{jnp.shape(block)}"
+                )
+            covariance = covariance.at[np.ix_(where, where)].set(jnp.asarray(block))
+        return jnp.linalg.cholesky(covariance)
 
     def _coupling_layers(self, kind: CouplingKind) -> list[Transform]:
         create = partial(

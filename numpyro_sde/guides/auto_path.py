@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import biject_to
 from numpyro.handlers import block, seed, substitute
@@ -202,10 +201,10 @@ class AutoPathGuide(AutoGuide):
         }
         start = {name: site["value"] for name, site in self._sites.items()}
         if start and self.init == "mode":
-            mode, scales = self._find_mode(full, args, kwargs)
+            mode, covariance = self._find_mode(full, args, kwargs)
             start |= mode
             if mode and isinstance(self.parameters, AutoFlow):
-                self.parameters.init_scale = scales
+                self.parameters.init_scale = covariance
             if mode and isinstance(self.parameters, AutoGuide):
                 # Sites in a subsampled plate begin at the median: their guide sees a batch.
                 self.parameters.init_loc_fn = init_to_value(
@@ -232,8 +231,8 @@ class AutoPathGuide(AutoGuide):
 
     def _find_mode(
         self, full: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The mode with the paths integrated out, and standard deviations there, unconstrained.
+    ) -> tuple[dict[str, Array], dict[tuple[str, ...], Array]]:
+        """The mode with the paths integrated out, and the covariance there, unconstrained.
 
         Nothing where it cannot be found beforehand.
         """
@@ -245,9 +244,8 @@ class AutoPathGuide(AutoGuide):
             values = constrain(*args, **kwargs)(found.z)
         if is_traced(values):
             return {}, {}
-        _, back = ravel_pytree(found.z)
-        scales = back(jnp.sqrt(jnp.sum(found.factor**2, axis=1)))
-        return {name: value for name, value in values.items() if name in self._sites}, scales
+        covariance = {tuple(sorted(found.z)): found.factor @ found.factor.T}
+        return {name: value for name, value in values.items() if name in self._sites}, covariance
 
     def _shared_vector(self, values: Mapping[str, Array]) -> Float[Array, " theta"]:
         """Parameters outside every plate, unconstrained, as one vector; empty if too long."""

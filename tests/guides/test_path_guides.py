@@ -15,6 +15,7 @@ from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.guides import (
+    AutoFlow,
     AutoPathGuide,
     ConditionalScorePath,
     ControlledPath,
@@ -280,6 +281,22 @@ def test_bad_arguments_are_named():
         ControlledPath(num_context=-1)
     with pytest.raises(ValueError, match="jump_weight must be positive"):
         ConditionalScorePath(jump_weight=0.0)
+
+
+def test_a_flow_starts_at_a_given_covariance():
+    def model():
+        numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        numpyro.sample("a", dist.LogNormal(0.0, 1.0))
+
+    covariance = np.array([[2.0, 0.3, 0.1], [0.3, 1.0, 0.2], [0.1, 0.2, 0.5]])
+    guide = AutoFlow(model, num_flows=1, init_scale={("a", "b"): covariance})
+    factor = parameters_of(guide)["auto_scale_tril"]
+    order = [1, 2, 0] if list(guide._init_locs) == ["b", "a"] else [0, 1, 2]
+    np.testing.assert_allclose(factor @ factor.T, covariance[np.ix_(order, order)], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"must have each of \['a', 'b'\] once"):
+        parameters_of(AutoFlow(model, init_scale={("a",): np.eye(1)}))
+    with pytest.raises(ValueError, match=r"must have shape \(3, 3\)"):
+        parameters_of(AutoFlow(model, init_scale={("a", "b"): np.eye(2)}))
 
 
 def test_models_that_cannot_be_guided_are_refused():
