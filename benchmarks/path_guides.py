@@ -239,10 +239,10 @@ def panel():
 
     start = time.perf_counter()
     guide = AutoPathGuide(model)
-    params = by_bound(model, guide, y, rate=5e-3, steps=800, num_particles=2)
+    params = by_bound(model, guide, y, rate=2e-3, steps=500, num_particles=2)
     draws = guide.sample_posterior(jax.random.key(2), params, y, sample_shape=(1000,))
     fast = time.perf_counter() - start
-    print(f"SVI, 800 steps: {fast:.0f} s, worst distance {distance(draws):.3f} sd", flush=True)
+    print(f"SVI, 500 steps: {fast:.0f} s, worst distance {distance(draws):.3f} sd", flush=True)
     guided = reparam(model, config={"x": nsde.reparam.GuidedReparam()})
     for warmup, count in ((200, 200), (300, 400), (500, 1000)):
         draws, seconds = sample(guided, warmup, count)

@@ -100,9 +100,15 @@ class PathLaw(eqx.Module):
 
     @abstractmethod
     def log_prob(
-        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, path: Array
+        self,
+        model: StateSpaceModel,
+        place: Place,
+        shared: Any,
+        local: Any,
+        path: Array,
+        normals: Array | None = None,
     ) -> Array:
-        """Log density of a path given its first state."""
+        """Log density of a path given its first state; `normals` are those behind it, if known."""
 
 
 class GaussianMarkovPath(PathLaw):
@@ -166,7 +172,13 @@ class GaussianMarkovPath(PathLaw):
         return model.visible(path), drawn.log_density - log_det
 
     def log_prob(
-        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, path: Array
+        self,
+        model: StateSpaceModel,
+        place: Place,
+        shared: Any,
+        local: Any,
+        path: Array,
+        normals: Array | None = None,
     ) -> Array:
         del shared
         if model.num_times == 1:
@@ -176,7 +188,7 @@ class GaussianMarkovPath(PathLaw):
         free = _num_free(model)
         d = _to_deviation(model, x, reference[:, :free])
         _, log_det = _from_deviation(model, d, reference[:, :free])
-        return weigh_gaussian(place.along, self._control(place), local, d) - log_det
+        return weigh_gaussian(place.along, self._control(place), local, d, normals) - log_det
 
 
 class ControlledPath(PathLaw):
@@ -276,10 +288,16 @@ class ControlledPath(PathLaw):
         return drawn_path(model, place, control, now, x0, z)
 
     def log_prob(
-        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, path: Array
+        self,
+        model: StateSpaceModel,
+        place: Place,
+        shared: Any,
+        local: Any,
+        path: Array,
+        normals: Array | None = None,
     ) -> Array:
         control, now = self._prepare(model, place, shared, local)
-        return path_log_prob(model, place, control, now, path)
+        return path_log_prob(model, place, control, now, path, normals)
 
 
 def drawn_path(
@@ -291,12 +309,17 @@ def drawn_path(
 
 
 def path_log_prob(
-    model: StateSpaceModel, place: Place, control: Control, now: Any, path: Array
+    model: StateSpaceModel,
+    place: Place,
+    control: Control,
+    now: Any,
+    path: Array,
+    normals: Array | None,
 ) -> Array:
     """Log density of a path under a control."""
     states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
     states = jnp.reshape(states, (model.num_times, -1))
-    return weigh_controlled(model, place.along, control, now, states)
+    return weigh_controlled(model, place.along, control, now, states, normals)
 
 
 def _num_free(model: StateSpaceModel) -> int:

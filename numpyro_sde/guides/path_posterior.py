@@ -243,7 +243,7 @@ class PathPosterior:
 
         drawn, log_q = self.map(one, (z0, z), (1, len(path.innovation_shape)))
         if self._gradient == "landing":
-            log_q = self._held()._density(drawn)
+            log_q = self._held()._density(drawn, (z0, z))
         return drawn, log_q
 
     def _held(self) -> PathPosterior:
@@ -253,7 +253,7 @@ class PathPosterior:
         held.shared, held.start = lax.stop_gradient((self.shared, self.start))
         return held
 
-    def _density(self, value: Array) -> Array:
+    def _density(self, value: Array, normals: tuple[Array, ...] = ()) -> Array:
         path, lead = self.site.path, self.site.lead
         extra = jnp.shape(value)[: jnp.ndim(value) - path.event_dim]
         if extra != lead:  # draws in front
@@ -262,8 +262,12 @@ class PathPosterior:
             flat = jnp.reshape(value, (-1, *lead, *path.event_shape))
             return jnp.reshape(jax.vmap(self._density)(flat), front + lead)
 
-        def one(model: Any, place: Any, start: Any, local: Any, value: Array) -> Any:
-            log_start = start.log_prob(jnp.ravel(value[0]))
-            return log_start + self.family.log_prob(model, place, self.shared, local, value)
+        def one(
+            model: Any, place: Any, start: Any, local: Any, value: Array, *normals: Array
+        ) -> Any:
+            z0, z = normals or (None, None)
+            log_start = start.log_prob(jnp.ravel(value[0]), z0)
+            return log_start + self.family.log_prob(model, place, self.shared, local, value, z)
 
-        return self.map(one, (value,), (path.event_dim,))
+        dims = (1, len(path.innovation_shape)) if normals else ()
+        return self.map(one, (value, *normals), (path.event_dim, *dims))

@@ -123,10 +123,16 @@ class ConditionalScorePath(PathLaw):
         return drawn_path(model, place, control, now, x0, z)
 
     def log_prob(
-        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, path: Array
+        self,
+        model: StateSpaceModel,
+        place: Place,
+        shared: Any,
+        local: Any,
+        path: Array,
+        normals: Array | None = None,
     ) -> Array:
         control, now = self._prepare(model, place, shared, local)
-        return path_log_prob(model, place, control, now, path)
+        return path_log_prob(model, place, control, now, path, normals)
 
     def residual(
         self, model: StateSpaceModel, place: Place, network: Any, path: Array, key: PRNGKeyArray

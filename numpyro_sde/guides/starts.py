@@ -13,7 +13,7 @@ from numpyro.distributions import Distribution, biject_to
 from numpyro_sde.distributions.moments import is_gaussian
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.guides.steps import Along
+from numpyro_sde.guides.steps import Along, hold_value
 from numpyro_sde.linear.small import (
     cholesky,
     congruence,
@@ -100,13 +100,13 @@ class StartLaw:
         log_q = jnp.sum(_log_normal(z)) - self.log_det - self._jacobian(y)
         return jnp.pad(x, (0, self.model.dim - x.size)), log_q
 
-    def log_prob(self, x: Float[Array, " u"]) -> Array:
-        """Log density of a first state."""
+    def log_prob(self, x: Float[Array, " u"], normals: Array | None = None) -> Array:
+        """Log density of a first state; `normals` are those behind it, if known."""
         if self.kind == "fixed":
             return jnp.zeros((), x.dtype)
         y = x if self.kind == "normal" else self.inverse(x)
         v = self._whitened(y - self.mean) - self.params["shift"]
-        z = solve_lower(self.factor, v[:, None])[:, 0]
+        z = hold_value(solve_lower(self.factor, v[:, None])[:, 0], normals)
         return jnp.sum(_log_normal(z)) - self.log_det - self._jacobian(y)
 
     def _spread(self, v: Array) -> Array:

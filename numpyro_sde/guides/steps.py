@@ -97,8 +97,14 @@ def _transform(control: Control, local: Any, pull: Pull, z: Array) -> tuple[Arra
     return w, log_det - jnp.sum(jnp.log(diagonal(pull.L)))
 
 
-def _whiten(control: Control, local: Any, pull: Pull, w: Array) -> tuple[Array, Array]:
-    """The standard normals behind innovations, and the same log determinant."""
+def _whiten(
+    control: Control, local: Any, pull: Pull, w: Array, known: Array | None
+) -> tuple[Array, Array]:
+    """The standard normals behind innovations, and the same log determinant.
+
+    Where they are known, the map gives their derivatives alone. Recovered from a path in float32
+    they are rounding where a factor is small, and a bound made of them rewards small factors.
+    """
     shift, factor = control(local, pull)
     v = matvec(transpose(pull.L), w) - pull.half - shift
     if factor.ndim == 1:
@@ -106,7 +112,19 @@ def _whiten(control: Control, local: Any, pull: Pull, w: Array) -> tuple[Array, 
     else:
         z = solve_lower(_unpack_factor(factor), v[:, None])[:, 0]
         log_det = jnp.sum(diagonal(factor))
-    return z, log_det - jnp.sum(jnp.log(diagonal(pull.L)))
+    return hold_value(z, known), log_det - jnp.sum(jnp.log(diagonal(pull.L)))
+
+
+def hold_value(z: Array, known: Array | None) -> Array:
+    """Normals with their known value and the derivatives of the map that recovers them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.guides.steps import hold_value
+        >>> hold_value(jnp.array(1.5), jnp.array(2.0)).item()
+        2.0
+    """
+    return z if known is None else known + (z - lax.stop_gradient(z))
 
 
 def _unpack_factor(factor: Array) -> Array:
@@ -162,15 +180,29 @@ def draw_controlled(
 
 
 def weigh_controlled(
-    model: StateSpaceModel, along: Along, control: Control, local: Any, states: Array
+    model: StateSpaceModel,
+    along: Along,
+    control: Control,
+    local: Any,
+    states: Array,
+    normals: Array | None = None,
 ) -> Float[Array, ""]:
-    """Log density of a path that was not drawn here; all steps at once, no recursion."""
+    """Log density of a path given its first state; all steps at once, no recursion.
+
+    Args:
+        model: the path and its instruments.
+        along: the guide.
+        control: what is learned.
+        local: its inputs at each step.
+        states: the path, `(N, d)`.
+        normals: those that it was drawn from, where known, `(N - 1, *innovations)`.
+    """
     if model.num_times == 1:
         return jnp.zeros((), states.dtype)
     scheme, direct = model.scheme, _is_direct(model)
 
     def step(x: Array, new: Array, inputs: Any) -> tuple[Array, Array, Array]:
-        (t, dt, cache), H, e, following, local = inputs
+        (t, dt, cache), H, e, following, local, known = inputs
         mean, B = _step_from(model, t, dt, x, cache)
         more: Any = 0.0
         if direct:
@@ -179,10 +211,10 @@ def weigh_controlled(
             state, following_state = model.to_state(x), model.to_state(new)
             w = jnp.ravel(scheme.invert(model.sde, t, dt, state, following_state, cache))
         pull = pull_of(H, e, x, mean, mean - following, B)
-        z, log_det = _whiten(control, local, pull, w)
+        z, log_det = _whiten(control, local, pull, w, known)
         return w, z, log_det + more
 
-    inputs = (model.step_inputs(), *_ahead(along), local)
+    inputs = (model.step_inputs(), *_ahead(along), local, _flat(normals))
     w, z, log_det = jax.vmap(step)(states[:-1], states[1:], inputs)
     return _log_density(model, states, w, z, log_det)
 
@@ -231,6 +263,10 @@ def _moved_by(model: StateSpaceModel, mean: Array, B: Array, new: Array) -> tupl
     return (gap / B if B.ndim == 1 else jnp.linalg.solve(B, gap)), log_det
 
 
+def _flat(normals: Array | None) -> Array | None:
+    return None if normals is None else jnp.reshape(normals, (normals.shape[0], -1))
+
+
 def _ahead(along: Along) -> tuple[Array, Array, Array]:
     guide = along.guide
     return guide.H[1:], guide.e[1:], guide.reference[1:]
@@ -271,23 +307,34 @@ def draw_gaussian(
 
 
 def weigh_gaussian(
-    along: Along, control: Control, local: Any, free: Float[Array, "N u"]
+    along: Along,
+    control: Control,
+    local: Any,
+    free: Float[Array, "N u"],
+    normals: Array | None = None,
 ) -> Float[Array, ""]:
     """Log density of deviations after the first; of a state with a memory its free part."""
     num_free = free.shape[1]
     dim = along.guide.reference.shape[1]
 
     def step(d: Array, inputs: Any) -> tuple[Array, Array]:
-        (A, c, B), H, e, local, new = inputs
+        (A, c, B), H, e, local, new, known = inputs
         mean = matvec(A, d) + c
         gap = new - mean[:num_free]
         w = gap / B if B.ndim == 1 else jnp.linalg.solve(B[:num_free], gap)
-        z, log_det = _whiten(control, local, pull_of(H, e, d, mean, mean, B), w)
+        z, log_det = _whiten(control, local, pull_of(H, e, d, mean, mean, B), w, known)
         d = mean + (B * w if B.ndim == 1 else matvec(B, w))
         return d, jnp.sum(_log_normal(z)) - log_det - _log_det(B, num_free)
 
     d0 = jnp.pad(free[0], (0, dim - num_free))
-    inputs = (along.linear[:3], along.guide.H[1:], along.guide.e[1:], local, free[1:])
+    inputs = (
+        along.linear[:3],
+        along.guide.H[1:],
+        along.guide.e[1:],
+        local,
+        free[1:],
+        _flat(normals),
+    )
     _, terms = lax.scan(jax.checkpoint(step), d0, inputs)
     return jnp.sum(terms)
 
