@@ -8,13 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import make_statement, run_method
-from numpyro_sde.filters.model import AbstractFilter, FilterResult
+from numpyro_sde.distributions.state_space import Statement, make_statement, run_method
+from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.filters.particle import Particle
 from numpyro_sde.observe import check_data, check_indices
+from numpyro_sde.smc.online import OnlineSums
 
 
 def filter_path(
@@ -59,6 +61,93 @@ def filter_path(
         >>> result.mean.shape, result.smooth()[1].shape
         ((3, 1), (3, 1, 1))
     """
+    statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
+    return run_method(
+        path, lead, [(statement, y)], method, lambda method, model: method.filter(model)
+    )
+
+
+def filter_additive(
+    path: SDEPath,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    functional: Callable[[Array, Array, Array, Array], Array],
+    *,
+    method: Particle,
+    num_backward: int = 2,
+    params: Any = None,
+    event_dims: Any = None,
+    inputs: Any = None,
+    at: ArrayLike | None = None,
+) -> OnlineSums:
+    """Smoothed sums along a path while a particle filter runs, in constant memory: PaRIS.
+
+    The expectation of `sum_k functional(t_k, dt_k, x_k, x_{k+1})` given the data up to each
+    observed time. Every particle carries an estimate of its sum, updated at each observation by
+    `num_backward` backward draws (Olsson and Westerborn 2017): nothing is kept of the past, so
+    beyond the data and the estimates memory is that of the particles between two observations,
+    however long the series. The guided proposal keeps its plan too, some `d x d` matrices for each
+    grid time; "bootstrap" does not. When the filter's history fits in memory and several sums or
+    paths are wanted, `ParticleResult.additive` and `sample` serve as well.
+
+    Args:
+        path: the law of the path, its parameters given; a batch gives a batch of results.
+        emission: as in `observe`.
+        obs: the data, shape `(*batch, K, *observation)`; NaN marks what is missing.
+        functional: the term of one grid step, states `(d,)`; any shape.
+        method: `filters.Particle`; its `history` is not looked at.
+        num_backward: ancestors drawn for each particle, at least 2.
+        params: as in `observe`.
+        event_dims: as in `observe`.
+        inputs: as in `observe`.
+        at: indices into the path of the K times observed; None for all.
+
+    Returns:
+        `sums`, `(*batch, blocks, ...)`: the expected sum up to the end of each block between
+        observed times (the first and the last time of the path count as such), given the data up
+        to there, the last given all data; and `log_likelihood`.
+
+    Raises:
+        TypeError: a method that is not `filters.Particle`, or an emission of the wrong kind.
+        ValueError: data that do not fit, a transition without density, fewer than 2 ancestors, or
+            a filter with several random keys.
+
+    Source: Olsson and Westerborn (2017), "Efficient particle-based online smoothing in general
+    hidden Markov models: the PaRIS algorithm".
+
+    Example:
+        >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> ou = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=1.0)
+        >>> path = nsde.SDEPath(ou, [0.0, 1.0, 2.0], init=dist.Normal(0.0, 0.7))
+        >>> area = nsde.filter_additive(
+        ...     path, lambda t, x: dist.Normal(x, 0.5), np.array([0.3, np.nan, -0.1]),
+        ...     lambda t, dt, x, x_next: 0.5 * dt * (x + x_next)[0],
+        ...     method=nsde.filters.Particle(100, proposal="bootstrap"),
+        ... )
+        >>> area.sums.shape  # up to the second and up to the third time
+        (2,)
+    """
+    if not isinstance(method, Particle):
+        raise TypeError(f"method must be nsde.filters.Particle(...), got {method!r}")
+    statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
+
+    def run(method: Any, model: StateSpaceModel) -> OnlineSums:
+        return method.additive(model, functional, num_backward=num_backward)
+
+    return run_method(path, lead, [(statement, y)], method, run)
+
+
+def _checked(
+    path: SDEPath,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    method: AbstractFilter,
+    params: Any,
+    event_dims: Any,
+    inputs: Any,
+    at: ArrayLike | None,
+) -> tuple[Statement, tuple[int, ...], Any]:
+    """The observation statement, leading shape and data of one path and its filter."""
     if not isinstance(path, SDEPath):
         raise TypeError(f"path must be an SDEPath, got {type(path).__name__}")
     if not isinstance(method, AbstractFilter):
@@ -73,7 +162,4 @@ def filter_path(
         emissions.batch_shape,
         np.shape(y)[: np.ndim(y) - len(statement.event_shape)],
     )
-
-    return run_method(
-        path, lead, [(statement, y)], method, lambda method, model: method.filter(model)
-    )
+    return statement, lead, y
