@@ -22,6 +22,7 @@ from numpyro_sde.smc.particle_filter import History, Run, Setting, over_particle
 from numpyro_sde.smc.proposals import PROPOSALS, Guided
 from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
+from numpyro_sde.smc.two_filter import TwoFilterResult, two_filter
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 
@@ -198,18 +199,26 @@ class Particle(AbstractFilter):
         num_backward: int = 2,
     ) -> OnlineSums:
         """Smoothed sums along the path while the filter runs: see `nsde.filter_additive`."""
-        reason = invertible(model)
-        if reason:
-            raise ValueError(f"filter_additive weighs transitions, but {reason}")
-        if self.random_key.ndim:
-            raise ValueError(
-                f"filter_additive needs a filter with one random key, got "
-                f"key of shape {self.random_key.shape}"
-            )
+        self._check_weighing(model, "filter_additive")
         run = partial(additive_online, model, self.setting, self.random_key, functional)
         result = jax.jit(lambda: run(num_backward=num_backward))()
         jax.debug.callback(_warn_of_collapse, result.log_likelihood)
         return result
+
+    def two_filter(self, model: StateSpaceModel) -> TwoFilterResult:
+        """Smoothed marginals by particles that run both ways: see `nsde.two_filter`."""
+        self._check_weighing(model, "two_filter")
+        return jax.jit(lambda: two_filter(model, self.setting, self.random_key))()
+
+    def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
+        reason = invertible(model)
+        if reason:
+            raise ValueError(f"{caller} weighs transitions, but {reason}")
+        if self.random_key.ndim:
+            raise ValueError(
+                f"{caller} needs a filter with one random key, got key of shape "
+                f"{self.random_key.shape}"
+            )
 
     def filter(self, model: StateSpaceModel) -> ParticleResult:
         """Run the filter; with `history`, keep what smoothing needs.

@@ -10,8 +10,8 @@ import pytest
 from particle_models import (
     OU,
     Y,
+    dense,
     emission,
-    exact,
     on_model,
     ou_path,
     replicate,
@@ -36,12 +36,10 @@ def area_and_squares(t, dt, x, x_next):
 
 def wanted_sums(fine):
     """Log likelihood, and the expected sums from the exact smoothing moments."""
-    result = exact(fine)
-    mean, cov = result.smooth()
-    mean, variance = np.asarray(mean)[:, 0], np.asarray(cov)[:, 0, 0]
+    log_likelihood, mean, variance = dense(fine)
     dt = np.diff(np.asarray(ou_path(fine)[0].times))
     sums = np.array([np.sum(mean[:-1] * dt), np.sum(mean[1:] ** 2 + variance[1:])])
-    return float(result.log_likelihood), sums
+    return log_likelihood, sums
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,8 @@ def test_sums_are_those_of_the_smoothing_law(fine, proposal, threshold, x64):
     log_likelihood, wanted = wanted_sums(fine)
     w = np.exp(logs - log_likelihood)[:, None]
     assert np.max(standard_scores(w * (sums - wanted), 0.0)) < 4
-    assert np.max(standard_scores(w, 1.0)) < 4
+    # The model's parameters are in single precision.
+    assert abs(w.mean() - 1.0) < 4 * w.std(ddof=1) / np.sqrt(NUM) + 1e-7
 
 
 def term(t, dt, x, x_next):
