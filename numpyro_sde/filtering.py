@@ -179,8 +179,8 @@ def two_filter(
         ValueError: data that do not fit, a transition without density, or a filter with several
             random keys.
 
-    Source: Briers, Doucet and Maskell (2010), "Smoothing algorithms for state-space models"; Fearnhead,
-    Wyncoll and Tawn (2010) for normal artificial laws.
+    Source: Briers, Doucet and Maskell (2010), "Smoothing algorithms for state-space models";
+    Fearnhead, Wyncoll and Tawn (2010) for normal artificial laws.
 
     Example:
         >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde

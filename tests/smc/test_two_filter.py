@@ -11,6 +11,7 @@ import numpyro_sde as nsde
 from numpyro_sde.filters import Particle
 from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.smc.backward import Dynamics
+from numpyro_sde.smc.online import additive_online
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.smoothers import draw_paths
 from numpyro_sde.smc.two_filter import two_filter
@@ -130,3 +131,49 @@ def test_a_single_time_and_what_is_refused():
     rough = nsde.SDEPath(fhn, [0.0, 0.1], jnp.array([-0.8, -0.5]), scheme=nsde.schemes.Euler())
     with pytest.raises(ValueError, match="two_filter weighs transitions"):
         nsde.two_filter(rough, lambda t, x: dist.Normal(x[0], 0.1), [0.1, 0.2], method=Particle(10))
+
+
+def rotation_terms(t, dt, x, x_next):
+    return dt * x[0] * x[1] + x_next
+
+
+@pytest.mark.slow
+def test_two_states_one_seen(x64):
+    # A noisy rotation, one coordinate seen: smoothed moments and a sum of both, from Kalman's.
+    sde = nsde.processes.LinearSDE(
+        jnp.array([[-0.3, 1.0], [-1.0, -0.3]]), jnp.zeros(2), jnp.array([[0.5, 0.0], [0.3, 0.6]])
+    )
+    times = np.array([0.0, 0.3, 0.7, 1.1])
+    path = nsde.SDEPath(
+        sde, times, dist.MultivariateNormal(jnp.ones(2), jnp.eye(2)), scheme=nsde.schemes.Euler()
+    )
+    y = np.array([0.8, 1.1, np.nan, 0.2])
+
+    def law(t, x):
+        return dist.Normal(x[0], 0.3)
+
+    exact = nsde.filter_path(path, law, y, method=nsde.filters.Kalman())
+    mean, cov = (np.asarray(a) for a in exact.smooth())
+    dt = np.diff(times)[:, None]
+    product = (mean[:-1, :1] * mean[:-1, 1:] + cov[:-1, 0, 1:]) * dt
+    sums = np.sum(product + mean[1:], axis=0)
+    chosen = setting(300, "bootstrap")
+
+    def one(model, key):
+        ours = two_filter(model, chosen, key)
+        online = additive_online(model, chosen, key, rotation_terms)
+        return ours.mean, ours.cov, (online.log_likelihood, online.sums[-1])
+
+    keys = jax.random.split(jax.random.key(3), 200)
+
+    def run(model):
+        return jax.lax.map(lambda k: one(model, k), keys, batch_size=10)
+
+    # Biases of order 1 / M are below a tenth of the standard errors of 200 runs.
+    m, c, (logs, online) = jax.tree.map(
+        np.asarray, jax.jit(lambda: on_model(path, np.arange(4), y, run, law))()
+    )
+    assert np.max(scores(m, mean)) < 4
+    assert np.max(scores(c, cov)) < 4
+    w = np.exp(logs - float(exact.log_likelihood))[:, None]
+    assert np.max(scores(w * (online - sums), 0.0)) < 4
