@@ -47,6 +47,7 @@ def test_linear_moments(fine, proposal, x64):
     assert np.min(ess.mean(0)) > 100
 
 
+@pytest.mark.slow
 def test_public_function_on_a_linear_model(x64):
     path, at = ou_path(False)
     result = nsde.two_filter(path, emission, Y, method=Particle(2000, seed=1), at=at)
