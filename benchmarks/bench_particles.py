@@ -166,13 +166,15 @@ def variance_table(noise=1.0):
     states = np.asarray(nsde.SDEPath(sde, fine, start).sample(jax.random.key(3)))[fine.index]
     y = states + noise * np.random.default_rng(0).normal(size=states.shape)
     y[0] = np.nan
-    print("| steps | proposal | particles | variance | CPU ms | variance x ms | ratio |")
-    print("|" + " --- |" * 7)
+    print(
+        "| steps | proposal | particles | variance | its error | CPU ms | variance x ms | ratio |"
+    )
+    print("|" + " --- |" * 8)
     for substeps in (10, 50, 200):
         grid = nsde.TimeGrid(times, 1.0001 / substeps)
         path = nsde.SDEPath(sde, grid, start)
         products = []
-        for proposal, num_particles in (("bootstrap", 2000), ("guided", 250)):
+        for proposal, num_particles, repeats in (("bootstrap", 2000, 40), ("guided", 250, 400)):
 
             def run(key, path=path, grid=grid, proposal=proposal, num_particles=num_particles):
                 method = nsde.filters.Particle(num_particles, proposal=proposal, key=key)
@@ -185,13 +187,14 @@ def variance_table(noise=1.0):
                 ).log_likelihood
 
             executable, _ = compiled(run, jax.random.key(0))
-            logs = [executable(jax.random.key(i)) for i in range(40)]
+            logs = np.asarray([executable(jax.random.key(i)) for i in range(repeats)])
             cost = cpu_ms(executable, jax.random.key(0), repeats=5)
-            variance = float(np.var(np.asarray(logs), ddof=1))
+            variance = float(np.var(logs, ddof=1))
+            error = float(np.std((logs - logs.mean()) ** 2) / np.sqrt(repeats))
             products.append(variance * cost)
             print(
-                f"| {substeps} | {proposal} | {num_particles} | {variance:.4f} | {cost:.1f} | "
-                f"{products[-1]:.3g} | {products[0] / products[-1]:.0f} |",
+                f"| {substeps} | {proposal} | {num_particles} | {variance:.4f} | {error:.4f} | "
+                f"{cost:.1f} | {products[-1]:.3g} | {products[0] / products[-1]:.0f} |",
                 flush=True,
             )
 

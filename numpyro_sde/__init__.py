@@ -15,7 +15,7 @@ from numpyro_sde import (
     schemes,
 )
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.filtering import filter_path
+from numpyro_sde.filtering import filter_additive, filter_path, two_filter
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
@@ -34,6 +34,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "distributions",
+    "filter_additive",
     "filter_path",
     "filters",
     "guides",
@@ -47,4 +48,5 @@ __all__ = [
     "reparam",
     "schemes",
     "smooth",
+    "two_filter",
 ]

@@ -8,13 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import make_statement, run_method
-from numpyro_sde.filters.model import AbstractFilter, FilterResult
+from numpyro_sde.distributions.state_space import Statement, make_statement, run_method
+from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.filters.particle import Particle
 from numpyro_sde.observe import check_data, check_indices
+from numpyro_sde.smc.online import OnlineSums
+from numpyro_sde.smc.two_filter import TwoFilterResult
 
 
 def filter_path(
@@ -59,6 +62,162 @@ def filter_path(
         >>> result.mean.shape, result.smooth()[1].shape
         ((3, 1), (3, 1, 1))
     """
+    statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
+    return run_method(
+        path, lead, [(statement, y)], method, lambda method, model: method.filter(model)
+    )
+
+
+def filter_additive(
+    path: SDEPath,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    functional: Callable[[Array, Array, Array, Array], Array],
+    *,
+    method: Particle,
+    num_backward: int = 2,
+    params: Any = None,
+    event_dims: Any = None,
+    inputs: Any = None,
+    at: ArrayLike | None = None,
+) -> OnlineSums:
+    """Smoothed sums along a path while a particle filter runs, in constant memory: PaRIS.
+
+    The expectation of `sum_k functional(t_k, dt_k, x_k, x_{k+1})` given the data up to each
+    observed time. Every particle carries an estimate of its sum, updated at each observation by
+    `num_backward` backward draws (Olsson and Westerborn 2017): nothing is kept of the past, so
+    beyond the data and the estimates memory is that of the particles between two observations,
+    however long the series. The guided proposal keeps its plan too, some `d x d` matrices for each
+    grid time; "bootstrap" does not. When the filter's history fits in memory and several sums or
+    paths are wanted, `ParticleResult.additive` and `sample` serve as well.
+
+    Args:
+        path: the law of the path, its parameters given; a batch gives a batch of results.
+        emission: as in `observe`.
+        obs: the data, shape `(*batch, K, *observation)`; NaN marks what is missing.
+        functional: the term of one grid step, states `(d,)`; any shape.
+        method: `filters.Particle`; its `history` is not looked at.
+        num_backward: ancestors drawn for each particle, at least 2.
+        params: as in `observe`.
+        event_dims: as in `observe`.
+        inputs: as in `observe`.
+        at: indices into the path of the K times observed; None for all.
+
+    Returns:
+        `sums`, `(*batch, blocks, ...)`: the expected sum up to the end of each block between
+        observed times (the first and the last time of the path count as such), given the data up
+        to there, the last given all data; and `log_likelihood`.
+
+    Raises:
+        TypeError: a method that is not `filters.Particle`, or an emission of the wrong kind.
+        ValueError: data that do not fit, a transition without density, fewer than 2 ancestors, or
+            a filter with several random keys.
+
+    Source: Olsson and Westerborn (2017), "Efficient particle-based online smoothing in general
+    hidden Markov models: the PaRIS algorithm".
+
+    Example:
+        >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> ou = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=1.0)
+        >>> path = nsde.SDEPath(ou, [0.0, 1.0, 2.0], init=dist.Normal(0.0, 0.7))
+        >>> area = nsde.filter_additive(
+        ...     path, lambda t, x: dist.Normal(x, 0.5), np.array([0.3, np.nan, -0.1]),
+        ...     lambda t, dt, x, x_next: 0.5 * dt * (x + x_next)[0],
+        ...     method=nsde.filters.Particle(100, proposal="bootstrap"),
+        ... )
+        >>> area.sums.shape  # up to the second and up to the third time
+        (2,)
+    """
+    _require_particles(method)
+    statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
+
+    def run(method: Any, model: StateSpaceModel) -> OnlineSums:
+        return method.additive(model, functional, num_backward=num_backward)
+
+    return run_method(path, lead, [(statement, y)], method, run)
+
+
+def two_filter(
+    path: SDEPath,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    *,
+    method: Particle,
+    params: Any = None,
+    event_dims: Any = None,
+    inputs: Any = None,
+    at: ArrayLike | None = None,
+) -> TwoFilterResult:
+    """Smoothed marginals at the observed times, by particles that run forward and backward.
+
+    A backward filter carries the later observations, under artificial normal laws of the state that
+    have the moments of the forward particles, and is joined at each observed time to the forward
+    filter, all particles with all: O(M^2) for each time. Weights are exact whatever those laws, so
+    the result is consistent as particles grow in number; where the filtering laws are far from
+    normal, backward particles are poor, which `ess` shows. The join weighs one grid step: the
+    finer the grid, the fewer of the forward particles can have made it, and the larger the error.
+    Where paths are wanted, grids are fine or particles many, take `ParticleResult.sample` or
+    `smooth`, which draw bridges at linear cost.
+
+    Args:
+        path: the law of the path, its parameters given; a batch gives a batch of results.
+        emission: as in `observe`.
+        obs: the data, shape `(*batch, K, *observation)`; NaN marks what is missing.
+        method: `filters.Particle`: number of particles each way, resampling, and the proposal of
+            those that run forward; its `history` is not looked at.
+        params: as in `observe`.
+        event_dims: as in `observe`.
+        inputs: as in `observe`.
+        at: indices into the path of the K times observed; None for all.
+
+    Returns:
+        `rows` (grid indices of the observed times, the first and the last), `mean`, `cov`,
+        weighted `particles` of each marginal with `log_weights`, and `ess` of these weights.
+
+    Raises:
+        TypeError: a method that is not `filters.Particle`, or an emission of the wrong kind.
+        ValueError: data that do not fit, a transition without density, or a filter with several
+            random keys.
+
+    Source: Briers, Doucet and Maskell (2010), "Smoothing algorithms for state-space models";
+    Fearnhead, Wyncoll and Tawn (2010) for normal artificial laws.
+
+    Example:
+        >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> ou = nsde.processes.OrnsteinUhlenbeck(rate=1.0, mean=0.0, scale=1.0)
+        >>> path = nsde.SDEPath(ou, [0.0, 1.0, 2.0], init=dist.Normal(0.0, 0.7))
+        >>> smoothed = nsde.two_filter(
+        ...     path, lambda t, x: dist.Normal(x, 0.5), np.array([0.3, 0.5, -0.1]),
+        ...     method=nsde.filters.Particle(100),
+        ... )
+        >>> smoothed.mean.shape, smoothed.particles.shape
+        ((3, 1), (3, 100, 1))
+    """
+    _require_particles(method)
+    statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
+
+    def run(method: Any, model: StateSpaceModel) -> TwoFilterResult:
+        return method.two_filter(model)
+
+    return run_method(path, lead, [(statement, y)], method, run)
+
+
+def _require_particles(method: Any) -> None:
+    if not isinstance(method, Particle):
+        raise TypeError(f"method must be nsde.filters.Particle(...), got {method!r}")
+
+
+def _checked(
+    path: SDEPath,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    method: AbstractFilter,
+    params: Any,
+    event_dims: Any,
+    inputs: Any,
+    at: ArrayLike | None,
+) -> tuple[Statement, tuple[int, ...], Any]:
+    """The observation statement, leading shape and data of one path and its filter."""
     if not isinstance(path, SDEPath):
         raise TypeError(f"path must be an SDEPath, got {type(path).__name__}")
     if not isinstance(method, AbstractFilter):
@@ -73,7 +232,4 @@ def filter_path(
         emissions.batch_shape,
         np.shape(y)[: np.ndim(y) - len(statement.event_shape)],
     )
-
-    return run_method(
-        path, lead, [(statement, y)], method, lambda method, model: method.filter(model)
-    )
+    return statement, lead, y

@@ -166,21 +166,32 @@ def _observed_times(instrument: Instrument) -> tuple[np.ndarray, Any]:
     return rows, jax.tree.map(lambda a: jnp.asarray(a)[rows], data)
 
 
+def linearize_step(
+    model: StateSpaceModel, step: Any, x: Float[Array, " d"], following: Float[Array, " d"]
+) -> tuple[Float[Array, "d d"], Float[Array, " d"], Float[Array, "..."]]:
+    """Expand one step to first order: its matrix, what its mean misses the next state by, factor.
+
+    Args:
+        model: the model.
+        step: time, length and cache of the step.
+        x: state of linearisation at its beginning.
+        following: and at its end.
+    """
+    t, dt, cache = step
+
+    def mean_of(x: Array) -> tuple[Array, tuple[Array, Array]]:
+        mean, factor = affine_step(model, t, dt, x, cache)
+        return mean, (mean, factor)
+
+    A, (mean, factor) = jax.jacfwd(mean_of, has_aux=True)(x)
+    return A, mean - following, factor
+
+
 def linearize_along(model: StateSpaceModel, reference: Float[Array, "N d"]) -> LinearizedSteps:
     """Expand every step and every emission to first order about a reference path."""
-
-    def one(step: Any, x: Array, following: Array) -> tuple[Array, ...]:
-        t, dt, cache = step
-
-        def mean_of(x: Array) -> tuple[Array, tuple[Array, Array]]:
-            mean, factor = affine_step(model, t, dt, x, cache)
-            return mean, (mean, factor)
-
-        A, (mean, factor) = jax.jacfwd(mean_of, has_aux=True)(x)
-        return A, mean - following, factor
-
     J, s = observations_along(model, reference)
-    A, c, B = jax.vmap(one)(model.step_inputs(), reference[:-1], reference[1:])
+    expand: Any = partial(linearize_step, model)
+    A, c, B = jax.vmap(expand)(model.step_inputs(), reference[:-1], reference[1:])
     return LinearizedSteps(A, c, B, J, s)
 
 

@@ -17,10 +17,12 @@ from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
 from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.smc.backward import Dynamics, invertible
+from numpyro_sde.smc.online import OnlineSums, additive_online
 from numpyro_sde.smc.particle_filter import History, Run, Setting, over_particles, run_filter
 from numpyro_sde.smc.proposals import PROPOSALS, Guided
 from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
+from numpyro_sde.smc.two_filter import TwoFilterResult, two_filter
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 
@@ -188,6 +190,35 @@ class Particle(AbstractFilter):
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
         run = run_filter(model, self.setting, self.random_key, diagnose=True)
         return _without_gradient(run.increments)
+
+    def additive(
+        self,
+        model: StateSpaceModel,
+        functional: Callable[[Array, Array, Array, Array], Array],
+        *,
+        num_backward: int = 2,
+    ) -> OnlineSums:
+        """Smoothed sums along the path while the filter runs: see `nsde.filter_additive`."""
+        self._check_weighing(model, "filter_additive")
+        run = partial(additive_online, model, self.setting, self.random_key, functional)
+        result = jax.jit(lambda: run(num_backward=num_backward))()
+        jax.debug.callback(_warn_of_collapse, result.log_likelihood)
+        return result
+
+    def two_filter(self, model: StateSpaceModel) -> TwoFilterResult:
+        """Smoothed marginals by particles that run both ways: see `nsde.two_filter`."""
+        self._check_weighing(model, "two_filter")
+        return jax.jit(lambda: two_filter(model, self.setting, self.random_key))()
+
+    def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
+        reason = invertible(model)
+        if reason:
+            raise ValueError(f"{caller} weighs transitions, but {reason}")
+        if self.random_key.ndim:
+            raise ValueError(
+                f"{caller} needs a filter with one random key, got key of shape "
+                f"{self.random_key.shape}"
+            )
 
     def filter(self, model: StateSpaceModel) -> ParticleResult:
         """Run the filter; with `history`, keep what smoothing needs.
@@ -380,6 +411,8 @@ class ParticleResult(FilterResult):
         num_backward: int = 2,
     ) -> Float[Array, "blocks ..."]:
         """Smoothed sums of `functional(t, dt, x, x_next)` along the path: PaRIS.
+
+        From the history that was kept; `nsde.filter_additive` needs none.
 
         Args:
             key: random key.

@@ -17,6 +17,8 @@ particle filters with bridge backward sampling" (blocks).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,7 +28,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_sde.filters.guide import affine_step, linearize_along
+from numpyro_sde.filters.guide import affine_step, linearize_along, linearize_step
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import guided_innovations, log_weight, whiten_innovations
 from numpyro_sde.linear.small import (
@@ -141,11 +143,19 @@ class Bridges(NamedTuple):
 
 def plan_bridges(law: Dynamics) -> Bridges:
     """Collect, backward within each block, the linearised law of the block's end."""
-    model, d = law.model, law.reference.shape[-1]
-    steps = linearize_along(model, law.reference)
-    is_end = np.zeros(model.num_times, bool)
+    steps = linearize_along(law.model, law.reference)
+    is_end = np.zeros(len(law.times), bool)
     is_end[list(law.nodes)] = True
-    eye = jnp.eye(d, dtype=law.reference.dtype)
+    H, G, b = _gather_back(steps.A, steps.c, steps.B, jnp.asarray(is_end[1:]))
+    # At its own end a block knows everything: these entries are never used.
+    pad = [jnp.zeros((1, *a.shape[1:]), a.dtype) for a in (H, G, b)]
+    return Bridges(*(jnp.concatenate([a, p]) for a, p in zip((H, G, b), pad, strict=True)))
+
+
+def _gather_back(A: Array, c: Array, B: Array, restart: Array) -> Bridges:
+    """Information of a block's end before each of some steps; `restart` marks a block's last."""
+    d = c.shape[-1]
+    eye = jnp.eye(d, dtype=c.dtype)
 
     def back(carry: tuple[Array, Array, Array], now: Any) -> tuple[Any, Any]:
         A, c, B, restart = now
@@ -162,11 +172,7 @@ def plan_bridges(law: Dynamics) -> Bridges:
         return (phi, b, V), (matmul(transpose(half), half), G, b)
 
     zero = (eye, jnp.zeros(d, eye.dtype), jnp.zeros((d, d), eye.dtype))
-    inputs = (steps.A, steps.c, steps.B, jnp.asarray(is_end[1:]))
-    _, (H, G, b) = lax.scan(back, zero, inputs, reverse=True)
-    # At its own end a block knows everything: these entries are never used.
-    pad = [jnp.zeros((1, *a.shape[1:]), a.dtype) for a in (H, G, b)]
-    return Bridges(*(jnp.concatenate([a, p]) for a, p in zip((H, G, b), pad, strict=True)))
+    return Bridges(*lax.scan(back, zero, (A, c, B, restart), reverse=True)[1])
 
 
 class Block(NamedTuple):
@@ -215,6 +221,53 @@ def blocks_of(law: Dynamics) -> Block:
         jax.tree.map(lambda a: a[rows], bridges),
         law.reference[rows],
         law.reference[ends],
+    )
+
+
+def block_between(
+    model: StateSpaceModel,
+    inputs: Any,
+    start: Any,
+    end: Any,
+    longest: int,
+    reference: Callable[[Any], Array],
+) -> Block:
+    """One block of those of `blocks_of`, from what is known of its own times alone.
+
+    Args:
+        model: the path law.
+        inputs: its `step_inputs()`.
+        start: grid index of the block's first time.
+        end: of its last.
+        longest: number of steps in the longest block.
+        reference: states of linearisation at some grid indices of the block.
+    """
+    inside = jnp.arange(longest - 1)
+    real = inside < end - start - 1
+    steps = jnp.where(real, start + inside, start)
+    rows = jnp.where(real, steps + 1, start)
+    references, reference_end = reference(rows), reference(end)
+    d = model.dim
+    information = Bridges(
+        *(jnp.zeros((0, *shape), references.dtype) for shape in ((d, d), (d, d), (d,)))
+    )
+    if longest > 1:
+        is_last = inside == end - start - 2
+        later = jnp.where(is_last[:, None], reference_end, jnp.roll(references, -1, axis=0))
+        following = jax.tree.map(lambda a: a[rows], inputs)
+        expand: Any = partial(linearize_step, model)
+        A, c, B = jax.vmap(expand)(following, references, later)
+        information = _gather_back(A, c, B, is_last)
+    return Block(
+        start,
+        end,
+        rows,
+        real,
+        jax.tree.map(lambda a: a[steps], inputs),
+        jax.tree.map(lambda a: a[end - 1], inputs),
+        information,
+        references,
+        reference_end,
     )
 
 

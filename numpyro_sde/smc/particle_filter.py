@@ -111,7 +111,9 @@ class Run(NamedTuple):
     last: tuple[Float[Array, "d M"], Float[Array, " M"]]
 
 
-class _Particles(NamedTuple):
+class Particles(NamedTuple):
+    """The state of a filter between two steps."""
+
     x: Array
     memo: Any
     log_weights: Array
@@ -183,24 +185,24 @@ def run_filter(
     m = innovation_size(model)
     reports = _Reports(diagnose, moments, history, choices=diagnose or history or variance)
 
-    def select(p: _Particles, node: Any, chance: Any, lead_to: Any) -> tuple[_Particles, Any]:
-        way = _Way(retained is not None, key.ndim == 1, lead_to)
-        return _select(model, setting, p, node, chance, way)
+    def select(p: Particles, node: Any, chance: Any, lead_to: Any) -> tuple[Particles, Any]:
+        way = Way(retained is not None, key.ndim == 1, lead_to)
+        return select_particles(model, setting, p, node, chance, way)
 
-    def go_on(p: _Particles, *_: Any) -> tuple[_Particles, Any]:
+    def go_on(p: Particles, *_: Any) -> tuple[Particles, Any]:
         return p, _no_choice(p)
 
     def normals_from(key: PRNGKeyArray) -> Array:
         return jax.random.normal(key, (m, M), dtype)
 
-    def step(carry: tuple[_Particles, Any], inputs: Any) -> tuple[Any, Any]:
+    def step(carry: tuple[Particles, Any], inputs: Any) -> tuple[Any, Any]:
         # Normals are drawn one step ahead and carried: drawn where they are used, the compiler
         # would compute them again for each of their uses.
         p, z = carry
         is_node, is_seen, now, node, later, chance, noise, kept = inputs
         new_ancestors = retained is not None and retained.new_ancestors
         lead_to = (now, kept[0]) if new_ancestors else None
-        p, chosen = _when(is_node, observed[:-1], select, go_on)(p, node, chance, lead_to)
+        p, chosen = branch(is_node, observed[:-1], select, go_on)(p, node, chance, lead_to)
         chosen = chosen if reports.choices else None
         z_next = normals_from(noise)
         move = over_particles(partial(proposal.move, model, now), -1, -1, -1)
@@ -214,13 +216,13 @@ def run_filter(
         p = p._replace(x=x, memo=memo, log_weights=p.log_weights + ratio)
         before = p
 
-        def observe(p: _Particles, later: Any) -> _Particles:
+        def observe(p: Particles, later: Any) -> Particles:
             return p._replace(log_weights=p.log_weights + weigh(model, later, p.x))
 
-        p = _when(is_seen, observed[1:], observe, lambda p, _: p)(p, later)
+        p = branch(is_seen, observed[1:], observe, lambda p, _: p)(p, later)
         return (p, z_next), (reports.at(before, p), chosen)
 
-    p = _Particles(x, None, ratio, jnp.zeros((), dtype), jnp.arange(M) if variance else None)
+    p = Particles(x, None, ratio, jnp.zeros((), dtype), jnp.arange(M) if variance else None)
     first_before = p
     first = jax.tree.map(lambda a: a[0], data)
     if observed[0]:
@@ -256,7 +258,7 @@ def _keys(key: PRNGKeyArray, steps: int) -> tuple[Any, Any, Any]:
     return jax.random.fold_in(key[0], 0), pairs[:, 0], pairs[:, 1]
 
 
-def _when(flag: Any, pattern: np.ndarray, yes: Callable, no: Callable) -> Callable:
+def branch(flag: Any, pattern: np.ndarray, yes: Callable, no: Callable) -> Callable:
     """`yes` where the flag is set; no branch at all where it is the same at every step."""
     if pattern.all():
         return yes
@@ -273,13 +275,13 @@ class _Choice(NamedTuple):
     done: Array
 
 
-def _no_choice(p: _Particles) -> _Choice:
+def _no_choice(p: Particles) -> _Choice:
     M = p.log_weights.shape[0]
     size = jnp.asarray(float(M), p.log_weights.dtype)
     return _Choice(jnp.arange(M, dtype=jnp.int32), size, jnp.zeros((), bool))
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """How to resample: keeping slot 0, along Hilbert's curve, with a new ancestor for slot 0."""
 
     conditional: bool
@@ -287,14 +289,14 @@ class _Way(NamedTuple):
     lead_to: Any
 
 
-def _select(
+def select_particles(
     model: StateSpaceModel,
     setting: Setting,
-    p: _Particles,
+    p: Particles,
     node: Any,
     chance: Any,
-    way: _Way,
-) -> tuple[_Particles, _Choice]:
+    way: Way,
+) -> tuple[Particles, _Choice]:
     """Resample where weights times look-ahead are uneven; begin what is carried to the next."""
     proposal, M = setting.proposal, setting.num_particles
     ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(p.x)
@@ -308,7 +310,7 @@ def _select(
     offset = jnp.where(jnp.isfinite(mean), mean, 0.0)
     total = p.total + mean
 
-    def resample(p: _Particles) -> tuple[_Particles, Array]:
+    def resample(p: Particles) -> tuple[Particles, Array]:
         if way.sort:
             order = hilbert_order(p.x)
             ancestors = order[systematic(chance, weights[order])]
@@ -325,7 +327,7 @@ def _select(
         moved = p._replace(x=p.x[:, ancestors], log_weights=after, roots=roots)
         return moved, ancestors.astype(jnp.int32)
 
-    def keep(p: _Particles) -> tuple[_Particles, Array]:
+    def keep(p: Particles) -> tuple[Particles, Array]:
         usable = jnp.isfinite(mean)
         centred = jnp.where(usable, clean(p.log_weights) - offset, 0.0)
         return p._replace(log_weights=centred), jnp.arange(M, dtype=jnp.int32)
@@ -341,7 +343,7 @@ def _select(
 
 
 def _new_ancestor(
-    model: StateSpaceModel, proposal: Proposal, p: _Particles, lead_to: Any, key: PRNGKeyArray
+    model: StateSpaceModel, proposal: Proposal, p: Particles, lead_to: Any, key: PRNGKeyArray
 ) -> Array:
     """Draw which particle the retained path comes from: weight times transition to its next."""
     step, following = lead_to
@@ -371,7 +373,8 @@ def _weights(log_weights: Array) -> tuple[Array, Array]:
     return jnp.exp(log_weights - level), level
 
 
-def _log_mean(log_weights: Array) -> Array:
+def log_mean(log_weights: Array) -> Array:
+    """Log of the mean weight."""
     weights, level = _weights(log_weights)
     return level + jnp.log(jnp.mean(weights))
 
@@ -383,10 +386,10 @@ class _Reports:
         self.diagnose, self.moments, self.history = diagnose, moments, history
         self.choices = choices
 
-    def at(self, before: _Particles, after: _Particles) -> dict[str, Any]:
+    def at(self, before: Particles, after: Particles) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         if self.diagnose:
-            kept["level"] = after.total + _log_mean(after.log_weights)
+            kept["level"] = after.total + log_mean(after.log_weights)
         if self.moments:
             kept["moments"] = (
                 *weighted_moments(before.x, before.log_weights),
@@ -409,7 +412,7 @@ def weighted_moments(
     return mean, (centred * w) @ centred.T
 
 
-def _finish(p: _Particles, kept: dict[str, Any], chosen: Any, reports: _Reports) -> Run:
+def _finish(p: Particles, kept: dict[str, Any], chosen: Any, reports: _Reports) -> Run:
     M = p.log_weights.shape[0]
     weights, _ = _weights(p.log_weights)
     increments = ess = done = history = None
@@ -431,7 +434,7 @@ def _finish(p: _Particles, kept: dict[str, Any], chosen: Any, reports: _Reports)
     if p.roots is not None:
         variance = _variance(weights, p.roots, jnp.sum(chosen.done), M)
     return Run(
-        p.total + _log_mean(p.log_weights),
+        p.total + log_mean(p.log_weights),
         increments,
         ess,
         done,

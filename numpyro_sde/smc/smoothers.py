@@ -3,7 +3,7 @@
 - `genealogy`: the ancestral lines of the last particles; free, but all share their beginning.
 - `draw_paths`: backward sampling by MCMC moves, exactly, or by rejection.
 - `fixed_lag`: means given the data up to some steps later.
-- `additive`: PaRIS, sums along paths while the filter runs, in constant memory.
+- `additive`: PaRIS, sums along paths, from the particles of a filter (`smc.online`: while it runs).
 
 Sources: Kitagawa (1996); Godsill, Doucet and West (2004); Douc, Garivier, Moulines and Olsson
 (2011) (rejection); Olsson and Westerborn (2017), "Efficient particle-based online smoothing in
@@ -87,6 +87,66 @@ def fixed_lag(history: History, lag: int) -> tuple[Float[Array, "N d"], Float[Ar
     return lax.map(one, jnp.arange(N))
 
 
+def update_sums(
+    model: StateSpaceModel,
+    block: Block,
+    pool: Pool,
+    piece: Piece,
+    sums: Float[Array, "M ..."],
+    end: Float[Array, "M d"],
+    key: PRNGKeyArray,
+    functional: Callable[[Array, Array, Array, Array], Array],
+    num_backward: int,
+) -> Float[Array, "M ..."]:
+    """Take particles' estimated sums from the start of a block to its end: one step of PaRIS.
+
+    Args:
+        model: the path law.
+        block: the block.
+        pool: particles at its start.
+        piece: the part that each particle at its end came by.
+        sums: estimates of the particles at its start.
+        end: particles at its end.
+        key: random key.
+        functional: the term of one grid step.
+        num_backward: number of ancestors over which to take the mean.
+    """
+    t, dt = (
+        jnp.concatenate([inner, last[None]])
+        for inner, last in zip(block.inner[:2], block.last[:2], strict=True)
+    )
+    real = jnp.concatenate([block.real, jnp.ones(1, bool)])
+
+    def inside(piece: Piece, end: Array) -> Array:
+        points = jnp.concatenate([piece.start[None], piece.states, end[None]])
+        terms = jax.vmap(functional)(t, dt, points[:-1], points[1:])
+        return jnp.tensordot(jnp.where(real, 1.0, 0.0).astype(terms.dtype), terms, 1)
+
+    total = jnp.zeros_like(sums)
+    for i, part in enumerate(jax.random.split(key, num_backward)):
+        if i > 0:
+            piece = _refresh(model, block, pool, piece, end, part, "mcmc", 1)
+        total = total + sums[piece.ancestor] + jax.vmap(inside)(piece, end)
+    return total / num_backward
+
+
+def check_backward(num_backward: int) -> None:
+    """Refuse too few ancestors for PaRIS."""
+    if num_backward < 2:
+        raise ValueError(
+            f"num_backward must be at least 2 (with 1 the variance grows as a genealogy's), got "
+            f"{num_backward}"
+        )
+
+
+def no_sums(
+    functional: Callable[[Array, Array, Array, Array], Array], x: Float[Array, "d M"]
+) -> Float[Array, "M ..."]:
+    """Sums of particles before the first step."""
+    shape = jax.eval_shape(functional, 0.0, 0.0, x[:, 0], x[:, 0])
+    return jnp.zeros((x.shape[1], *shape.shape), x.dtype)
+
+
 def current_piece(
     model: StateSpaceModel, block: Block, history: History, index: Array, end: Array
 ) -> Piece:
@@ -95,12 +155,13 @@ def current_piece(
     start = history.particles[block.start][:, ancestor]
     states = history.particles[block.rows, :, index]
     # Padding repeats the state before it, so that the last of them leads to the end.
-    states = _pad_forward(states, block.real, start)
+    states = pad_forward(states, block.real, start)
     ratio = weigh_bridge(model, block, start, states, end)
     return Piece(ancestor, start, states, ratio)
 
 
-def _pad_forward(states: Array, real: Array, start: Array) -> Array:
+def pad_forward(states: Array, real: Array, start: Array) -> Array:
+    """Repeat the last state inside a block in its padding."""
     if states.shape[0] == 0:
         return states
     count = jnp.sum(real)
@@ -275,28 +336,11 @@ def additive(
     Returns:
         Estimates of the expected sum up to each node, given the data up to it.
     """
-    if num_backward < 2:
-        raise ValueError(
-            f"num_backward must be at least 2 (with 1 the variance grows as a genealogy's), got "
-            f"{num_backward}"
-        )
+    check_backward(num_backward)
     blocks, model = blocks_of(law), law.model
     M = history.log_weights.shape[1]
     ahead = look_ahead or (lambda k, x: None)  # noqa: ARG005
-    shape = jax.eval_shape(
-        functional, 0.0, 0.0, history.particles[0, :, 0], history.particles[0, :, 0]
-    )
-    zero = jnp.zeros((M, *shape.shape), history.particles.dtype)
-
-    def block_sum(block: Block, piece: Piece, end: Array) -> Array:
-        points = jnp.concatenate([piece.start[None], piece.states, end[None]])
-        t, dt = (
-            jnp.concatenate([inner, last[None]])
-            for inner, last in zip(block.inner[:2], block.last[:2], strict=True)
-        )
-        terms = jax.vmap(functional)(t, dt, points[:-1], points[1:])
-        real = jnp.concatenate([block.real, jnp.ones(1, bool)])
-        return jnp.tensordot(jnp.where(real, 1.0, 0.0).astype(terms.dtype), terms, 1)
+    zero = no_sums(functional, history.particles[0])
 
     def forward(sums: Array, now: Any) -> tuple[Array, Array]:
         block, key = now
@@ -304,12 +348,7 @@ def additive(
         pool = make_pool(x, history.log_weights[block.start], ahead(block.start, x))
         end = history.particles[block.end].T
         piece = jax.vmap(partial(current_piece, model, block, history))(jnp.arange(M), end)
-        total = jnp.zeros_like(sums)
-        for i, part in enumerate(jax.random.split(key, num_backward)):
-            if i > 0:
-                piece = _refresh(model, block, pool, piece, end, part, "mcmc", 1)
-            total = total + sums[piece.ancestor] + jax.vmap(partial(block_sum, block))(piece, end)
-        sums = total / num_backward
+        sums = update_sums(model, block, pool, piece, sums, end, key, functional, num_backward)
         w = jax.nn.softmax(history.log_weights[block.end])
         return sums, jnp.tensordot(w, sums, 1)
 
