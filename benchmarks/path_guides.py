@@ -112,6 +112,7 @@ def by_equation(model, guide, y):
 
 
 def laws():
+    numpyro.enable_x64()  # the prey say too much of the predators for float32
     for name, make, proposal in (
         ("double well", double_well, "bootstrap"),
         ("Lotka-Volterra", predation, "guided"),
