@@ -173,7 +173,7 @@ def bridge():
     def model(y):
         sde = nsde.SDE(
             lambda t, x, p: -p["rate"] * x,
-            lambda t, x: 1.0,
+            lambda t, x, p: 1.0,
             params={"rate": rate},
             noise=nsde.noise.MarkovFBM(hurst),
         )

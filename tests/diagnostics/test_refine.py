@@ -66,6 +66,7 @@ def test_exact_guide_has_constant_weights():
     np.testing.assert_allclose(stats["log_p"] - stats["log_q"], log_z, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_parameters_alone_are_judged_right_under_a_poor_path():
     """sd of the path 1.6 times the right one, in 20 dimensions: the square of a path's weight is
     (1.6 / sqrt(2 - 1 / 1.6^2))^20 = 81 times that of its mean; 256 paths leave 0.31 of it."""

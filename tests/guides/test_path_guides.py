@@ -103,7 +103,7 @@ def perturbed(params):
     "law",
     [
         "gaussian",
-        "controlled",
+        pytest.param("controlled", marks=pytest.mark.slow),
         pytest.param("amortized", marks=pytest.mark.slow),
         pytest.param("score", marks=pytest.mark.slow),
     ],
@@ -128,8 +128,8 @@ def test_a_new_guide_is_the_exact_smoother_of_a_linear_model(law):
 @pytest.mark.parametrize(
     ("model", "law"),
     [
-        ("counts", "gaussian"),
-        ("well", "controlled"),
+        pytest.param("well", "controlled", marks=pytest.mark.slow),
+        pytest.param("counts", "gaussian", marks=pytest.mark.slow),
         pytest.param("counts", "controlled", marks=pytest.mark.slow),
         pytest.param("well", "score", marks=pytest.mark.slow),
         pytest.param("well", "gaussian", marks=pytest.mark.slow),
@@ -216,6 +216,7 @@ def test_a_panel_is_fitted_and_predicted_from(fitted_panel):
     assert predict(jax.random.key(2))["y"].shape == (20, 4, 6)
 
 
+@pytest.mark.slow
 def test_a_subsampled_plate_scales_its_series(fitted_panel):
     _, _, _, y = fitted_panel
     guide = AutoPathGuide(panel, parameters=AutoNormal)
@@ -251,6 +252,7 @@ def test_fit_svi_goes_on_stops_early_and_survives_an_interrupt(fitted_panel):
         fit_svi(svi, jax.random.key(0), 50, y, patience=0)
 
 
+@pytest.mark.slow
 def test_no_correction_solves_the_backward_equation_of_a_linear_model():
     guide = AutoPathGuide(oscillator, path=LAWS["score"])
     params = parameters_of(guide, SEEN)

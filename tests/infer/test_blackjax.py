@@ -104,6 +104,7 @@ def test_adaptation_draw_by_draw_is_that_of_blackjax():
     np.testing.assert_allclose(state.tuning.inverse_mass, mass, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_also_after_pickling():
     kernel = BlackJAX(gaussian, "nuts")
     whole = run(kernel, 40, 50).get_samples()["x"]
