@@ -143,7 +143,12 @@ def laws():
         rows = [(n, model, AutoPathGuide(model, path=law), train) for n, law, train in ours]
         long = partial(by_bound, rate=3e-3, steps=5000)
         rows += [
-            (f"NumPyro {kind.__name__}, whitened", white, kind(white), long)
+            (
+                f"NumPyro {kind.__name__}, whitened",
+                white,
+                kind(white, init_loc_fn=init_to_median(num_samples=20)),
+                long,
+            )
             for kind in (AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoIAFNormal)
         ]
         for label, target, guide, train in rows:
