@@ -22,6 +22,7 @@ from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
 from numpyro_sde.guides.steps import guide_along
 from numpyro_sde.handlers import path_law
+from numpyro_sde.reparam.guided import carried, usable_data
 from numpyro_sde.reparam.lookahead import Recorder, outside_all_handlers, stand_in
 from numpyro_sde.reparam.path import peel
 from numpyro_sde.schemes.milstein import Milstein
@@ -141,11 +142,7 @@ def look(
     path, mask = peel(recorder.fn)
     shape = recorder.fn.shape()
     lead = shape[: len(shape) - path.event_dim]
-    data = []
-    for statement, y in recorder.data:
-        batch = jnp.shape(y)[: jnp.ndim(y) - len(statement.event_shape)]
-        if jnp.broadcast_shapes(lead, batch, statement.emission.batch_shape) == lead:
-            data.append((statement, y))
+    data = usable_data(recorder.data, lead)
     if not data:
         raise NoDataError(
             f"AutoPathGuide: path {name!r} has no data: state them with nsde.observe(..., obs=...) "
@@ -194,15 +191,6 @@ def sizes_of(site: Site, num_theta: int) -> Sizes:
 
     jax.eval_shape(lambda: run_on_model(path, site.lead, site.data, probe))
     return found[0]
-
-
-def carried(model: StateSpaceModel, reference: Array) -> Array:
-    """A reference with all that the model carries along it."""
-    if reference.shape[-1] == model.dim:
-        return reference
-    path = model.visible(reference)
-    states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
-    return jnp.reshape(states, (model.num_times, -1))
 
 
 def smoothed_references(site: Site) -> Array:

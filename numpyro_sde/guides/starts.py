@@ -13,7 +13,7 @@ from numpyro.distributions import Distribution, biject_to
 from numpyro_sde.distributions.moments import is_gaussian
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.guides.steps import Along, hold_value
+from numpyro_sde.guides.steps import Along, hold_value, log_normal
 from numpyro_sde.linear.small import (
     cholesky,
     congruence,
@@ -97,7 +97,7 @@ class StartLaw:
         v = self.params["shift"] + matvec(self.factor, z)
         y = self.mean + self._spread(v)
         x = y if self.kind == "normal" else self.bijector(y)
-        log_q = jnp.sum(_log_normal(z)) - self.log_det - self._jacobian(y)
+        log_q = jnp.sum(log_normal(z)) - self.log_det - self._jacobian(y)
         return jnp.pad(x, (0, self.model.dim - x.size)), log_q
 
     def log_prob(self, x: Float[Array, " u"], normals: Array | None = None) -> Array:
@@ -107,7 +107,7 @@ class StartLaw:
         y = x if self.kind == "normal" else self.inverse(x)
         v = self._whitened(y - self.mean) - self.params["shift"]
         z = hold_value(solve_lower(self.factor, v[:, None])[:, 0], normals)
-        return jnp.sum(_log_normal(z)) - self.log_det - self._jacobian(y)
+        return jnp.sum(log_normal(z)) - self.log_det - self._jacobian(y)
 
     def _spread(self, v: Array) -> Array:
         if self.kind == "general":
@@ -129,7 +129,3 @@ class StartLaw:
 
 def _is_scalar(model: StateSpaceModel) -> bool:
     return model.scalar if model.state_shape is None else model.state_shape == ()
-
-
-def _log_normal(z: Array) -> Array:
-    return -0.5 * (z**2 + jnp.log(2.0 * jnp.pi))

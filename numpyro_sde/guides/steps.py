@@ -228,7 +228,7 @@ def _log_density(
     model: StateSpaceModel, states: Array, w: Array, z: Array, log_det: Array
 ) -> Array:
     if _is_direct(model):
-        return jnp.sum(_log_normal(z)) - jnp.sum(log_det)
+        return jnp.sum(log_normal(z)) - jnp.sum(log_det)
     # The step's own Jacobian is in the model's density: the laws differ in the innovations only.
     ratio = 0.5 * jnp.sum(w**2) - 0.5 * jnp.sum(z**2) - jnp.sum(log_det)
     path = model.visible(states)
@@ -302,7 +302,7 @@ def draw_gaussian(
 
     inputs = (along.linear[:3], along.guide.H[1:], along.guide.e[1:], local, z)
     _, (rest, log_det) = lax.scan(jax.checkpoint(step), d0, inputs)
-    log_density = jnp.sum(_log_normal(z)) - jnp.sum(log_det)
+    log_density = jnp.sum(log_normal(z)) - jnp.sum(log_det)
     return GaussianDraw(jnp.concatenate([d0[None], rest]), log_density)
 
 
@@ -324,7 +324,7 @@ def weigh_gaussian(
         w = gap / B if B.ndim == 1 else jnp.linalg.solve(B[:num_free], gap)
         z, log_det = _whiten(control, local, pull_of(H, e, d, mean, mean, B), w, known)
         d = mean + (B * w if B.ndim == 1 else matvec(B, w))
-        return d, jnp.sum(_log_normal(z)) - log_det - _log_det(B, num_free)
+        return d, jnp.sum(log_normal(z)) - log_det - _log_det(B, num_free)
 
     d0 = jnp.pad(free[0], (0, dim - num_free))
     inputs = (
@@ -347,5 +347,6 @@ def _log_det(B: Array, num_free: int) -> Array:
     return jnp.linalg.slogdet(B[:num_free])[1]
 
 
-def _log_normal(z: Array) -> Array:
+def log_normal(z: Array) -> Array:
+    """Log density of standard normals, each."""
     return -0.5 * (z**2 + jnp.log(2.0 * jnp.pi))

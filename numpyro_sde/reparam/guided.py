@@ -146,7 +146,7 @@ class GuidedReparam(Reparam):
         refuse_conditioning(name, obs, self)
         site = unwrap(name, fn, self)
         run = enclosing_run(sys._getframe(1), name, type(self).__name__)
-        data = _usable(look_ahead(name, run), site)
+        data = usable_data(look_ahead(name, run), site.lead)
         if not data:
             return None, _guided_site(name, site, [], None, None)[0]
         plan = None
@@ -196,13 +196,14 @@ def _is_concrete(path: SDEPath, data: list[tuple[Statement, Array]]) -> bool:
     return not any(isinstance(v, jax.core.Tracer) for v in values)
 
 
-def _usable(data: list[tuple[Statement, Array]], site: Unwrapped) -> list[tuple[Statement, Array]]:
+def usable_data(
+    data: list[tuple[Statement, Array]], lead: tuple[int, ...]
+) -> list[tuple[Statement, Array]]:
     """Statements of one data set for each path; replicates of the data of one path do not guide."""
     fits = []
     for statement, y in data:
-        lead = jnp.shape(y)[: jnp.ndim(y) - len(statement.event_shape)]
-        shape = jnp.broadcast_shapes(site.lead, lead, statement.emission.batch_shape)
-        if shape == site.lead:
+        batch = jnp.shape(y)[: jnp.ndim(y) - len(statement.event_shape)]
+        if jnp.broadcast_shapes(lead, batch, statement.emission.batch_shape) == lead:
             fits.append((statement, y))
     return fits
 
@@ -239,7 +240,7 @@ def _guided_site(
         if frozen is not None:
             guide = Guide(*(jnp.asarray(a, z.dtype) for a in given))
         elif given:
-            guide = make_guide(model, _carried(model, jnp.asarray(given[0], z.dtype)))
+            guide = make_guide(model, carried(model, jnp.asarray(given[0], z.dtype)))
         else:
             find = smoothed_reference if reference == "smoother" else data_reference
             guide = make_guide(model, find(model))
@@ -266,7 +267,7 @@ def _filled(model: StateSpaceModel, start: Array) -> Float[Array, " d"]:
     return jnp.concatenate([start, jnp.zeros(model.dim - start.size, start.dtype)])
 
 
-def _carried(model: StateSpaceModel, reference: Float[Array, "N d"]) -> Float[Array, "N d"]:
+def carried(model: StateSpaceModel, reference: Float[Array, "N d"]) -> Float[Array, "N d"]:
     """A reference path with all that the model carries along it."""
     if reference.shape[-1] == model.dim:
         return reference
@@ -290,7 +291,7 @@ class _Along(Reparam):
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:  # noqa: ARG002
         site = unwrap(name, fn, self.owner)
         run = enclosing_run(sys._getframe(1), name, type(self.owner).__name__)
-        data = _usable(look_ahead(name, run), site)
+        data = usable_data(look_ahead(name, run), site.lead)
         reference = self.references.get(name)
         if reference is None:
             reference = self.owner._given(name, site)
