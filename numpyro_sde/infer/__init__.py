@@ -8,6 +8,7 @@ from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
 from numpyro_sde.infer.pmmh import PMMH, PMMHState
 from numpyro_sde.infer.score import Score, score
+from numpyro_sde.infer.split_nuts import SplitNUTS
 
 __all__ = [
     "PMMH",
@@ -19,6 +20,7 @@ __all__ = [
     "ParisianEstimate",
     "ParticleGibbs",
     "Score",
+    "SplitNUTS",
     "UnderdampedLangevin",
     "UnderdampedLangevinState",
     "guided_metric",
