@@ -1,4 +1,4 @@
-"""Latent paths four ways: centred, whitened, guided, integrated out.
+"""Latent paths four ways: centred, whitened, guided (by NUTS and SplitNUTS), integrated out.
 
 As a test (`make bench`) it compares the cost of one gradient on a stochastic Lotka-Volterra model:
 at most 4 times the whitened one's for the guide that follows the parameters, 2 times for the
@@ -156,7 +156,7 @@ CASES = {
     "well": double_well,
     "counts": counts,
 }
-TREATMENTS = ("centred", "whitened", "guided", "frozen", "integrated out")
+TREATMENTS = ("centred", "whitened", "guided", "split", "frozen", "integrated out")
 
 
 def treat(case: Case, treatment: str) -> Callable[..., Any] | None:
@@ -169,6 +169,7 @@ def treat(case: Case, treatment: str) -> Callable[..., Any] | None:
     how = {
         "whitened": InnovationReparam(),
         "guided": GuidedReparam(),
+        "split": GuidedReparam(),
         "frozen": GuidedReparam(frozen=True),
     }[treatment]
     return numpyro.handlers.reparam(case.model, config={"x": how})
@@ -181,18 +182,22 @@ def smallest_ess(values: np.ndarray) -> float:
     return min(float(effective_sample_size(moving[None, :, i])) for i in range(moving.shape[1]))
 
 
-def fit(case: Case, treatment: str, draws: int, acceptance: float) -> None:
+def fit(case: Case, treatment: str, draws: int, acceptance: float, seed: int) -> None:
     """Fit once and print one row of the table."""
     target = treat(case, treatment)
     if target is None:
         return
-    kernel = NUTS(
-        target, init_strategy=init_to_median(num_samples=20), target_accept_prob=acceptance
-    )
-    mcmc = MCMC(kernel, num_warmup=draws, num_samples=draws, progress_bar=False)
     start = time.perf_counter()
+    if treatment == "split":
+        options = nsde.infer.guided_metric(case.model, case.data)
+        kernel = nsde.infer.SplitNUTS(target, **options)
+    else:
+        kernel = NUTS(
+            target, init_strategy=init_to_median(num_samples=20), target_accept_prob=acceptance
+        )
+    mcmc = MCMC(kernel, num_warmup=draws, num_samples=draws, progress_bar=False)
     try:
-        mcmc.warmup(jax.random.key(0), case.data, extra_fields=("num_steps",))
+        mcmc.warmup(jax.random.key(seed), case.data, extra_fields=("num_steps",))
     except (RuntimeError, ValueError) as error:
         print(f"| {treatment} | fails: {str(error)[:60]} |", flush=True)
         return
@@ -249,6 +254,7 @@ if __name__ == "__main__":
     parser.add_argument("--treatments", nargs="*", choices=TREATMENTS, default=list(TREATMENTS))
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--acceptance", type=float, default=0.8)
+    parser.add_argument("--seeds", type=int, default=1)
     chosen = parser.parse_args()
     for name in chosen.cases:
         print(f"\n{name}, {chosen.draws} + {chosen.draws} iterations\n")
@@ -259,4 +265,5 @@ if __name__ == "__main__":
         print("|" + " --- |" * 9)
         case = CASES[name]()
         for treatment in chosen.treatments:
-            fit(case, treatment, chosen.draws, chosen.acceptance)
+            for seed in range(chosen.seeds):
+                fit(case, treatment, chosen.draws, chosen.acceptance, seed)

@@ -57,6 +57,9 @@ class SplitNUTS(NUTS):
         dense_mass: as in NUTS, of the remaining sites; True (the default): one dense block.
         init_strategy: where chains begin; the default is near the prior's medians, where the
             innovations are near zero and the path near the mean of its guide.
+        target_accept_prob: as in NUTS; the default is the best for Hamiltonian Monte Carlo in many
+            dimensions (Beskos et al. 2013, "Optimal tuning of the hybrid Monte Carlo algorithm").
+            Raise it where draws diverge.
         **options: those of `numpyro.infer.NUTS`. `infer.guided_metric` gives a start and a metric
             that need little warm-up.
 
@@ -89,11 +92,18 @@ class SplitNUTS(NUTS):
         innovations: Sequence[str] | None = None,
         dense_mass: bool | list[tuple[str, ...]] = True,
         init_strategy: Callable[..., Any] = init_to_median,
+        target_accept_prob: float = 0.65,
         **options: Any,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a function, got {type(model).__name__}")
-        super().__init__(model, dense_mass=dense_mass, init_strategy=init_strategy, **options)
+        super().__init__(
+            model,
+            dense_mass=dense_mass,
+            init_strategy=init_strategy,
+            target_accept_prob=target_accept_prob,
+            **options,
+        )
         self._innovations = None if innovations is None else tuple(innovations)
         # NumPyro's kernel reads `_dense_mass` and `_inverse_mass_matrix` once the sites are
         # known; what was asked for is kept beside.
