@@ -20,7 +20,7 @@ SLOW = {
     *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
     *("guides.path_laws", "guides.score", "guides.auto_path", "guides.training"),
-    "infer.metric",
+    *("infer.metric", "infer.split_nuts"),
     *("multiscale.flow", "diagnostics.scale", "distributions.fractional", "handlers"),
 }
 

@@ -134,9 +134,8 @@ class AutoPathGuide(AutoGuide):
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Sample parameters and paths; arguments as for the model."""
         values: dict[str, Array] = {}
-        for name, posterior in self._posteriors(args, kwargs, values):
-            with posterior.plates():
-                values[name] = numpyro.sample(name, posterior.law())
+        for _ in self._posteriors(args, kwargs, values):
+            pass
         return values
 
     def score_residual(self, *args: Any, **kwargs: Any) -> Float[Array, ""]:
@@ -148,18 +147,13 @@ class AutoPathGuide(AutoGuide):
         law, total = self.path, jnp.zeros(())
         values: dict[str, Array] = {}
         for name, posterior in self._posteriors(args, kwargs, values):
-            with posterior.plates():
-                values[name] = numpyro.sample(name, posterior.law())
             total = total + posterior.residual(law, values[name], numpyro.prng_key())
         return total
 
     def _posteriors(
         self, args: Any, kwargs: Any, values: dict[str, Array]
     ) -> Iterator[tuple[str, PathPosterior]]:
-        """Sample the parameters into `values`, then hand out the paths' laws one by one.
-
-        A path's value must be in `values` before the next is asked for: its law may depend on it.
-        """
+        """Sample the parameters and then the paths into `values`; hand out the paths' laws."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._open = plates = self._create_plates(*args, **kwargs)
@@ -173,12 +167,12 @@ class AutoPathGuide(AutoGuide):
                 site = look(self.model, args, kwargs, name, known)
             except NoDataError:
                 site = look(self.model, *self._data, name, known)
-            yield (
-                name,
-                PathPosterior(
-                    self.path, name, self.prefix, self.gradient, site, plan, plates, theta
-                ),
+            posterior = PathPosterior(
+                self.path, name, self.prefix, self.gradient, site, plan, plates, theta
             )
+            with posterior.plates():
+                values[name] = numpyro.sample(name, posterior.law())
+            yield name, posterior
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         recorded = trace_at_median(self.model, args, kwargs)

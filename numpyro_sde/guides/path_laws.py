@@ -191,7 +191,38 @@ class GaussianMarkovPath(PathLaw):
         return weigh_gaussian(place.along, self._control(place), local, d, normals) - log_det
 
 
-class ControlledPath(PathLaw):
+class SteeredPath(PathLaw):
+    """A law that runs the model's own steps under a control of their innovations."""
+
+    @abstractmethod
+    def _prepare(
+        self, model: StateSpaceModel, place: Place, shared: Any, local: Any
+    ) -> tuple[Control, Any]:
+        """The control, and what it is told of each step, leading axis over steps."""
+
+    def draw(
+        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, x0: Array, z: Array
+    ) -> tuple[Array, Array]:
+        control, now = self._prepare(model, place, shared, local)
+        drawn = draw_controlled(model, place.along, control, now, x0, z)
+        return model.visible(drawn.states), drawn.log_density
+
+    def log_prob(
+        self,
+        model: StateSpaceModel,
+        place: Place,
+        shared: Any,
+        local: Any,
+        path: Array,
+        normals: Array | None = None,
+    ) -> Array:
+        control, now = self._prepare(model, place, shared, local)
+        states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
+        states = jnp.reshape(states, (model.num_times, -1))
+        return weigh_controlled(model, place.along, control, now, states, normals)
+
+
+class ControlledPath(SteeredPath):
     r"""The posterior SDE with a learned control: `f + sigma (guide + u(t, x, context))`.
 
     The path runs the model's own drift and diffusion; its innovations are the guide's, shifted by
@@ -280,46 +311,6 @@ class ControlledPath(PathLaw):
             return shift, scale
 
         return control, (features, context, root, local)
-
-    def draw(
-        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, x0: Array, z: Array
-    ) -> tuple[Array, Array]:
-        control, now = self._prepare(model, place, shared, local)
-        return drawn_path(model, place, control, now, x0, z)
-
-    def log_prob(
-        self,
-        model: StateSpaceModel,
-        place: Place,
-        shared: Any,
-        local: Any,
-        path: Array,
-        normals: Array | None = None,
-    ) -> Array:
-        control, now = self._prepare(model, place, shared, local)
-        return path_log_prob(model, place, control, now, path, normals)
-
-
-def drawn_path(
-    model: StateSpaceModel, place: Place, control: Control, now: Any, x0: Array, z: Array
-) -> tuple[Array, Array]:
-    """A path of the model's own steps under a control, and its log density."""
-    drawn = draw_controlled(model, place.along, control, now, x0, z)
-    return model.visible(drawn.states), drawn.log_density
-
-
-def path_log_prob(
-    model: StateSpaceModel,
-    place: Place,
-    control: Control,
-    now: Any,
-    path: Array,
-    normals: Array | None,
-) -> Array:
-    """Log density of a path under a control."""
-    states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
-    states = jnp.reshape(states, (model.num_times, -1))
-    return weigh_controlled(model, place.along, control, now, states, normals)
 
 
 def _num_free(model: StateSpaceModel) -> int:

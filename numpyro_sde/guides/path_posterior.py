@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -239,21 +238,16 @@ class PathPosterior:
         def one(model: Any, place: Any, start: Any, local: Any, z0: Array, z: Array) -> Any:
             x0, log_start = start.draw(z0)
             drawn, log_q = self.family.draw(model, place, self.shared, local, x0, z)
-            return drawn, log_start + log_q
+            if self._gradient == "path":
+                return drawn, log_start + log_q
+            # With the law's parameters held, gradients pass through the path alone.
+            shared, local = lax.stop_gradient((self.shared, local))
+            log_start = start.held().log_prob(jnp.ravel(drawn[0]), z0)
+            return drawn, log_start + self.family.log_prob(model, place, shared, local, drawn, z)
 
-        drawn, log_q = self.map(one, (z0, z), (1, len(path.innovation_shape)))
-        if self._gradient == "landing":
-            log_q = self._held()._density(drawn, (z0, z))
-        return drawn, log_q
+        return self.map(one, (z0, z), (1, len(path.innovation_shape)))
 
-    def _held(self) -> PathPosterior:
-        """The same law with its parameters held: gradients pass through the path alone."""
-        held = copy.copy(self)
-        held._own = {k: (lax.stop_gradient(value), dim) for k, (value, dim) in self._own.items()}
-        held.shared, held.start = lax.stop_gradient((self.shared, self.start))
-        return held
-
-    def _density(self, value: Array, normals: tuple[Array, ...] = ()) -> Array:
+    def _density(self, value: Array) -> Array:
         path, lead = self.site.path, self.site.lead
         extra = jnp.shape(value)[: jnp.ndim(value) - path.event_dim]
         if extra != lead:  # draws in front
@@ -262,12 +256,8 @@ class PathPosterior:
             flat = jnp.reshape(value, (-1, *lead, *path.event_shape))
             return jnp.reshape(jax.vmap(self._density)(flat), front + lead)
 
-        def one(
-            model: Any, place: Any, start: Any, local: Any, value: Array, *normals: Array
-        ) -> Any:
-            z0, z = normals or (None, None)
-            log_start = start.log_prob(jnp.ravel(value[0]), z0)
-            return log_start + self.family.log_prob(model, place, self.shared, local, value, z)
+        def one(model: Any, place: Any, start: Any, local: Any, value: Array) -> Any:
+            log_start = start.log_prob(jnp.ravel(value[0]))
+            return log_start + self.family.log_prob(model, place, self.shared, local, value)
 
-        dims = (1, len(path.innovation_shape)) if normals else ()
-        return self.map(one, (value, *normals), (path.event_dim, *dims))
+        return self.map(one, (value,), (path.event_dim,))

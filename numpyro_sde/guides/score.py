@@ -33,15 +33,13 @@ from numpyro_sde.filters.guide import affine_step, log_emissions
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.flows import Conditioner, bounded_input
 from numpyro_sde.guides.path_laws import (
-    PathLaw,
     Place,
     Sizes,
+    SteeredPath,
     check_widths,
-    drawn_path,
     num_features,
     observation_spacing,
     observed_rows,
-    path_log_prob,
     time_features,
 )
 from numpyro_sde.guides.steps import Control, Pull, pull_of
@@ -52,7 +50,7 @@ from numpyro_sde.schemes.base import GaussianScheme
 _JITTER = 0.5
 
 
-class ConditionalScorePath(PathLaw):
+class ConditionalScorePath(SteeredPath):
     """The posterior SDE steered by a learned conditional score.
 
     A scalar network corrects the guide's log likelihood of the observations to come; its gradient
@@ -115,24 +113,6 @@ class ConditionalScorePath(PathLaw):
             return solve_lower(pull.L, slope[:, None])[:, 0], scale
 
         return control, (time_features(model)[1:], local["scale"])
-
-    def draw(
-        self, model: StateSpaceModel, place: Place, shared: Any, local: Any, x0: Array, z: Array
-    ) -> tuple[Array, Array]:
-        control, now = self._prepare(model, place, shared, local)
-        return drawn_path(model, place, control, now, x0, z)
-
-    def log_prob(
-        self,
-        model: StateSpaceModel,
-        place: Place,
-        shared: Any,
-        local: Any,
-        path: Array,
-        normals: Array | None = None,
-    ) -> Array:
-        control, now = self._prepare(model, place, shared, local)
-        return path_log_prob(model, place, control, now, path, normals)
 
     def residual(
         self, model: StateSpaceModel, place: Place, network: Any, path: Array, key: PRNGKeyArray

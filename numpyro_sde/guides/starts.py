@@ -61,7 +61,8 @@ class StartLaw:
     def __init__(
         self, kind: StartKind, law: Distribution, model: StateSpaceModel, along: Along, params: Any
     ) -> None:
-        self.kind, self.model, self.params = kind, model, params
+        self.kind, self.law, self.model, self.along = kind, law, model, along
+        self.params = params
         if kind == "fixed":
             return
         u = params["shift"].shape[-1]
@@ -89,6 +90,11 @@ class StartLaw:
             self.mean = self.inverse(self.reference)
             slope = jnp.diagonal(jax.jacfwd(self.inverse)(self.reference))
             self.T = psd_factor(jnp.outer(slope, slope) * (self.T @ transpose(self.T)))
+
+    def held(self) -> StartLaw:
+        """The same law, its parameters held."""
+        params = jax.lax.stop_gradient(self.params)
+        return StartLaw(self.kind, self.law, self.model, self.along, params)
 
     def draw(self, z: Float[Array, " u"]) -> tuple[Array, Array]:
         """First state `(d,)` of standard normals, and its log density; what is carried is zero."""
