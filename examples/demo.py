@@ -77,11 +77,14 @@ def say(message: str) -> None:
     print(f"[{time.perf_counter() - START:5.0f} s] {message}", flush=True)
 
 
-def run_nuts(model, data, sizes: Sizes, seed: int):
+careful_nuts = partial(NUTS, target_accept_prob=0.9)
+
+
+def run_nuts(kernel, data, sizes: Sizes, seed: int):
     """Run NUTS; return it with its timing."""
     say(f"NUTS, {CHAINS} chains of {sizes.warmup} + {sizes.draws} steps ...")
     mcmc = MCMC(
-        NUTS(model, target_accept_prob=0.9),
+        kernel,
         num_warmup=sizes.warmup,
         num_samples=sizes.draws,
         num_chains=CHAINS,
@@ -128,7 +131,7 @@ def fit_nile(sizes: Sizes):
     whitened = numpyro.handlers.reparam(
         nile_model, config={"level": nsde.reparam.InnovationReparam()}
     )
-    mcmc, timing = run_nuts(whitened, data, sizes, seed=0)
+    mcmc, timing = run_nuts(careful_nuts(whitened), data, sizes, seed=0)
     fits = {"NUTS": to_arviz(mcmc, timing=timing)}
 
     # In 104 dimensions affine couplings learn faster than the default splines.
@@ -191,7 +194,7 @@ def fit_short_rate(sizes: Sizes):
     for name, scheme in schemes.items():
         print(f"   {name} transition density:")
         model = partial(short_rate_model, scheme=scheme)
-        mcmc, timing = run_nuts(model, (bill.times, bill.rate), sizes, seed=2)
+        mcmc, timing = run_nuts(careful_nuts(model), (bill.times, bill.rate), sizes, seed=2)
         fits[name] = to_arviz(mcmc, timing=timing, posterior_predictive=500)
     return fits
 
@@ -262,7 +265,7 @@ def fit_volatility(sizes: Sizes):
     change = 100.0 * np.diff(np.log(treasury.yields[:, 0]))
     data = (treasury.times[1:], jnp.asarray(change - change.mean(), jnp.float32))
     guided = numpyro.handlers.reparam(volatility_model, config={"v": nsde.reparam.GuidedReparam()})
-    mcmc, timing = run_nuts(guided, data, sizes, seed=3)
+    mcmc, timing = run_nuts(nsde.infer.SplitNUTS(guided), data, sizes, seed=3)
     fits = {"NUTS": to_arviz(mcmc, timing=timing, times=data[0])}
 
     guide = nsde.guides.AutoPathGuide(volatility_model, path=nsde.guides.ControlledPath())
