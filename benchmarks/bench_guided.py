@@ -189,8 +189,7 @@ def fit(case: Case, treatment: str, draws: int, acceptance: float, seed: int) ->
         return
     start = time.perf_counter()
     if treatment == "split":
-        options = nsde.infer.guided_metric(case.model, case.data)
-        kernel = nsde.infer.SplitNUTS(target, **options)
+        kernel = nsde.infer.SplitNUTS(target)
     else:
         kernel = NUTS(
             target, init_strategy=init_to_median(num_samples=20), target_accept_prob=acceptance

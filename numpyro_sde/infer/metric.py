@@ -21,7 +21,10 @@ def guided_metric(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[
     curvature at the mode of the model with its paths integrated out by an extended Kalman filter,
     and start there, the innovations at zero. The metric is not adapted; the step size is.
 
-    Where the guide fits badly (`diagnostics.guide_quality`), leave the metric to the warm-up.
+    Where the guide fits badly (`diagnostics.guide_quality`), leave the metric to the warm-up; so
+    too where data bear on the variance of what is seen alone (a volatility given returns), of
+    which the extended filter learns nothing. `SplitNUTS` adapts the parameters' metric alone, and
+    gains little but a shorter warm-up.
 
     Args:
         model: the model itself, its paths neither reparametrised nor integrated out.
