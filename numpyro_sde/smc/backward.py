@@ -41,6 +41,7 @@ from numpyro_sde.linear.small import (
 )
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
 from numpyro_sde.sde import SDE
+from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import clean
 from numpyro_sde.smc.proposals import observed_rows, plain_step
 from numpyro_sde.smc.resampling import running_sum
@@ -386,7 +387,7 @@ def move_piece(
     index_key, bridge_key, accept_key = jax.random.split(key, 3)
     u = jax.random.uniform(index_key, (), pool.sums.dtype) * pool.sums[-1]
     index = jnp.minimum(jnp.searchsorted(pool.sums, u, side="right"), pool.x.shape[0] - 1)
-    z = jax.random.normal(bridge_key, (piece.states.shape[0], model.dim), end.dtype)
+    z = normals(bridge_key, (piece.states.shape[0], model.dim), end.dtype)
     states, ratio = draw_bridge(model, block, pool.x[index], end, z)
     proposed = Piece(index.astype(piece.ancestor.dtype), pool.x[index], states, ratio)
     log_ratio = _score(pool, proposed) - _score(pool, piece)
@@ -415,7 +416,7 @@ def choose_piece(
     """
     bridge_key, choice_key = jax.random.split(key)
     M, n = pool.x.shape[0], piece.states.shape[0]
-    z = jax.random.normal(bridge_key, (M, n, model.dim), end.dtype)
+    z = normals(bridge_key, (M, n, model.dim), end.dtype)
     states, ratios = jax.vmap(lambda x, z: draw_bridge(model, block, x, end, z))(pool.x, z)
     states = states.at[piece.ancestor].set(piece.states)
     ratios = ratios.at[piece.ancestor].set(piece.log_weight)

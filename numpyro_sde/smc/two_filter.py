@@ -38,6 +38,7 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
+from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import (
     History,
     Setting,
@@ -221,7 +222,7 @@ def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> T
 
     normal_key, key = jax.random.split(key)
     last = model.num_times - 1
-    z = jax.random.normal(normal_key, (last, model.dim, M), model.init_mean.dtype)
+    z = normals(normal_key, (last, model.dim, M), model.init_mean.dtype)
     factor = cholesky(beliefs.cov[last])
     x = beliefs.mean[last][:, None] + matmul(factor, z[0])
     log_q = over_particles(partial(_log_normal, mean=beliefs.mean[last], factor=factor), -1)(x)
