@@ -5,8 +5,8 @@ observations, 1,000 and 10,000 particles. Claims: at least 2 times the particle 
 cuthbert and of particles (nchopin), and at most 1.5 times the cost of JAX's random numbers and of
 moving the particles alone. Measured were 5.4, 4.9 and 1.2 with 1,000 particles, 3.8, 4.5 and 0.8
 with 10,000; beside our own random numbers (`smc.normals`) and moves it is 2.4 and 2.1. Install
-the peers by `pip install cuthbert` and `pip install --no-deps particles numba scikit-learn` (particles 0.4
-asks for an older NumPy than JAX takes, but runs with a new one).
+the peers by `pip install cuthbert` and `pip install --no-deps particles numba scikit-learn`
+(particles 0.4 asks for an older NumPy than JAX takes, but runs with a new one).
 
 As a program: `python benchmarks/bench_particles.py variance` prints the variance of the log
 likelihood of a stochastic Lotka-Volterra model with precise observations, guided and bootstrap, at

@@ -42,6 +42,7 @@ from numpyro_sde.linear.small import (
     transpose,
 )
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.dependence import reaches_output
 from numpyro_sde.schemes.euler import Euler
 
 # Scoring steps from the start towards the state that one observation alone points to.
@@ -101,6 +102,13 @@ def affine_step(
 
     factor, mean = jax.jacfwd(step, has_aux=True)(zero)
     return mean, factor
+
+
+def noise_uses_state(model: StateSpaceModel) -> bool:
+    """Whether the factor of a step's noise depends on the state that it starts from."""
+    t, dt, cache = jax.tree.map(lambda a: a[0], model.step_inputs())
+    trace = jax.make_jaxpr(lambda x: affine_step(model, t, dt, x, cache)[1])(model.init_mean)
+    return reaches_output(trace.jaxpr, 0)
 
 
 def observed_information(

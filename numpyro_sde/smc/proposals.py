@@ -33,9 +33,14 @@ from numpyro_sde.filters import guide as guides
 from numpyro_sde.filters.guide import affine_step, observed_information
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import (
+    LinearizedSteps,
+    Spans,
     backward_information,
     guided_innovations,
     log_weight,
+    match_noise,
+    spans,
+    step_sd,
     whiten_innovations,
 )
 from numpyro_sde.linear.small import (
@@ -46,6 +51,7 @@ from numpyro_sde.linear.small import (
     psd_factor,
     solve,
     solve_lower,
+    symmetrize,
     transpose,
 )
 from numpyro_sde.schemes.base import GaussianScheme
@@ -155,11 +161,11 @@ class Bootstrap(Proposal):
         return jnp.zeros((), x.dtype)
 
 
-def _given(model: StateSpaceModel, step: Any, x: Array, z: Array, h: Any) -> tuple[Array, Array]:
-    """One step with its innovations given information `H, e` about `ahead` of its mean."""
-    t, dt, cache = step
-    mean, B = affine_step(model, t, dt, x, cache)
-    H, e, base = h
+def _given(
+    model: StateSpaceModel, step: Any, x: Array, affine: tuple[Array, Array], z: Array, h: Any
+) -> tuple[Array, Array]:
+    """One step, of mean and factor `affine`, given information `H, e` about it less `base`."""
+    (mean, B), (H, e, base) = affine, h
     w, log_det = guided_innovations(H, e, mean - base, B, z)
     if isinstance(model.scheme, GaussianScheme):
         new = (mean + (B * w if B.ndim == 1 else matvec(B, w))).astype(x.dtype)
@@ -168,11 +174,44 @@ def _given(model: StateSpaceModel, step: Any, x: Array, z: Array, h: Any) -> tup
     return new, log_weight(w, z, log_det)
 
 
+class _Towards(NamedTuple):
+    """What is known of each step's end where its noise is to be matched to the particle's.
+
+    Attributes:
+        H: precision of all observations from the next observed time on, there, `(N - 1, d, d)`.
+        e: information vector there, `(N - 1, d)`.
+        reference: states of linearisation at the end of the step, `(N - 1, d)`.
+        span: what leads from there to the observed time.
+        sd: standard deviations of the step along the reference, `(N - 1, d)`.
+    """
+
+    H: Float[Array, "N-1 d d"]
+    e: Float[Array, "N-1 d"]
+    reference: Float[Array, "N-1 d"]
+    span: Spans
+    sd: Float[Array, "N-1 d"]
+
+
+def _matched(h: Any, B: Array) -> tuple[Array, Array, Array]:
+    """Information about a step's end, and the state that it is about."""
+    if not isinstance(h, _Towards):
+        return h
+    V = match_noise(h.span.V, B, h.sd)
+    known = jnp.concatenate(
+        [matmul(h.H, h.span.phi), (h.e - matvec(h.H, h.span.b))[:, None]], axis=1
+    )
+    left = jnp.eye(V.shape[-1], dtype=V.dtype) + matmul(h.H, V)
+    Z = matmul(transpose(h.span.phi), solve(left, known))
+    return symmetrize(Z[:, :-1]), Z[:, -1], h.reference
+
+
 class Guided(Proposal):
     """Innovations of each step given all later observations of the linearised model.
 
     The exact discrete guided step along the mean of the extended Kalman smoother: for linear
-    Gaussian models all weights are equal and one particle gives the exact likelihood.
+    Gaussian models all weights are equal and one particle gives the exact likelihood. Where the
+    noise depends on the state, that of the linearised model up to the next observation is scaled
+    to the particle's own, so that weights stay even on fine grids.
 
     Example:
         >>> Guided()
@@ -185,8 +224,31 @@ class Guided(Proposal):
         H, e = backward_information(steps)
         # What the observations after each time say: its own is in the weights already.
         later = (H - steps.J, e - steps.s, reference)
-        inputs = (model.step_inputs(), (H[1:], e[1:], reference[1:]))
+        known: Any = (H[1:], e[1:], reference[1:])
+        ends = np.union1d(observed_rows(model), [model.num_times - 1])
+        if ends.size < model.num_times - 1 and guides.noise_uses_state(model):
+            known = self._towards(steps, ends, H, e, reference)
+        inputs = (model.step_inputs(), known)
         return Plan(inputs, later, guides.Guide(reference, H, e))
+
+    def _towards(
+        self, steps: LinearizedSteps, ends: np.ndarray, H: Array, e: Array, reference: Array
+    ) -> _Towards:
+        times = np.arange(1, reference.shape[0])
+        is_end = np.isin(times, ends)
+        following = ends[np.searchsorted(ends, times)]
+        to_end = spans(steps.A, steps.c, steps.B, jnp.asarray(is_end))
+        # From the end of a step: nothing leads further where that is an observed time itself.
+        here = Spans(jnp.eye(H.shape[-1], dtype=H.dtype), jnp.zeros(()), jnp.zeros(()))
+
+        def at_step_end(own: Array, gathered: Array) -> Array:
+            ahead = jnp.concatenate([gathered[1:], gathered[-1:]])
+            flag = is_end.reshape(-1, *[1] * (gathered.ndim - 1))
+            return jnp.where(flag, own, ahead).astype(gathered.dtype)
+
+        span = jax.tree.map(at_step_end, here, to_end)
+        sd = jax.vmap(step_sd)(steps.B)
+        return _Towards(H[following], e[following], reference[1:], span, sd)
 
     def start(
         self, model: StateSpaceModel, plan: Plan, z: Float[Array, " d"]
@@ -207,13 +269,15 @@ class Guided(Proposal):
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        now, h = step
-        new, ratio = _given(model, now, x, z, h)
+        (t, dt, cache), h = step
+        affine = affine_step(model, t, dt, x, cache)
+        new, ratio = _given(model, step[0], x, affine, z, _matched(h, affine[1]))
         return new, memo, ratio
 
     def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
-        (t, dt, cache), (H, e, base) = step
+        (t, dt, cache), h = step
         mean, B = affine_step(model, t, dt, x, cache)
+        H, e, base = _matched(h, B)
         w = model.scheme.invert(
             model.sde, t, dt, model.to_state(x), model.to_state(following), cache
         )
@@ -277,10 +341,10 @@ class _TowardsNext(Proposal):
             jnp.concatenate([J, s[:, None]], axis=1),
         )
         t, dt, cache = now
-        mean, _ = affine_step(model, t, dt, x, cache)
+        mean, B = affine_step(model, t, dt, x, cache)
         del left
         # The mean of the step is what the prediction goes through: nothing is ahead of it.
-        return _given(model, now, x, z, (M[:, :-1], M[:, -1], mean))
+        return _given(model, now, x, (mean, B), z, (M[:, :-1], M[:, -1], mean))
 
 
 class ModifiedBridge(_TowardsNext):
