@@ -25,6 +25,7 @@ from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import conditional_smc, first_path
+from numpyro_sde.smc.defensive import with_own_steps
 from numpyro_sde.smc.particle_filter import Setting
 from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
@@ -143,7 +144,8 @@ def parisian_gibbs(
         reason = invertible(model)
         if reason:
             raise ValueError(f"parisian_gibbs weighs transitions of the path, but {reason}")
-        return _iterate(model, setting, functional, rng_key, num_iterations, num_backward)
+        own = with_own_steps(setting, model, None)
+        return _iterate(model, own, functional, rng_key, num_iterations, num_backward)
 
     dims = tuple(1 + len(path.state_shape) for _ in starts)
     trace = jax.jit(lambda *starts: run_on_model(path, (), [(statement, y)], run, starts, dims))(

@@ -176,7 +176,7 @@ def run_filter(
     plan = proposal.plan(model) if plan is None else plan
     dtype = model.init_mean.dtype
     start_key, move_keys, select_keys = _keys(key, N - 1)
-    z0 = normals(start_key, (model.dim, M), dtype)
+    z0 = normals(start_key, (model.dim + proposal.num_extra, M), dtype)
     x, ratio = draw_start(model, proposal, plan, z0)
     if retained is not None:
         x = x.at[:, 0].set(retained.path[0])
@@ -184,7 +184,7 @@ def run_filter(
     observed = np.zeros(N, bool)
     observed[observed_rows(model)] = True
     data = jax.tree.map(jnp.asarray, model.observation_inputs())
-    m = innovation_size(model)
+    m = innovation_size(model) + proposal.num_extra
     reports = _Reports(diagnose, moments, history, choices=diagnose or history or variance)
 
     def select(p: Particles, node: Any, chance: Any, lead_to: Any) -> tuple[Particles, Any]:
@@ -304,7 +304,7 @@ def select_particles(
     ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(p.x)
     if ahead is not None:
         ahead = jnp.where(jnp.isfinite(ahead), ahead, 0.0)
-        ahead = ahead - jnp.max(ahead)
+        ahead = proposal.level(ahead - jnp.max(ahead), p.log_weights)
     weights, level = _weights(p.log_weights if ahead is None else p.log_weights + ahead)
     ess = effective_size(weights)
     mean = level + jnp.log(jnp.mean(weights))

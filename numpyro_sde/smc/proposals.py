@@ -20,6 +20,7 @@ predicted to be, so every emission with moments can guide.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -112,6 +113,19 @@ class Proposal(eqx.Module):
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         """Next state, what it carries on, and the log ratio of the two laws of the step."""
 
+    @property
+    def num_extra(self) -> int:
+        """Number of normals that a particle needs beyond its innovations."""
+        return 0
+
+    def level(
+        self,
+        ahead: Float[Array, " M"],
+        log_weights: Float[Array, " M"],  # noqa: ARG002
+    ) -> Float[Array, " M"]:
+        """The look-ahead function of all particles as it is used."""
+        return ahead
+
     def grid_step(self, step: Any) -> Any:
         """Time, length and cache of a step among its inputs."""
         return step[0]
@@ -123,6 +137,21 @@ class Proposal(eqx.Module):
             NotImplementedError: the proposal is not one of conditional filters.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be retraced")
+
+    def start_ratio(
+        self,
+        model: StateSpaceModel,  # noqa: ARG002
+        plan: Plan,  # noqa: ARG002
+        x: Float[Array, " d"],
+    ) -> Float[Array, ""]:
+        """Log ratio of a first state."""
+        return jnp.zeros((), x.dtype)
+
+    def path_ratios(
+        self, model: StateSpaceModel, plan: Plan, path: Float[Array, "N d"]
+    ) -> Float[Array, " N-1"]:
+        """Log ratios of all steps of a path."""
+        return jax.vmap(partial(self.ratio, model))(plan.steps, path[:-1], path[1:])
 
 
 def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
@@ -167,11 +196,17 @@ def _given(
     """One step, of mean and factor `affine`, given information `H, e` about it less `base`."""
     (mean, B), (H, e, base) = affine, h
     w, log_det = guided_innovations(H, e, mean - base, B, z)
+    return move_by(model, step, x, affine, w), log_weight(w, z, log_det)
+
+
+def move_by(
+    model: StateSpaceModel, step: Any, x: Array, affine: tuple[Array, Array], w: Array
+) -> Array:
+    """Next state by innovations, the step's mean and factor being known."""
+    mean, B = affine
     if isinstance(model.scheme, GaussianScheme):
-        new = (mean + (B * w if B.ndim == 1 else matvec(B, w))).astype(x.dtype)
-    else:
-        new = plain_step(model, step, x, w)
-    return new, log_weight(w, z, log_det)
+        return (mean + (B * w if B.ndim == 1 else matvec(B, w))).astype(x.dtype)
+    return plain_step(model, step, x, w)
 
 
 class _Towards(NamedTuple):
@@ -190,19 +225,6 @@ class _Towards(NamedTuple):
     reference: Float[Array, "N-1 d"]
     span: Spans
     sd: Float[Array, "N-1 d"]
-
-
-def _matched(h: Any, B: Array) -> tuple[Array, Array, Array]:
-    """Information about a step's end, and the state that it is about."""
-    if not isinstance(h, _Towards):
-        return h
-    V = match_noise(h.span.V, B, h.sd)
-    known = jnp.concatenate(
-        [matmul(h.H, h.span.phi), (h.e - matvec(h.H, h.span.b))[:, None]], axis=1
-    )
-    left = jnp.eye(V.shape[-1], dtype=V.dtype) + matmul(h.H, V)
-    Z = matmul(transpose(h.span.phi), solve(left, known))
-    return symmetrize(Z[:, :-1]), Z[:, -1], h.reference
 
 
 class Guided(Proposal):
@@ -269,15 +291,40 @@ class Guided(Proposal):
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        (t, dt, cache), h = step
+        t, dt, cache = self.grid_step(step)
         affine = affine_step(model, t, dt, x, cache)
-        new, ratio = _given(model, step[0], x, affine, z, _matched(h, affine[1]))
+        new, ratio = _given(model, step[0], x, affine, z, self.information(step, affine[1]))
         return new, memo, ratio
 
+    def information(self, step: Any, B: Array) -> tuple[Array, Array, Array]:
+        """Information about a step's end where its noise has the factor B, and the state there."""
+        h = step[1]
+        if not isinstance(h, _Towards):
+            return h
+        V = match_noise(h.span.V, B, h.sd)
+        known = jnp.concatenate(
+            [matmul(h.H, h.span.phi), (h.e - matvec(h.H, h.span.b))[:, None]], axis=1
+        )
+        left = jnp.eye(V.shape[-1], dtype=V.dtype) + matmul(h.H, V)
+        Z = matmul(transpose(h.span.phi), solve(left, known))
+        return symmetrize(Z[:, :-1]), Z[:, -1], h.reference
+
+    def start_ratio(self, model: StateSpaceModel, plan: Plan, x: Array) -> Array:
+        if model.starts is not None:
+            return jnp.zeros((), x.dtype)
+        assert plan.guide is not None
+        S = psd_factor(model.init_cov)
+        # A pivot of zero belongs to a direction that is fixed.
+        pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
+        w = solve_lower(S + jnp.diag(pivots), (x - model.init_mean)[:, None])[:, 0]
+        ahead = model.init_mean - plan.guide.reference[0]
+        z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, S, w)
+        return log_weight(w, z, log_det)
+
     def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
-        (t, dt, cache), h = step
+        t, dt, cache = self.grid_step(step)
         mean, B = affine_step(model, t, dt, x, cache)
-        H, e, base = _matched(h, B)
+        H, e, base = self.information(step, B)
         w = model.scheme.invert(
             model.sde, t, dt, model.to_state(x), model.to_state(following), cache
         )
