@@ -22,7 +22,7 @@ from numpyro_sde.smc.particle_filter import History, Run, Setting, over_particle
 from numpyro_sde.smc.proposals import PROPOSALS, Guided
 from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
-from numpyro_sde.smc.two_filter import TwoFilterResult, two_filter
+from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 
@@ -205,10 +205,11 @@ class Particle(AbstractFilter):
         jax.debug.callback(_warn_of_collapse, result.log_likelihood)
         return result
 
-    def two_filter(self, model: StateSpaceModel) -> TwoFilterResult:
+    def two_filter(self, model: StateSpaceModel, *, join: str = "all") -> TwoFilterResult:
         """Smoothed marginals by particles that run both ways: see `nsde.two_filter`."""
+        check_choice("join", join, JOINS)
         self._check_weighing(model, "two_filter")
-        return jax.jit(lambda: two_filter(model, self.setting, self.random_key))()
+        return jax.jit(lambda: two_filter(model, self.setting, self.random_key, join=join))()
 
     def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
         reason = invertible(model)

@@ -345,7 +345,7 @@ def _next_observation(model: StateSpaceModel) -> tuple[Any, np.ndarray, np.ndarr
     return data, target, seen
 
 
-def _information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
+def information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
     """Information and score of the observations of one time, at the point `p`."""
     J = jnp.zeros((model.dim, model.dim), p.dtype)
     s = jnp.zeros(model.dim, p.dtype)
@@ -379,7 +379,7 @@ class _TowardsNext(Proposal):
     ) -> tuple[Array, Array]:
         """Step given the next observation, `end` being where the particle is predicted then."""
         now, data, left, after, seen = step
-        J, s = _information_at(model, data, end)
+        J, s = information_at(model, data, end)
         J, s = jnp.where(seen, J, 0.0), jnp.where(seen, s, 0.0)
         L = model.factor(now[0], x)
         rest = matmul(L, transpose(L)) * after
@@ -458,7 +458,7 @@ class Auxiliary(_TowardsNext):
     ) -> Float[Array, ""] | None:
         _, _, data, left, seen = node
         p = _drift_only(model, node, x)
-        J, s = _information_at(model, data, p)
+        J, s = information_at(model, data, p)
         L = model.factor(jnp.asarray(model.times)[node[0]], x) * jnp.sqrt(left)
         gain = cholesky(jnp.eye(L.shape[-1], dtype=x.dtype) + matmul(transpose(L), matmul(J, L)))
         white = solve_lower(gain, matvec(transpose(L), s)[:, None])[:, 0]
