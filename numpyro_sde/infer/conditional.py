@@ -13,17 +13,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import run_seeded
-from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
+from numpyro_sde.filters.checks import check_brownian, check_choice
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
+from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
-from numpyro_sde.smc.particle_filter import Setting
-from numpyro_sde.smc.proposals import PROPOSALS
-from numpyro_sde.smc.resampling import SCHEMES
-
-_PROPOSALS = ("guided", "bootstrap")
+from numpyro_sde.smc.particle_filter import make_setting
 
 
 class ConditionalSMCState(NamedTuple):
@@ -118,12 +114,10 @@ class ConditionalSMC(MCMCKernel):
             raise TypeError(f"model must be a function, got {type(model).__name__}")
         if isinstance(sites, str):
             raise TypeError(f"sites must be a list of names, got the string {sites!r}")
-        check_count("num_particles", num_particles, least=2)
-        check_choice("proposal", proposal, _PROPOSALS)
-        check_choice("resampling", resampling, tuple(SCHEMES))
+        self.setting = make_setting(
+            num_particles, proposal, resampling, ess_threshold, least=2, proposals=PROPOSALS
+        )
         check_choice("renewal", renewal, RENEWALS)
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
         if own_share is not None and proposal != "guided":
             raise ValueError(
                 f"own_share is of proposal='guided', got {own_share} with proposal={proposal!r}"
@@ -135,9 +129,6 @@ class ConditionalSMC(MCMCKernel):
         self.sites = None if sites is None else tuple(sites)
         self.num_particles = num_particles
         self.renewal = renewal
-        self.setting = Setting(
-            num_particles, PROPOSALS[proposal](), SCHEMES[resampling], float(ess_threshold)
-        )
 
     @property
     def model(self) -> Callable[..., Any]:

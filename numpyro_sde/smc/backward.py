@@ -218,9 +218,12 @@ def block_between(
         expand: Any = partial(linearize_step, model)
         A, c, B = jax.vmap(expand)(following, references, later)
         to_end = spans(A, c, B, is_last)
-        sd = jax.vmap(lambda now, x: step_sd(affine_step(model, *now[:2], x, now[2])[1]))(
-            inner, reference(steps)
-        )
+
+        def sd_of(step: Any, x: Array) -> Array:
+            t, dt, cache = step
+            return step_sd(affine_step(model, t, dt, x, cache)[1])
+
+        sd = jax.vmap(sd_of)(inner, reference(steps))
     return Block(
         start,
         end,

@@ -35,6 +35,7 @@ from numpyro_sde.smc.particle_filter import (
 from numpyro_sde.smc.proposals import Plan, Proposal, observed_rows
 from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
 
+PROPOSALS = ("guided", "bootstrap")
 RENEWALS = ("backward", "ancestor", "none")
 
 

@@ -91,9 +91,9 @@ def _direction(form: _Format, bits: Array) -> tuple[Array, Array]:
     x = (_between_one_and_two(form, bits) - form.floats(1.5)) * form.floats(0.5 * math.pi)
     square = x * x
     signs = [(-1.0) ** k for k in range(form.sine_terms + 1)]
-    sine = [s / math.factorial(2 * k + 1) for k, s in enumerate(signs[:-1])]
-    cosine = [s / math.factorial(2 * k) for k, s in enumerate(signs)]
-    sine, cosine = x * _horner(form, sine, square), _horner(form, cosine, square)
+    odd = [s / math.factorial(2 * k + 1) for k, s in enumerate(signs[:-1])]
+    even = [s / math.factorial(2 * k) for k, s in enumerate(signs)]
+    sine, cosine = x * _horner(form, odd, square), _horner(form, even, square)
     swap = (bits & form.bits(1)) != 0
     sign = jnp.where((bits & form.bits(2)) != 0, form.floats(-1.0), form.floats(1.0))
     return sign * jnp.where(swap, cosine, sine), sign * jnp.where(swap, sine, cosine)

@@ -19,18 +19,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from numpyro_sde.filters.checks import check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.updates import with_valid_inputs
 from numpyro_sde.smc.hilbert import hilbert_order
 from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.proposals import (
+    PROPOSALS,
     Plan,
     Proposal,
     innovation_size,
     log_emission,
     observed_rows,
 )
-from numpyro_sde.smc.resampling import effective_size, systematic
+from numpyro_sde.smc.resampling import SCHEMES, effective_size, systematic
 
 Resampler = Callable[..., Array]
 
@@ -50,6 +52,37 @@ class Setting(NamedTuple):
     proposal: Proposal
     resampler: Resampler
     ess_threshold: float
+
+
+def make_setting(
+    num_particles: int,
+    proposal: str,
+    resampling: str,
+    ess_threshold: float,
+    *,
+    least: int = 1,
+    proposals: tuple[str, ...] = tuple(PROPOSALS),
+) -> Setting:
+    """Check the options of a particle filter and gather them.
+
+    Args:
+        num_particles: number of particles.
+        proposal: name of a proposal.
+        resampling: name of a resampling scheme.
+        ess_threshold: share of particles below which the effective size calls for resampling.
+        least: least number of particles.
+        proposals: names of proposals allowed.
+
+    Raises:
+        ValueError: an option out of range.
+        TypeError: a count that is no integer.
+    """
+    check_count("num_particles", num_particles, least)
+    check_choice("proposal", proposal, proposals)
+    check_choice("resampling", resampling, tuple(SCHEMES))
+    if not 0 <= ess_threshold <= 1:
+        raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
+    return Setting(num_particles, PROPOSALS[proposal](), SCHEMES[resampling], float(ess_threshold))
 
 
 class Retained(NamedTuple):
