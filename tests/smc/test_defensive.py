@@ -106,6 +106,7 @@ def test_unbiased(x64):
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / np.sqrt(ratio.size)
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_mixture_and_bounded(x64):
     path, share = np.array([0.1, 3.0, -4.0, 5.0])[:, None], 0.1
 

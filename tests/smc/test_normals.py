@@ -8,7 +8,7 @@ import scipy.stats
 
 from numpyro_sde.smc.normals import normals
 
-NUM = 1_000_000
+NUM = 200_000
 
 
 @pytest.fixture(params=["float32", "float64"])
