@@ -11,7 +11,7 @@ from numpyro_sde.smc.normals import normals
 NUM = 200_000
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def dtype(request):
     if request.param == "float64":
         request.getfixturevalue("x64")
