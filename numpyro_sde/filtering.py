@@ -147,6 +147,7 @@ def two_filter(
     event_dims: Any = None,
     inputs: Any = None,
     at: ArrayLike | None = None,
+    join: str = "all",
 ) -> TwoFilterResult:
     """Smoothed marginals at the observed times, by particles that run forward and backward.
 
@@ -169,6 +170,9 @@ def two_filter(
         event_dims: as in `observe`.
         inputs: as in `observe`.
         at: indices into the path of the K times observed; None for all.
+        join: "all" as above; "pairs" draws states at each observed time between one forward and
+            one backward particle, paired at random and weighed exactly: O(M), but fewer effective
+            particles.
 
     Returns:
         `rows` (grid indices of the observed times, the first and the last), `mean`, `cov`,
@@ -176,11 +180,12 @@ def two_filter(
 
     Raises:
         TypeError: a method that is not `filters.Particle`, or an emission of the wrong kind.
-        ValueError: data that do not fit, a transition without density, or a filter with several
-            random keys.
+        ValueError: an unknown `join`, data that do not fit, a transition without density, or a
+            filter with several random keys.
 
     Source: Briers, Doucet and Maskell (2010), "Smoothing algorithms for state-space models";
-    Fearnhead, Wyncoll and Tawn (2010) for normal artificial laws.
+    Fearnhead, Wyncoll and Tawn (2010), "A sequential smoothing algorithm with linear computational
+    cost", for pairs and normal artificial laws.
 
     Example:
         >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
@@ -197,7 +202,7 @@ def two_filter(
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
 
     def run(method: Any, model: StateSpaceModel) -> TwoFilterResult:
-        return method.two_filter(model)
+        return method.two_filter(model, join=join)
 
     return run_method(path, lead, [(statement, y)], method, run)
 

@@ -42,6 +42,7 @@ from numpyro_sde.linear.small import (
     transpose,
 )
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.dependence import reaches_output
 from numpyro_sde.schemes.euler import Euler
 
 # Scoring steps from the start towards the state that one observation alone points to.
@@ -101,6 +102,13 @@ def affine_step(
 
     factor, mean = jax.jacfwd(step, has_aux=True)(zero)
     return mean, factor
+
+
+def noise_uses_state(model: StateSpaceModel) -> bool:
+    """Whether the factor of a step's noise depends on the state that it starts from."""
+    t, dt, cache = jax.tree.map(lambda a: a[0], model.step_inputs())
+    trace = jax.make_jaxpr(lambda x: affine_step(model, t, dt, x, cache)[1])(model.init_mean)
+    return reaches_output(trace.jaxpr, 0)
 
 
 def observed_information(
@@ -313,13 +321,30 @@ def _interpolate(times: Array, seen: Array, x: Array) -> Array:
     return x[before] + share * (x[after] - x[before])
 
 
+def speaks_by_variance(model: StateSpaceModel, instrument: Instrument) -> bool:
+    """Whether the variance of an emission depends on the state, as that of a return does."""
+    inputs = jax.tree.map(lambda a: jnp.asarray(a)[0], instrument.inputs)
+    return covariance_uses_state(instrument, inputs, model.init_mean)
+
+
 def smoothed_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
-    """Mean of the extended Kalman smoother, or interpolated data where that is not finite."""
+    """Mean of the extended Kalman smoother, or interpolated data where that is not finite.
+
+    Normal emissions whose variance depends on the state are taken by Laplace's approximation: by
+    moments alone a return tells nothing of a volatility, and at a reference that has not learnt of
+    a large one its score points far beyond any likely state.
+    """
     gaussian = isinstance(model.scheme, GaussianScheme)
     scheme = model.scheme if gaussian else Euler()
     cache = model.cache if gaussian else scheme.prepare(model.sde, model.times, model.dt)
     linearised = model._replace(scheme=scheme, cache=cache)
-    mean, _ = ExtendedKalman(emission="moments").filter(linearised).smooth()
+    by_variance = [i.gaussian and speaks_by_variance(model, i) for i in model.instruments]
+    if any(by_variance):
+        pairs = zip(model.instruments, by_variance, strict=True)
+        taken = tuple(i._replace(gaussian=i.gaussian and not v) for i, v in pairs)
+        linearised = linearised._replace(instruments=taken)
+    method = ExtendedKalman(emission="laplace" if any(by_variance) else "moments")
+    mean, _ = method.filter(linearised).smooth()
     mean = _keep_positive(model, mean)
     finite = jnp.all(jnp.isfinite(mean))
     return lax.cond(finite, lambda: mean, lambda: data_reference(model).astype(mean.dtype))

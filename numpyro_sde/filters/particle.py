@@ -18,11 +18,18 @@ from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.smc.backward import Dynamics, invertible
 from numpyro_sde.smc.online import OnlineSums, additive_online
-from numpyro_sde.smc.particle_filter import History, Run, Setting, over_particles, run_filter
-from numpyro_sde.smc.proposals import PROPOSALS, Guided
+from numpyro_sde.smc.particle_filter import (
+    History,
+    Run,
+    Setting,
+    make_setting,
+    over_particles,
+    run_filter,
+)
+from numpyro_sde.smc.proposals import Guided
 from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
-from numpyro_sde.smc.two_filter import TwoFilterResult, two_filter
+from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 
@@ -123,12 +130,8 @@ class Particle(AbstractFilter):
         history: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> None:
-        check_count("num_particles", num_particles)
-        check_choice("proposal", proposal, tuple(PROPOSALS))
-        check_choice("resampling", resampling, tuple(SCHEMES))
+        make_setting(num_particles, proposal, resampling, ess_threshold)
         check_count("seed", seed, least=0)
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
         self.num_particles = num_particles
         self.proposal = proposal
         self.resampling = resampling
@@ -167,12 +170,7 @@ class Particle(AbstractFilter):
     @property
     def setting(self) -> Setting:
         """What the engine needs to know."""
-        return Setting(
-            self.num_particles,
-            PROPOSALS[self.proposal](),
-            SCHEMES[self.resampling],
-            self.ess_threshold,
-        )
+        return make_setting(self.num_particles, self.proposal, self.resampling, self.ess_threshold)
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "Particle()")
@@ -205,10 +203,11 @@ class Particle(AbstractFilter):
         jax.debug.callback(_warn_of_collapse, result.log_likelihood)
         return result
 
-    def two_filter(self, model: StateSpaceModel) -> TwoFilterResult:
+    def two_filter(self, model: StateSpaceModel, *, join: str = "all") -> TwoFilterResult:
         """Smoothed marginals by particles that run both ways: see `nsde.two_filter`."""
+        check_choice("join", join, JOINS)
         self._check_weighing(model, "two_filter")
-        return jax.jit(lambda: two_filter(model, self.setting, self.random_key))()
+        return jax.jit(lambda: two_filter(model, self.setting, self.random_key, join=join))()
 
     def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
         reason = invertible(model)

@@ -13,16 +13,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import run_seeded
-from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
+from numpyro_sde.filters.checks import check_brownian, check_choice
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
-from numpyro_sde.smc.particle_filter import Setting
-from numpyro_sde.smc.proposals import PROPOSALS
-from numpyro_sde.smc.resampling import SCHEMES
-
-_PROPOSALS = ("guided", "bootstrap")
+from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
+from numpyro_sde.smc.defensive import with_own_steps
+from numpyro_sde.smc.particle_filter import make_setting
 
 
 class ConditionalSMCState(NamedTuple):
@@ -65,6 +62,10 @@ class ConditionalSMC(MCMCKernel):
         sites: names of the path sites; None for all of the model.
         num_particles: number of particles, at least 2.
         proposal: "guided" or "bootstrap".
+        own_share: probability with which a guided particle moves as the model does until the next
+            observation. Weights are those of the mixture, never above its inverse: no path far from
+            what a normal guide expects is kept for long. None for 0.1 where an emission is not
+            normal or its variance depends on the state, as in stochastic volatility, else 0.
         renewal: "backward" draws the path backward among all particles, with new bridges between
             observations; "ancestor" (grids of which every time is observed) gives the path new
             ancestors while the filter runs; "none" follows the ancestors, which all paths share at
@@ -104,6 +105,7 @@ class ConditionalSMC(MCMCKernel):
         num_particles: int = 64,
         *,
         proposal: str = "guided",
+        own_share: float | None = None,
         renewal: str = "backward",
         resampling: str = "systematic",
         ess_threshold: float = 0.5,
@@ -112,19 +114,21 @@ class ConditionalSMC(MCMCKernel):
             raise TypeError(f"model must be a function, got {type(model).__name__}")
         if isinstance(sites, str):
             raise TypeError(f"sites must be a list of names, got the string {sites!r}")
-        check_count("num_particles", num_particles, least=2)
-        check_choice("proposal", proposal, _PROPOSALS)
-        check_choice("resampling", resampling, tuple(SCHEMES))
+        self.setting = make_setting(
+            num_particles, proposal, resampling, ess_threshold, least=2, proposals=PROPOSALS
+        )
         check_choice("renewal", renewal, RENEWALS)
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
+        if own_share is not None and proposal != "guided":
+            raise ValueError(
+                f"own_share is of proposal='guided', got {own_share} with proposal={proposal!r}"
+            )
+        if own_share is not None and not 0 <= own_share < 1:
+            raise ValueError(f"own_share must be at least 0 and below 1, got {own_share}")
         self._model = model
+        self.own_share = own_share
         self.sites = None if sites is None else tuple(sites)
         self.num_particles = num_particles
         self.renewal = renewal
-        self.setting = Setting(
-            num_particles, PROPOSALS[proposal](), SCHEMES[resampling], float(ess_threshold)
-        )
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -188,7 +192,8 @@ class ConditionalSMC(MCMCKernel):
 
         def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
             self._check(model)
-            return model.visible(first_path(model, self.setting, key))
+            setting = with_own_steps(self.setting, model, self.own_share)
+            return model.visible(first_path(model, setting, key))
 
         return run_seeded(path, lead, data, one, key, self.num_particles)
 
@@ -203,7 +208,8 @@ class ConditionalSMC(MCMCKernel):
                 states = jnp.reshape(x, (model.num_times, model.dim))
             else:
                 states = model.scheme.lift(model.sde, model.times, model.dt, x, model.cache)
-            sweep = conditional_smc(model, self.setting, states, key, renewal=self.renewal)
+            setting = with_own_steps(self.setting, model, self.own_share)
+            sweep = conditional_smc(model, setting, states, key, renewal=self.renewal)
             return model.visible(sweep.path), sweep.renewed, sweep.ess
 
         dims = (1 + len(path.state_shape),)

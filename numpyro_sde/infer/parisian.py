@@ -20,14 +20,13 @@ from numpyro_sde.distributions.state_space import (
     run_on_model,
     with_starts,
 )
-from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
+from numpyro_sde.filters.checks import check_brownian, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import conditional_smc, first_path
-from numpyro_sde.smc.particle_filter import Setting
-from numpyro_sde.smc.proposals import PROPOSALS
-from numpyro_sde.smc.resampling import SCHEMES
+from numpyro_sde.smc.conditional import PROPOSALS, conditional_smc, first_path
+from numpyro_sde.smc.defensive import with_own_steps
+from numpyro_sde.smc.particle_filter import Setting, make_setting
 from numpyro_sde.smc.smoothers import additive
 
 
@@ -119,7 +118,6 @@ def parisian_gibbs(
     if path.batch_shape:
         raise ValueError(f"path must be one path, got a batch of shape {path.batch_shape}")
     for name, value, least in (
-        ("num_particles", num_particles, 2),
         ("num_iterations", num_iterations, 2),
         ("burn_in", burn_in, 0),
         ("num_backward", num_backward, 2),
@@ -127,13 +125,12 @@ def parisian_gibbs(
         check_count(name, value, least)
     if burn_in >= num_iterations:
         raise ValueError(f"burn_in must be below num_iterations = {num_iterations}, got {burn_in}")
-    check_choice("proposal", proposal, ("guided", "bootstrap"))
+    setting = make_setting(num_particles, proposal, "systematic", 0.5, least=2, proposals=PROPOSALS)
     rows = np.arange(path.num_times) if at is None else check_indices("y", at, path.num_times)
     emissions = Emission(emission, params, event_dims, inputs, len(rows), ())
     statement = make_statement(emissions, rows, path.state_shape, ())
     check_data("y", obs, (), statement.event_shape, statement.structure)
     y = obs if isinstance(obs, np.ndarray) else jnp.asarray(obs)
-    setting = Setting(num_particles, PROPOSALS[proposal](), SCHEMES["systematic"], 0.5)
     start_key, rng_key = jax.random.split(rng_key)
     starts = draw_starts(path, (), num_particles, start_key)
 
@@ -143,7 +140,8 @@ def parisian_gibbs(
         reason = invertible(model)
         if reason:
             raise ValueError(f"parisian_gibbs weighs transitions of the path, but {reason}")
-        return _iterate(model, setting, functional, rng_key, num_iterations, num_backward)
+        own = with_own_steps(setting, model, None)
+        return _iterate(model, own, functional, rng_key, num_iterations, num_backward)
 
     dims = tuple(1 + len(path.state_shape) for _ in starts)
     trace = jax.jit(lambda *starts: run_on_model(path, (), [(statement, y)], run, starts, dims))(

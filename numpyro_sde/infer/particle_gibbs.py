@@ -39,7 +39,8 @@ class ParticleGibbs(Gibbs):
             `inner_options`.
         sites: names of the path sites; None for all.
         inner_options: keyword arguments of `inner`.
-        **options: as of `ConditionalSMC`: `proposal`, `renewal`, `resampling`, `ess_threshold`.
+        **options: as of `ConditionalSMC`: `proposal`, `own_share`, `renewal`, `resampling`,
+            `ess_threshold`.
 
     Raises:
         ValueError: as `ConditionalSMC`; or no other sites than paths.

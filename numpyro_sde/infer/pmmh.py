@@ -23,14 +23,11 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import potential_energy
 from numpyro.util import is_prng_key
 
-from numpyro_sde.filters.checks import check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.start import approximate_mode
-from numpyro_sde.smc.particle_filter import run_filter
-from numpyro_sde.smc.proposals import PROPOSALS
-from numpyro_sde.smc.resampling import SCHEMES
+from numpyro_sde.smc.particle_filter import make_setting, run_filter
 
 # Standard deviation of the log likelihood to aim at.
 _TARGET_SD = 1.2
@@ -137,12 +134,8 @@ class PMMH(MCMCKernel):
             raise TypeError(f"model must be a function, got {type(model).__name__}")
         if isinstance(model, marginalize):
             raise TypeError("PMMH integrates paths out itself: hand over the model inside")
-        if num_particles is not None:
-            check_count("num_particles", num_particles)
-        check_choice("proposal", proposal, tuple(PROPOSALS))
-        check_choice("resampling", resampling, tuple(SCHEMES))
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
+        known = 1 if num_particles is None else num_particles
+        make_setting(known, proposal, resampling, ess_threshold)
         if not 0 <= correlation < 1:
             raise ValueError(f"correlation must be in [0, 1), got {correlation}")
         if not 0 < target_accept_prob < 1:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from numpyro_sde.linear.small import (
     cholesky,
@@ -39,6 +39,9 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
+
+# Bound of the ratio of two standard deviations in `match_noise`.
+_MOST = 1e3
 
 
 class LinearizedSteps(NamedTuple):
@@ -108,6 +111,95 @@ def backward_information(steps: LinearizedSteps) -> Information:
     _, rest = lax.scan(jax.checkpoint(step), last, inputs, reverse=True)
     Z = jnp.concatenate([rest, last[None]])
     return Information(Z[..., :d], Z[..., d])
+
+
+class Spans(NamedTuple):
+    """How each time's deviation leads to the one at the next of some marked times.
+
+    That is `d_end = phi d_k + b + N(0, V)`.
+
+    Attributes:
+        phi: products of the transition matrices, `(N - 1, d, d)`.
+        b: gathered offsets, `(N - 1, d)`.
+        V: covariances of the gathered noise, `(N - 1, d, d)`.
+    """
+
+    phi: Float[Array, "N-1 d d"]
+    b: Float[Array, "N-1 d"]
+    V: Float[Array, "N-1 d d"]
+
+
+def spans(
+    A: Float[Array, "N-1 d d"],
+    c: Float[Array, "N-1 d"],
+    B: Float[Array, "..."],
+    is_end: Bool[Array, " N-1"],
+) -> Spans:
+    """Gather steps, backward, from each time to the next marked one after it.
+
+    Args:
+        A: transition matrices of the steps.
+        c: their offsets.
+        B: factors of their noise, `(N - 1, d, m)`, or `(N - 1, d)` where it is diagonal.
+        is_end: whether a step ends at a marked time; the last one must.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one = jnp.ones((3, 1))
+        >>> to_end = spans(0.5 * one[..., None], one, one, jnp.array([False, True, True]))
+        >>> to_end.phi[:, 0, 0].tolist(), to_end.V[:, 0, 0].tolist()
+        ([0.25, 0.5, 0.5], [1.25, 1.0, 1.0])
+    """
+    d = c.shape[-1]
+    eye = jnp.eye(d, dtype=c.dtype)
+
+    def back(carry: Spans, now: Any) -> tuple[Spans, Spans]:
+        A, c, B, is_end = now
+        phi = jnp.where(is_end, eye, carry.phi)
+        b, V = jnp.where(is_end, 0.0, carry.b), jnp.where(is_end, 0.0, carry.V)
+        through = phi * B if B.ndim == 1 else matmul(phi, B)
+        V = symmetrize(V + matmul(through, transpose(through)))
+        new = Spans(matmul(phi, A), b + matvec(phi, c), V)
+        return new, new
+
+    start = Spans(eye, jnp.zeros(d, eye.dtype), jnp.zeros((d, d), eye.dtype))
+    return lax.scan(back, start, (A, c, B, is_end), reverse=True)[1]
+
+
+def step_sd(B: Float[Array, "..."]) -> Float[Array, " d"]:
+    """Standard deviations of one step's noise, from its factor `(d, m)`, or `(d,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> step_sd(jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
+        [5.0, 1.0]
+    """
+    return jnp.abs(B) if B.ndim == 1 else jnp.sqrt(jnp.sum(B**2, axis=-1))
+
+
+def match_noise(
+    V: Float[Array, "d d"], B: Float[Array, "..."], sd: Float[Array, " d"]
+) -> Float[Array, "d d"]:
+    """Scale gathered noise of a linearised model to that of the state where a path is.
+
+    A bridge to a precise observation is drawn rightly on fine grids only where its noise at the
+    end is the path's own: otherwise the two laws grow apart with every halving of the steps
+    (Schauer, van der Meulen and van Zanten 2017, assumption on a at the end; Delyon and Hu 2006).
+
+    Args:
+        V: covariance of the noise up to the end of the bridge.
+        B: factor of the noise of the step at hand, at the path's state.
+        sd: standard deviations of that step in the linearised model.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> match_noise(jnp.eye(2), jnp.array([2.0, 0.5]), jnp.ones(2)).tolist()
+        [[4.0, 0.0], [0.0, 0.25]]
+    """
+    ratio = jnp.where(sd > 0, step_sd(B) / jnp.where(sd > 0, sd, 1.0), 1.0)
+    # Where the path's state has no noise, V stays definite.
+    ratio = jnp.clip(ratio, 1.0 / _MOST, _MOST)
+    return V * outer(ratio, ratio)
 
 
 def _discount(H: Array, B: Array) -> tuple[Array, Array]:

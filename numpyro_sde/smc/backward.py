@@ -30,17 +30,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_sde.filters.guide import affine_step, linearize_along, linearize_step
 from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.linear.information import guided_innovations, log_weight, whiten_innovations
-from numpyro_sde.linear.small import (
-    cholesky,
-    matmul,
-    matvec,
-    solve_lower,
-    symmetrize,
-    transpose,
+from numpyro_sde.linear.information import (
+    Spans,
+    guided_innovations,
+    log_weight,
+    match_noise,
+    spans,
+    step_sd,
+    whiten_innovations,
 )
+from numpyro_sde.linear.small import cholesky, matmul, matvec, solve_lower, transpose
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
 from numpyro_sde.sde import SDE
+from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import clean
 from numpyro_sde.smc.proposals import observed_rows, plain_step
 from numpyro_sde.smc.resampling import running_sum
@@ -127,54 +129,6 @@ def invertible(model: StateSpaceModel) -> str:
     return ""
 
 
-class Bridges(NamedTuple):
-    """Information of a block's end about each grid time inside the block.
-
-    Attributes:
-        H: precision about the deviation at that time, `(N, d, d)`.
-        G: what turns the deviation at the end into an information vector, `(N, d, d)`.
-        b: offset of the deviation at the end, `(N, d)`.
-    """
-
-    H: Float[Array, "N d d"]
-    G: Float[Array, "N d d"]
-    b: Float[Array, "N d"]
-
-
-def plan_bridges(law: Dynamics) -> Bridges:
-    """Collect, backward within each block, the linearised law of the block's end."""
-    steps = linearize_along(law.model, law.reference)
-    is_end = np.zeros(len(law.times), bool)
-    is_end[list(law.nodes)] = True
-    H, G, b = _gather_back(steps.A, steps.c, steps.B, jnp.asarray(is_end[1:]))
-    # At its own end a block knows everything: these entries are never used.
-    pad = [jnp.zeros((1, *a.shape[1:]), a.dtype) for a in (H, G, b)]
-    return Bridges(*(jnp.concatenate([a, p]) for a, p in zip((H, G, b), pad, strict=True)))
-
-
-def _gather_back(A: Array, c: Array, B: Array, restart: Array) -> Bridges:
-    """Information of a block's end before each of some steps; `restart` marks a block's last."""
-    d = c.shape[-1]
-    eye = jnp.eye(d, dtype=c.dtype)
-
-    def back(carry: tuple[Array, Array, Array], now: Any) -> tuple[Any, Any]:
-        A, c, B, restart = now
-        phi, b, V = carry
-        phi = jnp.where(restart, eye, phi)
-        b, V = jnp.where(restart, 0.0, b), jnp.where(restart, 0.0, V)
-        through = phi * B if B.ndim == 1 else matmul(phi, B)
-        V = symmetrize(V + matmul(through, transpose(through)))
-        b = b + matvec(phi, c)
-        phi = matmul(phi, A)
-        white = solve_lower(cholesky(V), jnp.concatenate([phi, eye], axis=1))
-        half, root = white[:, :d], white[:, d:]
-        G = matmul(transpose(half), root)
-        return (phi, b, V), (matmul(transpose(half), half), G, b)
-
-    zero = (eye, jnp.zeros(d, eye.dtype), jnp.zeros((d, d), eye.dtype))
-    return Bridges(*lax.scan(back, zero, (A, c, B, restart), reverse=True)[1])
-
-
 class Block(NamedTuple):
     """One block, padded to the longest: inputs of its inner steps and its last step.
 
@@ -185,7 +139,8 @@ class Block(NamedTuple):
         real: which of these are in the block, `(n,)`.
         inner: time, length and cache of the steps that lead there.
         last: those of the step that leads to the end.
-        information: `Bridges` at the times inside.
+        to_end: what leads from the times inside to the end, in the linearised model.
+        sd: standard deviations of the inner steps there, `(n, d)`.
         references: linearisation path at the times inside, `(n, d)`.
         reference_end: and at the end.
     """
@@ -196,7 +151,8 @@ class Block(NamedTuple):
     real: Any
     inner: Any
     last: Any
-    information: Bridges
+    to_end: Spans
+    sd: Any
     references: Any
     reference_end: Any
 
@@ -210,7 +166,10 @@ def blocks_of(law: Dynamics) -> Block:
     steps = np.where(real, starts[:, None] + inside[None, :], starts[:, None])
     rows = np.where(real, steps + 1, starts[:, None])
     inputs = law.model.step_inputs()
-    bridges = plan_bridges(law)
+    linear = linearize_along(law.model, law.reference)
+    is_end = jnp.asarray(np.isin(np.arange(1, len(law.times)), nodes))
+    to_end = spans(linear.A, linear.c, linear.B, is_end)
+    sd = jax.vmap(step_sd)(linear.B)
     return Block(
         starts,
         ends,
@@ -218,7 +177,8 @@ def blocks_of(law: Dynamics) -> Block:
         real,
         jax.tree.map(lambda a: a[steps], inputs),
         jax.tree.map(lambda a: a[ends - 1], inputs),
-        jax.tree.map(lambda a: a[rows], bridges),
+        jax.tree.map(lambda a: a[rows], to_end),
+        sd[steps],
         law.reference[rows],
         law.reference[ends],
     )
@@ -248,27 +208,42 @@ def block_between(
     rows = jnp.where(real, steps + 1, start)
     references, reference_end = reference(rows), reference(end)
     d = model.dim
-    information = Bridges(
-        *(jnp.zeros((0, *shape), references.dtype) for shape in ((d, d), (d, d), (d,)))
-    )
+    to_end = Spans(*(jnp.zeros((0, *shape), references.dtype) for shape in ((d, d), (d,), (d, d))))
+    sd = jnp.zeros((0, d), references.dtype)
+    inner = jax.tree.map(lambda a: a[steps], inputs)
     if longest > 1:
         is_last = inside == end - start - 2
         later = jnp.where(is_last[:, None], reference_end, jnp.roll(references, -1, axis=0))
         following = jax.tree.map(lambda a: a[rows], inputs)
         expand: Any = partial(linearize_step, model)
         A, c, B = jax.vmap(expand)(following, references, later)
-        information = _gather_back(A, c, B, is_last)
+        to_end = spans(A, c, B, is_last)
+
+        def sd_of(step: Any, x: Array) -> Array:
+            t, dt, cache = step
+            return step_sd(affine_step(model, t, dt, x, cache)[1])
+
+        sd = jax.vmap(sd_of)(inner, reference(steps))
     return Block(
         start,
         end,
         rows,
         real,
-        jax.tree.map(lambda a: a[steps], inputs),
+        inner,
         jax.tree.map(lambda a: a[end - 1], inputs),
-        information,
+        to_end,
+        sd,
         references,
         reference_end,
     )
+
+
+def _end_information(to_end: Spans, sd: Array, B: Array, end: Array) -> tuple[Array, Array]:
+    """What the end of a bridge, less its reference, says about the end of a step inside."""
+    L = cholesky(match_noise(to_end.V, B, sd))
+    white = solve_lower(L, jnp.concatenate([to_end.phi, (end - to_end.b)[:, None]], axis=1))
+    half = transpose(white[:, :-1])
+    return matmul(half, white[:, :-1]), matvec(half, white[:, -1])
 
 
 def draw_bridge(
@@ -287,9 +262,9 @@ def draw_bridge(
     deviation = end - block.reference_end
 
     def step(x: Array, now: Any) -> tuple[Array, Any]:
-        (t, dt, cache), (H, G, b), reference, real, z = now
+        (t, dt, cache), to_end, sd, reference, real, z = now
         mean, B = affine_step(model, t, dt, x, cache)
-        e = matvec(G, deviation - b)
+        H, e = _end_information(to_end, sd, B, deviation)
         w, log_det = guided_innovations(H, e, mean - reference, B, z)
         if isinstance(model.scheme, GaussianScheme):
             new = mean + (B * w if B.ndim == 1 else matvec(B, w))
@@ -298,7 +273,7 @@ def draw_bridge(
         new = jnp.where(real, new, x).astype(x.dtype)
         return new, (new, jnp.where(real, log_weight(w, z, log_det), 0.0))
 
-    inputs = (block.inner, tuple(block.information), block.references, block.real, z)
+    inputs = (block.inner, block.to_end, block.sd, block.references, block.real, z)
     last, (states, ratios) = lax.scan(step, start, inputs)
     return states, jnp.sum(ratios) + _arrival(model, block, last, end)
 
@@ -315,14 +290,14 @@ def weigh_bridge(
     before = jnp.concatenate([start[None], states])[:-1] if states.shape[0] else states
 
     def one(now: Any, x: Array, new: Array) -> Array:
-        (t, dt, cache), (H, G, b), reference, real = now
+        (t, dt, cache), to_end, sd, reference, real = now
         mean, B = affine_step(model, t, dt, x, cache)
+        H, e = _end_information(to_end, sd, B, deviation)
         w = model.scheme.invert(model.sde, t, dt, model.to_state(x), model.to_state(new), cache)
-        e = matvec(G, deviation - b)
         z, log_det = whiten_innovations(H, e, mean - reference, B, jnp.reshape(w, (-1,)))
         return jnp.where(real, log_weight(jnp.reshape(w, (-1,)), z, log_det), 0.0)
 
-    inputs = (block.inner, tuple(block.information), block.references, block.real)
+    inputs = (block.inner, block.to_end, block.sd, block.references, block.real)
     total = jnp.zeros((), start.dtype)
     last = start
     if states.shape[0]:
@@ -386,7 +361,7 @@ def move_piece(
     index_key, bridge_key, accept_key = jax.random.split(key, 3)
     u = jax.random.uniform(index_key, (), pool.sums.dtype) * pool.sums[-1]
     index = jnp.minimum(jnp.searchsorted(pool.sums, u, side="right"), pool.x.shape[0] - 1)
-    z = jax.random.normal(bridge_key, (piece.states.shape[0], model.dim), end.dtype)
+    z = normals(bridge_key, (piece.states.shape[0], model.dim), end.dtype)
     states, ratio = draw_bridge(model, block, pool.x[index], end, z)
     proposed = Piece(index.astype(piece.ancestor.dtype), pool.x[index], states, ratio)
     log_ratio = _score(pool, proposed) - _score(pool, piece)
@@ -415,7 +390,7 @@ def choose_piece(
     """
     bridge_key, choice_key = jax.random.split(key)
     M, n = pool.x.shape[0], piece.states.shape[0]
-    z = jax.random.normal(bridge_key, (M, n, model.dim), end.dtype)
+    z = normals(bridge_key, (M, n, model.dim), end.dtype)
     states, ratios = jax.vmap(lambda x, z: draw_bridge(model, block, x, end, z))(pool.x, z)
     states = states.at[piece.ancestor].set(piece.states)
     ratios = ratios.at[piece.ancestor].set(piece.log_weight)

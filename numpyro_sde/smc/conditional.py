@@ -24,8 +24,6 @@ from numpyro_sde.filters.checks import check_choice
 from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.updates import with_valid_inputs
-from numpyro_sde.linear.information import log_weight, whiten_innovations
-from numpyro_sde.linear.small import psd_factor, solve_lower
 from numpyro_sde.smc.backward import Dynamics, blocks_of, choose_piece, make_pool
 from numpyro_sde.smc.particle_filter import (
     History,
@@ -34,9 +32,10 @@ from numpyro_sde.smc.particle_filter import (
     over_particles,
     run_filter,
 )
-from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal, observed_rows
+from numpyro_sde.smc.proposals import Plan, Proposal, observed_rows
 from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
 
+PROPOSALS = ("guided", "bootstrap")
 RENEWALS = ("backward", "ancestor", "none")
 
 
@@ -73,25 +72,8 @@ def retain(
     model: StateSpaceModel, proposal: Proposal, plan: Plan, path: Array, new_ancestors: bool
 ) -> Retained:
     """The log ratios that a path would have had as a particle."""
-    zero = jnp.zeros((), path.dtype)
-    if isinstance(proposal, Bootstrap):
-        return Retained(path, zero, jnp.zeros(path.shape[0] - 1, path.dtype), new_ancestors)
-    assert isinstance(proposal, Guided)
-    ratios = jax.vmap(partial(proposal.ratio, model))(plan.steps, path[:-1], path[1:])
-    return Retained(path, _start_ratio(model, plan, path[0]), ratios, new_ancestors)
-
-
-def _start_ratio(model: StateSpaceModel, plan: Plan, x: Array) -> Array:
-    if model.starts is not None:
-        return jnp.zeros((), x.dtype)
-    assert plan.guide is not None
-    S = psd_factor(model.init_cov)
-    # A pivot of zero belongs to a direction that is fixed.
-    pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
-    w = solve_lower(S + jnp.diag(pivots), (x - model.init_mean)[:, None])[:, 0]
-    ahead = model.init_mean - plan.guide.reference[0]
-    z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, S, w)
-    return log_weight(w, z, log_det)
+    start = proposal.start_ratio(model, plan, path[0])
+    return Retained(path, start, proposal.path_ratios(model, plan, path), new_ancestors)
 
 
 def first_path(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> Float[Array, "N d"]:

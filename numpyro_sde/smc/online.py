@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.updates import with_valid_inputs
 from numpyro_sde.smc.backward import Piece, Pool, block_between, make_pool, weigh_bridge
+from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import (
     Particles,
     Setting,
@@ -85,7 +86,7 @@ def additive_online(
     longest = int(np.max(np.diff(nodes), initial=1))
     data, inputs = model.observation_inputs(), model.step_inputs()
     start_key, key = jax.random.split(key)
-    z = jax.random.normal(start_key, (model.dim, M), model.init_mean.dtype)
+    z = normals(start_key, (model.dim, M), model.init_mean.dtype)
     x, ratio = draw_start(model, proposal, plan, z)
     p = Particles(x, None, ratio, jnp.zeros((), x.dtype), None)
 
@@ -114,9 +115,7 @@ def additive_online(
 
         def step(p: Particles, i: Any) -> tuple[Particles, Array]:
             k = jnp.minimum(start + i, end - 1)
-            z = jax.random.normal(
-                jax.random.fold_in(key, i), (innovation_size(model), M), p.x.dtype
-            )
+            z = normals(jax.random.fold_in(key, i), (innovation_size(model), M), p.x.dtype)
             move = over_particles(partial(proposal.move, model, _at(plan.steps, k)), -1, -1, -1)
             x, memo, ratio = move(p.x, p.memo, z)
             new = p._replace(x=x, memo=memo, log_weights=p.log_weights + ratio)

@@ -19,16 +19,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from numpyro_sde.filters.checks import check_choice, check_count
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.updates import with_valid_inputs
+from numpyro_sde.smc.hilbert import hilbert_order
+from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.proposals import (
+    PROPOSALS,
     Plan,
     Proposal,
     innovation_size,
     log_emission,
     observed_rows,
 )
-from numpyro_sde.smc.resampling import effective_size, systematic
+from numpyro_sde.smc.resampling import SCHEMES, effective_size, systematic
 
 Resampler = Callable[..., Array]
 
@@ -48,6 +52,37 @@ class Setting(NamedTuple):
     proposal: Proposal
     resampler: Resampler
     ess_threshold: float
+
+
+def make_setting(
+    num_particles: int,
+    proposal: str,
+    resampling: str,
+    ess_threshold: float,
+    *,
+    least: int = 1,
+    proposals: tuple[str, ...] = tuple(PROPOSALS),
+) -> Setting:
+    """Check the options of a particle filter and gather them.
+
+    Args:
+        num_particles: number of particles.
+        proposal: name of a proposal.
+        resampling: name of a resampling scheme.
+        ess_threshold: share of particles below which the effective size calls for resampling.
+        least: least number of particles.
+        proposals: names of proposals allowed.
+
+    Raises:
+        ValueError: an option out of range.
+        TypeError: a count that is no integer.
+    """
+    check_count("num_particles", num_particles, least)
+    check_choice("proposal", proposal, proposals)
+    check_choice("resampling", resampling, tuple(SCHEMES))
+    if not 0 <= ess_threshold <= 1:
+        raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold}")
+    return Setting(num_particles, PROPOSALS[proposal](), SCHEMES[resampling], float(ess_threshold))
 
 
 class Retained(NamedTuple):
@@ -174,7 +209,7 @@ def run_filter(
     plan = proposal.plan(model) if plan is None else plan
     dtype = model.init_mean.dtype
     start_key, move_keys, select_keys = _keys(key, N - 1)
-    z0 = jax.random.normal(start_key, (model.dim, M), dtype)
+    z0 = normals(start_key, (model.dim + proposal.num_extra, M), dtype)
     x, ratio = draw_start(model, proposal, plan, z0)
     if retained is not None:
         x = x.at[:, 0].set(retained.path[0])
@@ -182,7 +217,7 @@ def run_filter(
     observed = np.zeros(N, bool)
     observed[observed_rows(model)] = True
     data = jax.tree.map(jnp.asarray, model.observation_inputs())
-    m = innovation_size(model)
+    m = innovation_size(model) + proposal.num_extra
     reports = _Reports(diagnose, moments, history, choices=diagnose or history or variance)
 
     def select(p: Particles, node: Any, chance: Any, lead_to: Any) -> tuple[Particles, Any]:
@@ -193,7 +228,7 @@ def run_filter(
         return p, _no_choice(p)
 
     def normals_from(key: PRNGKeyArray) -> Array:
-        return jax.random.normal(key, (m, M), dtype)
+        return normals(key, (m, M), dtype)
 
     def step(carry: tuple[Particles, Any], inputs: Any) -> tuple[Any, Any]:
         # Normals are drawn one step ahead and carried: drawn where they are used, the compiler
@@ -302,7 +337,7 @@ def select_particles(
     ahead = over_particles(partial(proposal.look_ahead, model, node), -1)(p.x)
     if ahead is not None:
         ahead = jnp.where(jnp.isfinite(ahead), ahead, 0.0)
-        ahead = ahead - jnp.max(ahead)
+        ahead = proposal.level(ahead - jnp.max(ahead), p.log_weights)
     weights, level = _weights(p.log_weights if ahead is None else p.log_weights + ahead)
     ess = effective_size(weights)
     mean = level + jnp.log(jnp.mean(weights))
@@ -453,48 +488,3 @@ def _variance(weights: Array, roots: Array, num_resampled: Array, M: int) -> Arr
     """
     shares = jnp.zeros(M, weights.dtype).at[roots].add(weights / jnp.sum(weights))
     return 1.0 - (M / (M - 1.0)) ** (num_resampled + 1.0) * (1.0 - jnp.sum(shares**2))
-
-
-def hilbert_order(x: Float[Array, "d M"], bits: int = 10) -> Int[Array, " M"]:
-    """Indices that sort points along Hilbert's curve; by value where d = 1.
-
-    Neighbours in this order are neighbours in space, so that resampling changes little when the
-    random numbers do (Gerber and Chopin 2015; Deligiannidis, Doucet and Pitt 2018). Coordinates
-    beyond the third are not looked at. Curve by Skilling (2004), "Programming the Hilbert curve".
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> hilbert_order(jnp.array([[0.3, 0.1, 0.2]])).tolist()
-        [1, 2, 0]
-    """
-    d = min(x.shape[0], 3)
-    if d == 1:
-        return jnp.argsort(x[0])
-    spread = jnp.std(x[:d], axis=1, keepdims=True)
-    scaled = (x[:d] - jnp.mean(x[:d], axis=1, keepdims=True)) / jnp.where(spread > 0, spread, 1.0)
-    cells = jnp.clip(jax.scipy.stats.norm.cdf(scaled) * 2**bits, 0, 2**bits - 1)
-    axes = list(jnp.nan_to_num(cells).astype(jnp.uint32))
-    top = 1 << (bits - 1)
-    q = top
-    while q > 1:
-        low = jnp.uint32(q - 1)
-        for i in range(d):
-            set_ = (axes[i] & q) != 0
-            swap = jnp.where(set_, 0, (axes[0] ^ axes[i]) & low)
-            axes[0] = jnp.where(set_, axes[0] ^ low, axes[0] ^ swap)
-            if i > 0:
-                axes[i] = axes[i] ^ swap
-        q >>= 1
-    for i in range(1, d):
-        axes[i] = axes[i] ^ axes[i - 1]
-    flip = jnp.zeros_like(axes[0])
-    q = top
-    while q > 1:
-        flip = jnp.where((axes[d - 1] & q) != 0, flip ^ jnp.uint32(q - 1), flip)
-        q >>= 1
-    axes = [a ^ flip for a in axes]
-    position = jnp.zeros_like(axes[0])
-    for bit in range(bits - 1, -1, -1):
-        for i in range(d):
-            position = (position << 1) | ((axes[i] >> bit) & 1)
-    return jnp.argsort(position)

@@ -20,6 +20,7 @@ predicted to be, so every emission with moments can guide.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -33,9 +34,14 @@ from numpyro_sde.filters import guide as guides
 from numpyro_sde.filters.guide import affine_step, observed_information
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import (
+    LinearizedSteps,
+    Spans,
     backward_information,
     guided_innovations,
     log_weight,
+    match_noise,
+    spans,
+    step_sd,
     whiten_innovations,
 )
 from numpyro_sde.linear.small import (
@@ -46,6 +52,7 @@ from numpyro_sde.linear.small import (
     psd_factor,
     solve,
     solve_lower,
+    symmetrize,
     transpose,
 )
 from numpyro_sde.schemes.base import GaussianScheme
@@ -106,6 +113,19 @@ class Proposal(eqx.Module):
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         """Next state, what it carries on, and the log ratio of the two laws of the step."""
 
+    @property
+    def num_extra(self) -> int:
+        """Number of normals that a particle needs beyond its innovations."""
+        return 0
+
+    def level(
+        self,
+        ahead: Float[Array, " M"],
+        log_weights: Float[Array, " M"],  # noqa: ARG002
+    ) -> Float[Array, " M"]:
+        """The look-ahead function of all particles as it is used."""
+        return ahead
+
     def grid_step(self, step: Any) -> Any:
         """Time, length and cache of a step among its inputs."""
         return step[0]
@@ -117,6 +137,21 @@ class Proposal(eqx.Module):
             NotImplementedError: the proposal is not one of conditional filters.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be retraced")
+
+    def start_ratio(
+        self,
+        model: StateSpaceModel,  # noqa: ARG002
+        plan: Plan,  # noqa: ARG002
+        x: Float[Array, " d"],
+    ) -> Float[Array, ""]:
+        """Log ratio of a first state."""
+        return jnp.zeros((), x.dtype)
+
+    def path_ratios(
+        self, model: StateSpaceModel, plan: Plan, path: Float[Array, "N d"]
+    ) -> Float[Array, " N-1"]:
+        """Log ratios of all steps of a path."""
+        return jax.vmap(partial(self.ratio, model))(plan.steps, path[:-1], path[1:])
 
 
 def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
@@ -155,24 +190,50 @@ class Bootstrap(Proposal):
         return jnp.zeros((), x.dtype)
 
 
-def _given(model: StateSpaceModel, step: Any, x: Array, z: Array, h: Any) -> tuple[Array, Array]:
-    """One step with its innovations given information `H, e` about `ahead` of its mean."""
-    t, dt, cache = step
-    mean, B = affine_step(model, t, dt, x, cache)
-    H, e, base = h
+def _given(
+    model: StateSpaceModel, step: Any, x: Array, affine: tuple[Array, Array], z: Array, h: Any
+) -> tuple[Array, Array]:
+    """One step, of mean and factor `affine`, given information `H, e` about it less `base`."""
+    (mean, B), (H, e, base) = affine, h
     w, log_det = guided_innovations(H, e, mean - base, B, z)
+    return move_by(model, step, x, affine, w), log_weight(w, z, log_det)
+
+
+def move_by(
+    model: StateSpaceModel, step: Any, x: Array, affine: tuple[Array, Array], w: Array
+) -> Array:
+    """Next state by innovations, the step's mean and factor being known."""
+    mean, B = affine
     if isinstance(model.scheme, GaussianScheme):
-        new = (mean + (B * w if B.ndim == 1 else matvec(B, w))).astype(x.dtype)
-    else:
-        new = plain_step(model, step, x, w)
-    return new, log_weight(w, z, log_det)
+        return (mean + (B * w if B.ndim == 1 else matvec(B, w))).astype(x.dtype)
+    return plain_step(model, step, x, w)
+
+
+class _Towards(NamedTuple):
+    """What is known of each step's end where its noise is to be matched to the particle's.
+
+    Attributes:
+        H: precision of all observations from the next observed time on, there, `(N - 1, d, d)`.
+        e: information vector there, `(N - 1, d)`.
+        reference: states of linearisation at the end of the step, `(N - 1, d)`.
+        span: what leads from there to the observed time.
+        sd: standard deviations of the step along the reference, `(N - 1, d)`.
+    """
+
+    H: Float[Array, "N-1 d d"]
+    e: Float[Array, "N-1 d"]
+    reference: Float[Array, "N-1 d"]
+    span: Spans
+    sd: Float[Array, "N-1 d"]
 
 
 class Guided(Proposal):
     """Innovations of each step given all later observations of the linearised model.
 
     The exact discrete guided step along the mean of the extended Kalman smoother: for linear
-    Gaussian models all weights are equal and one particle gives the exact likelihood.
+    Gaussian models all weights are equal and one particle gives the exact likelihood. Where the
+    noise depends on the state, that of the linearised model up to the next observation is scaled
+    to the particle's own, so that weights stay even on fine grids.
 
     Example:
         >>> Guided()
@@ -185,8 +246,31 @@ class Guided(Proposal):
         H, e = backward_information(steps)
         # What the observations after each time say: its own is in the weights already.
         later = (H - steps.J, e - steps.s, reference)
-        inputs = (model.step_inputs(), (H[1:], e[1:], reference[1:]))
+        known: Any = (H[1:], e[1:], reference[1:])
+        ends = np.union1d(observed_rows(model), [model.num_times - 1])
+        if ends.size < model.num_times - 1 and guides.noise_uses_state(model):
+            known = self._towards(steps, ends, H, e, reference)
+        inputs = (model.step_inputs(), known)
         return Plan(inputs, later, guides.Guide(reference, H, e))
+
+    def _towards(
+        self, steps: LinearizedSteps, ends: np.ndarray, H: Array, e: Array, reference: Array
+    ) -> _Towards:
+        times = np.arange(1, reference.shape[0])
+        is_end = np.isin(times, ends)
+        following = ends[np.searchsorted(ends, times)]
+        to_end = spans(steps.A, steps.c, steps.B, jnp.asarray(is_end))
+        # From the end of a step: nothing leads further where that is an observed time itself.
+        here = Spans(jnp.eye(H.shape[-1], dtype=H.dtype), jnp.zeros(()), jnp.zeros(()))
+
+        def at_step_end(own: Array, gathered: Array) -> Array:
+            ahead = jnp.concatenate([gathered[1:], gathered[-1:]])
+            flag = is_end.reshape(-1, *[1] * (gathered.ndim - 1))
+            return jnp.where(flag, own, ahead).astype(gathered.dtype)
+
+        span = jax.tree.map(at_step_end, here, to_end)
+        sd = jax.vmap(step_sd)(steps.B)
+        return _Towards(H[following], e[following], reference[1:], span, sd)
 
     def start(
         self, model: StateSpaceModel, plan: Plan, z: Float[Array, " d"]
@@ -207,13 +291,40 @@ class Guided(Proposal):
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        now, h = step
-        new, ratio = _given(model, now, x, z, h)
+        t, dt, cache = self.grid_step(step)
+        affine = affine_step(model, t, dt, x, cache)
+        new, ratio = _given(model, step[0], x, affine, z, self.information(step, affine[1]))
         return new, memo, ratio
 
+    def information(self, step: Any, B: Array) -> tuple[Array, Array, Array]:
+        """Information about a step's end where its noise has the factor B, and the state there."""
+        h = step[1]
+        if not isinstance(h, _Towards):
+            return h
+        V = match_noise(h.span.V, B, h.sd)
+        known = jnp.concatenate(
+            [matmul(h.H, h.span.phi), (h.e - matvec(h.H, h.span.b))[:, None]], axis=1
+        )
+        left = jnp.eye(V.shape[-1], dtype=V.dtype) + matmul(h.H, V)
+        Z = matmul(transpose(h.span.phi), solve(left, known))
+        return symmetrize(Z[:, :-1]), Z[:, -1], h.reference
+
+    def start_ratio(self, model: StateSpaceModel, plan: Plan, x: Array) -> Array:
+        if model.starts is not None:
+            return jnp.zeros((), x.dtype)
+        assert plan.guide is not None
+        S = psd_factor(model.init_cov)
+        # A pivot of zero belongs to a direction that is fixed.
+        pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
+        w = solve_lower(S + jnp.diag(pivots), (x - model.init_mean)[:, None])[:, 0]
+        ahead = model.init_mean - plan.guide.reference[0]
+        z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, S, w)
+        return log_weight(w, z, log_det)
+
     def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
-        (t, dt, cache), (H, e, base) = step
+        t, dt, cache = self.grid_step(step)
         mean, B = affine_step(model, t, dt, x, cache)
+        H, e, base = self.information(step, B)
         w = model.scheme.invert(
             model.sde, t, dt, model.to_state(x), model.to_state(following), cache
         )
@@ -234,7 +345,7 @@ def _next_observation(model: StateSpaceModel) -> tuple[Any, np.ndarray, np.ndarr
     return data, target, seen
 
 
-def _information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
+def information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
     """Information and score of the observations of one time, at the point `p`."""
     J = jnp.zeros((model.dim, model.dim), p.dtype)
     s = jnp.zeros(model.dim, p.dtype)
@@ -268,7 +379,7 @@ class _TowardsNext(Proposal):
     ) -> tuple[Array, Array]:
         """Step given the next observation, `end` being where the particle is predicted then."""
         now, data, left, after, seen = step
-        J, s = _information_at(model, data, end)
+        J, s = information_at(model, data, end)
         J, s = jnp.where(seen, J, 0.0), jnp.where(seen, s, 0.0)
         L = model.factor(now[0], x)
         rest = matmul(L, transpose(L)) * after
@@ -277,10 +388,10 @@ class _TowardsNext(Proposal):
             jnp.concatenate([J, s[:, None]], axis=1),
         )
         t, dt, cache = now
-        mean, _ = affine_step(model, t, dt, x, cache)
+        mean, B = affine_step(model, t, dt, x, cache)
         del left
         # The mean of the step is what the prediction goes through: nothing is ahead of it.
-        return _given(model, now, x, z, (M[:, :-1], M[:, -1], mean))
+        return _given(model, now, x, (mean, B), z, (M[:, :-1], M[:, -1], mean))
 
 
 class ModifiedBridge(_TowardsNext):
@@ -347,7 +458,7 @@ class Auxiliary(_TowardsNext):
     ) -> Float[Array, ""] | None:
         _, _, data, left, seen = node
         p = _drift_only(model, node, x)
-        J, s = _information_at(model, data, p)
+        J, s = information_at(model, data, p)
         L = model.factor(jnp.asarray(model.times)[node[0]], x) * jnp.sqrt(left)
         gain = cholesky(jnp.eye(L.shape[-1], dtype=x.dtype) + matmul(transpose(L), matmul(J, L)))
         white = solve_lower(gain, matvec(transpose(L), s)[:, None])[:, 0]

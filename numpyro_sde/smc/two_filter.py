@@ -6,7 +6,8 @@ particles are drawn from the backward kernels of the linearised model with those
 diffusion of the state that they come from, and weighed exactly, so that any artificial law leaves
 the result consistent: for linear models they already have nearly the smoothing law. At an observed
 time their artificial law is divided out and replaced by the law that the forward particles of the
-grid time before predict, a sum over all of them.
+grid time before predict, a sum over all of them. At linear cost, states there are drawn between a
+forward particle of the grid time before and a backward one of the time after, paired at random.
 
 Sources: Briers, Doucet and Maskell (2010), "Smoothing algorithms for state-space models"
 (generalised two-filter smoothing, artificial laws); Fearnhead, Wyncoll and Tawn (2010), "A
@@ -27,6 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro_sde.filters.guide import affine_step, linearize_step
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.updates import with_valid_inputs
+from numpyro_sde.linear.information import guided_innovations, log_weight
 from numpyro_sde.linear.small import (
     cholesky,
     diagonal,
@@ -38,6 +40,7 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
+from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import (
     History,
     Setting,
@@ -48,12 +51,19 @@ from numpyro_sde.smc.particle_filter import (
     weigh,
     weighted_moments,
 )
-from numpyro_sde.smc.proposals import observed_rows
-from numpyro_sde.smc.resampling import effective_size
+from numpyro_sde.smc.proposals import (
+    information_at,
+    innovation_size,
+    log_emission,
+    move_by,
+    observed_rows,
+)
+from numpyro_sde.smc.resampling import effective_size, multinomial
 
 # Standard deviations of artificial laws, and of filtered ones in backward proposals, are those of
 # the particles times this: laws wider than the target keep weights small in the tails.
 _SPREAD = 1.2
+JOINS = ("all", "pairs")
 _JOINED_AT_ONCE = 64
 
 
@@ -117,9 +127,11 @@ def _skip_data(k: Any, log_weights: Array, x: Array) -> Array:
     return log_weights
 
 
-def _skip_join(k: Any, x: Array, log_weights: Array) -> Array:
-    del k, x
-    return log_weights
+def _skip_join(
+    k: Any, later: Any, x: Array, log_weights: Array, key: PRNGKeyArray
+) -> tuple[Array, Array]:
+    del k, later, key
+    return x, log_weights
 
 
 def _skip_choice(x: Array, log_weights: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
@@ -161,13 +173,36 @@ def _join(
     return lax.map(one, x.T, batch_size=_JOINED_AT_ONCE)
 
 
-def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> TwoFilterResult:
+def _draw_between(
+    model: StateSpaceModel, steps: Any, data: Any, before: Array, after: Array, z: Array
+) -> tuple[Array, Array]:
+    """Draw a state given the one before it, the one after it and its own data; log weight."""
+    first, second = steps
+    t, dt, cache = first
+    mean, B = affine_step(model, t, dt, before, cache)
+    A, miss, B_next = linearize_step(model, second, mean, after)
+    Q = jnp.diag(B_next**2) if B_next.ndim == 1 else matmul(B_next, transpose(B_next))
+    white = solve_lower(cholesky(Q), jnp.concatenate([A, -miss[:, None]], axis=1))
+    half = transpose(white[:, :-1])
+    J, s = information_at(model, data, mean)
+    H, e = J + matmul(half, white[:, :-1]), s + matvec(half, white[:, -1])
+    w, log_det = guided_innovations(H, e, jnp.zeros_like(mean), B, z)
+    x = move_by(model, first, before, (mean, B), w)
+    fit = log_emission(model, data, x) + _density(model, second, x, after)
+    return x, log_weight(w, z, log_det) + fit
+
+
+def two_filter(
+    model: StateSpaceModel, setting: Setting, key: PRNGKeyArray, *, join: str = "all"
+) -> TwoFilterResult:
     """Run a particle filter forward, another one backward, and join them at the observed times.
 
     Args:
         model: the path and its instruments; its steps must have a density.
         setting: particles of either filter, proposal of the forward one, resampling.
         key: random key.
+        join: "all" weighs backward particles by all forward ones, "pairs" draws states between
+            forward and backward particles paired at random, at linear cost.
     """
     model = with_valid_inputs(model)
     forward_key, key = jax.random.split(key)
@@ -185,17 +220,39 @@ def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> T
     is_node = np.isin(np.arange(model.num_times), nodes)
     inputs, data = model.step_inputs(), jax.tree.map(jnp.asarray, model.observation_inputs())
 
+    def at(tree: Any, k: Any) -> Any:
+        return jax.tree.map(lambda a: a[k], tree)
+
     def artificial(k: Any, x: Array) -> Array:
         one = partial(_log_normal, mean=beliefs.ahead[k], factor=beliefs.ahead_factor[k])
         return over_particles(one, -1)(x)
 
     def observe(k: Any, log_weights: Array, x: Array) -> Array:
-        return log_weights + weigh(model, jax.tree.map(lambda a: a[k], data), x)
+        return log_weights + weigh(model, at(data, k), x)
 
-    def joined(k: Any, x: Array, log_weights: Array) -> Array:
-        step = jax.tree.map(lambda a: a[k - 1], inputs)
+    def weigh_all(
+        k: Any, later: Any, x: Array, log_weights: Array, key: Any
+    ) -> tuple[Array, Array]:
+        del later, key
         forward = (history.particles[k - 1], history.log_weights[k - 1])
-        return log_weights - artificial(k, x) + _join(model, step, forward, x)
+        joined = _join(model, at(inputs, k - 1), forward, x)
+        return x, log_weights - artificial(k, x) + joined
+
+    def draw_pairs(
+        k: Any, later: tuple[Array, Array], x: Array, log_weights: Array, key: PRNGKeyArray
+    ) -> tuple[Array, Array]:
+        del x, log_weights
+        keys = jax.random.split(key, 3)
+        i = setting.resampler(keys[0], jnp.exp(history.log_weights[k - 1]))
+        j = multinomial(keys[1], jnp.exp(later[1] - jnp.max(later[1])))
+        z = normals(keys[2], (innovation_size(model), M), later[1].dtype)
+        steps = (at(inputs, k - 1), at(inputs, k))
+        draw = over_particles(partial(_draw_between, model, steps, at(data, k)), -1, -1, -1)
+        after = later[0][:, j]
+        x, log_weights = draw(history.particles[k - 1][:, i], after, z)
+        return x, clean(log_weights - artificial(k + 1, after))
+
+    joined = weigh_all if join == "all" else draw_pairs
 
     def resample(x: Array, log_weights: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
         weights = jnp.exp(log_weights - jnp.max(log_weights))
@@ -206,7 +263,7 @@ def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> T
     def back(carry: tuple[Array, Array], now: Any) -> tuple[Any, Any]:
         k, node, sight, z, key = now
         following, log_weights = carry
-        step = jax.tree.map(lambda a: a[k], inputs)
+        step = at(inputs, k)
         draw = partial(_draw_back, model, step, (beliefs.mean[k], beliefs.cov[k]))
         x, log_q = over_particles(draw, -1, -1)(following, z)
         ratio = over_particles(partial(_density, model, step), -1, -1)(x, following) - log_q
@@ -215,13 +272,14 @@ def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> T
         log_weights = clean(log_weights)
         log_weights = log_weights - jnp.max(log_weights)
         pattern = is_node[1:-1]
-        smoothed = branch(node, pattern, joined, _skip_join)(k, x, log_weights)
+        key, join_key = jax.random.split(key)
+        smoothed = branch(node, pattern, joined, _skip_join)(k, carry, x, log_weights, join_key)
         kept = branch(node, pattern, resample, _skip_choice)(x, log_weights, key)
-        return kept, (x, smoothed)
+        return kept, smoothed
 
-    normal_key, key = jax.random.split(key)
+    normal_key, start_key, key = jax.random.split(key, 3)
     last = model.num_times - 1
-    z = jax.random.normal(normal_key, (last, model.dim, M), model.init_mean.dtype)
+    z = normals(normal_key, (last, model.dim, M), model.init_mean.dtype)
     factor = cholesky(beliefs.cov[last])
     x = beliefs.mean[last][:, None] + matmul(factor, z[0])
     log_q = over_particles(partial(_log_normal, mean=beliefs.mean[last], factor=factor), -1)(x)
@@ -229,7 +287,9 @@ def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> T
     if observed[last]:
         log_weights = observe(last, log_weights, x)
     log_weights = clean(log_weights)
-    end = (x, joined(last, x, log_weights))
+    end = (history.particles[last], history.log_weights[last])
+    if join == "all":
+        end = weigh_all(last, None, x, log_weights, None)
     keys = jax.random.split(key, last)
     carry = resample(x, log_weights, keys[0])
     inner = np.arange(1, last)
@@ -237,10 +297,14 @@ def two_filter(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> T
     (x, log_weights), (states, weights) = lax.scan(back, carry, sequence, reverse=True)
     # The first state may be known, and has no artificial law then: its forward particles are
     # weighed by the backward ones after it.
-    start = (
-        history.particles[0],
-        _weigh_start(model, inputs, history, x, log_weights - artificial(1, x)),
-    )
+    log_weights = log_weights - artificial(1, x)
+    if join == "all":
+        first = _weigh_start(model, inputs, history, x, log_weights)
+    else:
+        j = multinomial(start_key, jnp.exp(log_weights - jnp.max(log_weights)))
+        density = over_particles(partial(_density, model, at(inputs, 0)), -1, -1)
+        first = clean(history.log_weights[0] + density(history.particles[0], x[:, j]))
+    start = (history.particles[0], first)
     particles, log_weights = (
         jnp.concatenate([a[None], b, c[None]])
         for a, b, c in zip(start, (states, weights), end, strict=True)

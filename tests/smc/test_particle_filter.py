@@ -22,7 +22,8 @@ from particle_models import (
 
 import numpyro_sde as nsde
 from numpyro_sde.filters import Particle, ParticleCollapseWarning
-from numpyro_sde.smc.particle_filter import hilbert_order, run_filter
+from numpyro_sde.smc.hilbert import hilbert_order
+from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
 
@@ -225,3 +226,64 @@ def test_options_are_checked():
     path, at = ou_path(True)
     with pytest.raises(ValueError, match="kept no history"):
         nsde.filter_path(path, emission, Y, method=Particle(4), at=at).sample(jax.random.key(0))
+
+
+def spread_of_weights(grid, sde, init, law, y, num_particles):
+    """Log likelihood, and by observation the squared coefficient of variation of the weights."""
+    path = nsde.SDEPath(sde, grid, init)
+    chosen = setting(num_particles, "guided", threshold=1.0)
+
+    def run(model):
+        found = run_filter(model, chosen, jax.random.key(0), diagnose=True)
+        return found.log_likelihood, found.ess
+
+    log, ess = jax.jit(lambda: on_model(path, grid.index, y, run, law))()
+    return float(log), num_particles / np.asarray(ess)[np.asarray(grid.index)] - 1.0
+
+
+def wide(t, x):
+    return 0.8 * jnp.sqrt(1.0 + x**2)
+
+
+def test_guided_noise_is_matched_to_the_particle(x64):
+    # Precise data, noise that grows with the state; the likelihood from a table of states.
+    num, size = 20, 2000
+    grid = nsde.TimeGrid(np.array([0.0, 1.0, 2.0]), 1.0001 / num)
+    sde = nsde.SDE(lambda t, x: -0.5 * x, wide)
+    y = np.array([np.nan, 2.5, 0.3])
+    log, spread = spread_of_weights(grid, sde, 1.0, lambda t, x: dist.Normal(x, 0.05), y, size)
+    v, dt = np.arange(-10.0, 12.0, 0.02), 1 / num
+
+    def density(x, mean, sd):
+        return np.exp(-0.5 * ((x - mean) / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
+
+    def step(x):
+        return density(v, x * (1 - 0.5 * dt), 0.8 * np.sqrt(dt * (1 + x**2)))
+
+    table, later = 0.02 * step(v[:, None]), density(0.3, v, 0.05)
+    for k in range(2 * num - 1):
+        later = (table @ later) * (density(2.5, v, 0.05) if k == num - 1 else 1.0)
+    wanted = np.log(0.02 * np.sum(step(1.0) * later))
+    # Without matching the weights' spread is 1.3 at the first observation.
+    assert np.max(spread) < 0.6
+    assert abs(log - wanted) < 4 * np.sqrt(np.sum(spread) / size)
+
+
+@pytest.mark.slow
+def test_guided_weights_do_not_widen_on_finer_grids(x64):
+    times = np.arange(41.0)
+    sde = nsde.processes.LotkaVolterra(0.5, 0.0025, 0.3)
+    start = jnp.array([71.0, 79.0])
+    fine = nsde.TimeGrid(times, 0.01)
+    states = np.asarray(nsde.SDEPath(sde, fine, start).sample(jax.random.key(3)))[fine.index]
+    y = states + np.random.default_rng(0).normal(size=states.shape)
+    y[0] = np.nan
+    sums = []
+    for steps in (10, 100):
+        grid = nsde.TimeGrid(times, 1.0001 / steps)
+        law = lambda t, x: dist.Normal(x, 1.0).to_event(1)  # noqa: E731
+        _, spread = spread_of_weights(grid, sde, start, law, y, 2000)
+        sums.append(np.sum(spread))
+    # Variance of the log likelihood: this over the number of particles. Measured: 0.47 and 0.40.
+    assert max(sums) < 0.8
+    assert sums[1] < 1.2 * sums[0]

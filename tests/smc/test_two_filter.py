@@ -23,20 +23,22 @@ def scores(values, truth, truth_error=0.0):
 
 
 @pytest.mark.parametrize(
-    ("fine", "proposal"),
+    ("fine", "proposal", "join"),
     [
-        pytest.param(False, "bootstrap", marks=pytest.mark.slow),
-        pytest.param(True, "bootstrap", marks=pytest.mark.slow),
-        pytest.param(True, "guided", marks=pytest.mark.slow),
+        pytest.param(False, "bootstrap", "all", marks=pytest.mark.slow),
+        pytest.param(True, "bootstrap", "all", marks=pytest.mark.slow),
+        pytest.param(True, "guided", "all", marks=pytest.mark.slow),
+        pytest.param(False, "bootstrap", "pairs", marks=pytest.mark.slow),
+        pytest.param(True, "guided", "pairs", marks=pytest.mark.slow),
     ],
 )
-def test_linear_moments(fine, proposal, x64):
+def test_linear_moments(fine, proposal, join, x64):
     # A self-normalised estimate of M = 200 particles has a bias near sd / M: of 200 runs the
     # error is near sd / sqrt(200 M), equal to 14 such biases.
     chosen = setting(200, proposal)
 
     def one(model, key):
-        result = two_filter(model, chosen, key)
+        result = two_filter(model, chosen, key, join=join)
         return result.mean[:, 0], result.cov[:, 0, 0], result.ess
 
     mean, cov, ess = replicate(fine, one, 200, batch_size=20)
@@ -44,7 +46,7 @@ def test_linear_moments(fine, proposal, x64):
     rows = np.asarray(ou_path(fine)[1])
     assert np.max(scores(mean, truth[rows])) < 4
     assert np.max(scores(cov, variance[rows])) < 4
-    assert np.min(ess.mean(0)) > 100
+    assert np.min(ess.mean(0)) > (100 if join == "all" else 40)
 
 
 @pytest.mark.slow
@@ -128,6 +130,8 @@ def test_a_single_time_and_what_is_refused():
     assert np.allclose(one.mean, 0.4)
     with pytest.raises(TypeError, match=r"method must be nsde.filters.Particle"):
         nsde.two_filter(path, emission, [0.2], method=nsde.filters.Kalman())
+    with pytest.raises(ValueError, match="join must be"):
+        nsde.two_filter(path, emission, [0.2], method=Particle(5), join="none")
     fhn = nsde.processes.FitzHughNagumo(epsilon=0.1, gamma=1.5, beta=0.8, scale=0.3)
     rough = nsde.SDEPath(fhn, [0.0, 0.1], jnp.array([-0.8, -0.5]), scheme=nsde.schemes.Euler())
     with pytest.raises(ValueError, match="two_filter weighs transitions"):
