@@ -107,7 +107,8 @@ class SplitNUTS(NUTS):
         self._innovations = None if innovations is None else tuple(innovations)
         # NumPyro's kernel reads `_dense_mass` and `_inverse_mass_matrix` once the sites are
         # known; what was asked for is kept beside.
-        self._asked_dense, self._asked_inverse = dense_mass, self._inverse_mass_matrix
+        self._asked_dense: Any = dense_mass
+        self._asked_inverse: Any = options.get("inverse_mass_matrix")
         self._num_warmup = 0
 
     def init(
