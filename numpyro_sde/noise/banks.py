@@ -10,7 +10,8 @@ every path, and nothing is left to infer. `P_0` is the law of the bank's start: 
 out, never frozen.
 
 With equal steps the likelihood is also taken in blocks: given the bank at its start, a block of B
-increments has one covariance, factorised once, and blocks are combined in pairs of pairs.
+increments has one covariance, inverted once, and blocks are joined in pairs, pairs in pairs, and
+so on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpyro_sde.noise.markov_fbm import BankSteps
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 BLOCK = 32
-"""Least number of increments in a block, where there are as many."""
+"""Number of increments in a block, up to twice as many; see `_split`."""
 
 
 class Innovations(NamedTuple):
@@ -229,8 +230,16 @@ def _run(covariance: Array, both: Array, decay: Array, end: Array, y: Array) -> 
     return free - both.T @ solved, y.T @ solved, value
 
 
-def _join(first: Float[Array, "k k"], second: Float[Array, "k k"]) -> tuple[Array, Array, Any]:
-    """The matrix of two runs together, that of their vectors, and what joins these."""
+class _Join(NamedTuple):
+    """Of two runs, what their rows are joined by."""
+
+    Q: Float[Array, "k k"]
+    W: Float[Array, "k k"]
+    log_det: Float[Array, ""]
+
+
+def _join(first: Float[Array, "k k"], second: Float[Array, "k k"]) -> tuple[Array, _Join]:
+    """The matrix of two runs together, and what joins their rows."""
     n = first.shape[0] // 2
     J, C, zero = -second[:n, :n], first[n:, n:], jnp.zeros((n, n), first.dtype)
     keep, log_det = _inverse(jnp.eye(n, dtype=first.dtype) + C @ J)
@@ -239,24 +248,22 @@ def _join(first: Float[Array, "k k"], second: Float[Array, "k k"]) -> tuple[Arra
     W = jnp.block([[zero, second[:n, n:]], [first[n:, :n], zero]])
     kept = jnp.block([[first[:n, :n], zero], [zero, second[n:, n:]]])
     whole = kept + W.T @ (Q @ W)
-    return 0.5 * (whole + whole.T), Q, (W, log_det)
+    return 0.5 * (whole + whole.T), _Join(Q, W, log_det)
 
 
-def _joined(Q: Array, rest: Any, first: Array, second: Array) -> tuple[Array, Array]:
+def _joined(join: _Join, first: Array, second: Array) -> tuple[Array, Array]:
     """Rows of the runs together, and the log evidence of the joints.
 
     Args:
-        Q: see `_join`.
-        rest: see `_join`.
+        join: see `_join`.
         first: rows of the runs before, shape `(runs, 2n)`.
         second: rows of what follows, shape `(runs, 2n)`.
     """
-    W, log_det = rest
-    of_eta = np.arange(Q.shape[0]) < Q.shape[0] // 2
+    of_eta = np.arange(first.shape[1]) < first.shape[1] // 2
     v = jnp.where(of_eta, second, first)
-    seen = v @ Q
-    rows = jnp.where(of_eta, first, second) + seen @ W
-    return rows, 0.5 * (v * seen).sum() - 0.5 * v.shape[0] * log_det
+    seen = v @ join.Q
+    rows = jnp.where(of_eta, first, second) + seen @ join.W
+    return rows, 0.5 * (v * seen).sum() - 0.5 * v.shape[0] * join.log_det
 
 
 def _toeplitz(column: Float[Array, " s"]) -> Float[Array, "s s"]:
@@ -297,7 +304,7 @@ def log_likelihood(
         steps: the law of one step, leading axis 1.
         start: covariance of the bank at the start.
         increments: shape `(N, m)`.
-        size: least number of increments in a block.
+        size: number of increments in a block, up to twice as many.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -321,7 +328,7 @@ def log_likelihood(
         after, total = (matrix, vectors), total + value
 
     def double(run: Array, _: None) -> tuple[Array, Any]:
-        whole, *join = _join(run, run)
+        whole, join = _join(run, run)
         return whole, (run, join)
 
     num_levels = count.bit_length() - 1
@@ -335,15 +342,15 @@ def log_likelihood(
             if after is None:
                 after = run, single
             else:
-                whole, *ends = _join(run, after[0])
-                single, gained = _joined(*ends, single, after[1])
+                whole, ends = _join(run, after[0])
+                single, gained = _joined(ends, single, after[1])
                 after, total = (whole, single), total + gained
         if join is not None:
             pairs = rows.reshape(-1, 2, m, rows.shape[-1])
             first, second = (pairs[:, k].reshape(-1, rows.shape[-1]) for k in (0, 1))
-            rows, gained = _joined(*join, first, second)
+            rows, gained = _joined(join, first, second)
             rows, total = rows.reshape(-1, m, rows.shape[-1]), total + gained
     assert after is not None
     origin = jnp.zeros_like(top).at[start.shape[0] :, start.shape[0] :].set(start)
-    _, *ends = _join(origin, after[0])
-    return total + _joined(*ends, jnp.zeros_like(after[1]), after[1])[1]
+    _, ends = _join(origin, after[0])
+    return total + _joined(ends, jnp.zeros_like(after[1]), after[1])[1]

@@ -15,7 +15,6 @@ from scipy.linalg import cholesky, solve_triangular, toeplitz
 import numpyro_sde as nsde
 from numpyro_sde.distributions import FractionalBrownianMotion, FractionalOrnsteinUhlenbeck
 from numpyro_sde.noise import MarkovFBM
-from numpyro_sde.noise.banks import increment_log_densities, innovations_form, log_likelihood
 from numpyro_sde.noise.markov_fbm import law_fit
 from numpyro_sde.noise.strong_fit import strong_nodes, strong_system, strong_weights
 
@@ -141,32 +140,6 @@ def test_gradients_are_finite_in_float32():
     for horizon in (10.0, 1e3, 1e6):
         for hurst in np.linspace(0.02, 0.98, 25):
             assert np.isfinite(slope(jnp.float32(hurst), horizon)), (hurst, horizon)
-
-
-@pytest.mark.slow
-def test_likelihood_in_blocks_is_the_filters(x64):
-    rng = np.random.default_rng(0)
-    for hurst, length in ((0.2, 131), (0.5, 64), (0.8, 197)):
-        d = jnp.asarray(rng.normal(size=(length, 2)))
-        bank, steps = MarkovFBM(hurst, 5).on_grid(np.arange(length + 1.0), np.ones(length))
-        form = innovations_form(steps, bank.start, length)
-        expected = increment_log_densities(form, d).sum()
-        assert float(log_likelihood(steps, bank.start, d)) == pytest.approx(
-            float(expected), rel=1e-11
-        )
-
-
-@pytest.mark.parametrize("strong", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_recursion_without_matrices_is_that_of_the_covariance(strong, x64):
-    fit = {"fit": "strong"} if strong else {}
-    for hurst in (0.05, 0.5, 0.9) if not strong else (0.1, 0.4, 0.6):
-        bank, steps = MarkovFBM(hurst, **fit).on_grid(np.arange(301.0), np.ones(300))
-        for quick, full in zip(
-            innovations_form(steps, bank.start, 300, True),
-            innovations_form(steps, bank.start, 300),
-            strict=True,
-        ):
-            np.testing.assert_allclose(quick, full, rtol=1e-9, atol=1e-11)
 
 
 def _walk(hurst, scale=1.0, **kwargs):
