@@ -32,7 +32,7 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_sde.noise.brownian import AbstractNoise
-from numpyro_sde.noise.covariances import fgn_spectral_density, power
+from numpyro_sde.noise.covariances import excess_of_exponential, fgn_spectral_density, power
 from numpyro_sde.noise.strong_fit import strong_nodes, strong_weights
 
 # By number of terms: first node (in 1 / horizon), last node (in 1 / step), lowest frequency fitted
@@ -195,7 +195,7 @@ def law_fit(
     q, down = jnp.exp(-rates), -jnp.expm1(-rates)
     half = 2.0 * jnp.sin(0.5 * frequency[:, None]) ** 2  # 1 - cos
     denominator = down**2 + 2.0 * q * half
-    grown = rates**2 * _second(rates)  # rate - 1 + q
+    grown = rates**2 * excess_of_exponential(rates)  # rate - 1 + q
     basis = jnp.where(
         rough,
         down * (1.0 + q) * half / denominator / (2.0 * np.pi),
@@ -211,20 +211,9 @@ def law_fit(
     level = d[num_terms] if len(columns) > 1 else jnp.zeros_like(d[0])
     d = d[:num_terms]
     x = rates * n
-    reached = 2.0 * (d * x * x * _second(x)).sum() + level * n
+    reached = 2.0 * (d * x * x * excess_of_exponential(x)).sum() + level * n
     missing = jnp.maximum(power(n, 2.0 * jnp.asarray(hurst)) - reached, 0.0)
     return LawFit(rates, d, level, jnp.where(rough, 0.0, missing / n**2))
-
-
-def _second(x: Array) -> Array:
-    """`(x - 1 + e^-x) / x^2`, which is 1/2 at zero."""
-    near = x < _SMALL
-    s, f = jnp.where(near, x, 0.0), jnp.where(near, 1.0, x)
-    k = np.arange(14)
-    series = jnp.zeros_like(x)
-    for c in ((-1.0) ** k / np.cumprod(np.arange(1, 20.0))[k + 1])[::-1]:
-        series = series * s + c
-    return jnp.where(near, series, (f + jnp.expm1(-f)) / f**2)
 
 
 def _nonnegative_least_squares(A: Array, mass: Array, *, clipped: bool) -> Array:
