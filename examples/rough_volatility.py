@@ -84,8 +84,14 @@ def treasury_returns():
 
 def posterior(model, data, draws, seed, treatment):
     treated = numpyro.handlers.reparam(model, config={"v": treatment})
-    kernel = NUTS(treated, init_strategy=numpyro.infer.init_to_median)
-    mcmc = MCMC(kernel, num_warmup=draws // 2, num_samples=draws, progress_bar=False)
+    # Index, rate and scale are strongly correlated given so little.
+    kernel = NUTS(
+        treated,
+        init_strategy=numpyro.infer.init_to_median,
+        dense_mass=[("hurst", "rate", "scale", "mean")],
+        target_accept_prob=0.9,
+    )
+    mcmc = MCMC(kernel, num_warmup=2 * draws, num_samples=draws, progress_bar=False)
     mcmc.run(jax.random.key(seed), *data, extra_fields=("num_steps", "diverging"))
     extra = mcmc.get_extra_fields()
     hurst = np.asarray(mcmc.get_samples()["hurst"])

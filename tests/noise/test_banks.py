@@ -4,9 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.linalg import toeplitz
 
 from numpyro_sde.noise import MarkovFBM
 from numpyro_sde.noise.banks import increment_log_densities, innovations_form, log_likelihood
+
+
+def test_likelihood_in_blocks_is_the_dense_one(x64):
+    """Two blocks and a rest, two noises: value, and gradient `-cov^-1 d` in the increments."""
+    length = 103
+    d = np.random.default_rng(1).normal(size=(length, 2))
+    bank, steps = MarkovFBM(0.8, 4).on_grid(np.arange(length + 1.0), np.ones(length))
+    decay, loading, variance, gain, _ = (np.asarray(a)[0] for a in steps)
+    start = np.asarray(bank.start)
+    lag = np.arange(1, length)[:, None]
+    later = (decay ** (lag - 1)) @ (loading * (decay * (start @ loading) + gain))
+    cov = toeplitz(np.append(loading @ start @ loading + variance, later))
+    solved = np.linalg.solve(cov, d)
+    constant = 2 * (np.linalg.slogdet(cov)[1] + length * np.log(2 * np.pi))
+    density = jax.jit(jax.value_and_grad(lambda d: log_likelihood(steps, bank.start, d)))
+    value, slope = density(jnp.asarray(d))
+    assert float(value) == pytest.approx(-0.5 * ((d * solved).sum() + constant), rel=1e-12)
+    np.testing.assert_allclose(slope, -solved, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.slow
