@@ -293,6 +293,27 @@ def test_filters_agree_on_a_linear_model(method, x64):
 
 
 @pytest.mark.slow
+def test_unscented_filter_is_the_extended_for_every_index(x64):
+    """The covariances carried have a rank that rounding alone decides."""
+    times, y = np.arange(31) * 0.1, np.random.default_rng(1).normal(size=31) * 0.3
+
+    @jax.jit
+    def evidence(hurst):
+        noise = MarkovFBM(hurst, 6)
+        sde = nsde.SDE(lambda t, x: -0.7 * x, lambda t, x: 0.8, noise=noise)
+        path = nsde.SDEPath(sde, times, init=0.0)
+        methods = nsde.filters.UnscentedKalman(), nsde.filters.ExtendedKalman()
+        return [
+            nsde.filter_path(path, lambda t, x: dist.Normal(x, 0.1), y, method=m).log_likelihood
+            for m in methods
+        ]
+
+    for hurst in np.linspace(0.05, 0.95, 19):
+        unscented, extended = evidence(hurst)
+        assert float(unscented) == pytest.approx(float(extended), rel=1e-7)
+
+
+@pytest.mark.slow
 def test_guided_posterior_of_a_linear_model_is_standard_normal(x64):
     """Guide and likelihood cancel: the density of z is that of N(0, I) and a constant."""
     times = np.arange(21) * 0.1
