@@ -76,3 +76,23 @@ def test_multiscale_examples_write_their_picture(name: str, tmp_path: Path) -> N
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "nile_minima",
+            ["maximum likelihood: H 0.8315, log likelihood 236.52", "posterior: H 0.8"],
+        ),
+        ("treasury_yield", ["maximum likelihood: H 0.725, d 1.225", "posterior: H 0.7"]),
+        ("rough_volatility", ["true H 0.15", "quasi likelihood: H 0.522"]),
+    ],
+)
+def test_hurst_examples_print_their_estimates(name: str, expected: list[str]) -> None:
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--draws", "20"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for line in expected:
+        assert line in run.stdout

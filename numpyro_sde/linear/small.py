@@ -273,8 +273,9 @@ def psd_factor(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     """Lower factor `L` with `L L' = A` of a positive semi-definite matrix.
 
     A pivot below `8 d eps` times its diagonal element is rounding: its column is zero, with
-    zero derivative. A pivot below minus `1e4` times that is a matrix that is not positive
-    semi-definite, and gives NaN.
+    zero derivative. A pivot below minus `1e4` times that and minus `1e-6` of the diagonal is a
+    matrix that is not positive semi-definite, and gives NaN: without exchanges of rows small
+    pivots magnify rounding, to 1e-9 of the diagonal for the bank of a fractional noise.
 
     Example:
         >>> import jax.numpy as jnp
@@ -282,14 +283,16 @@ def psd_factor(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
         [[1.0, 0.0], [1.0, 0.0]]
     """
     d = _square(A, "A")
-    floor = 8 * d * jnp.finfo(A.dtype).eps * jnp.abs(diagonal(A))
+    size = jnp.abs(diagonal(A))
+    floor = 8 * d * jnp.finfo(A.dtype).eps * size
+    least = -jnp.maximum(1e4 * floor, 1e-6 * size)
     index = np.arange(d)
 
     def step(A: Array, j: Any) -> tuple[Array, Array]:
         pivot, low = A[..., j, j], floor[..., j]
         keep = pivot > low
         scale = jnp.where(keep, 1 / jnp.sqrt(jnp.where(keep, pivot, 1)), 0)
-        scale = jnp.where(pivot >= -1e4 * low, scale, jnp.nan)
+        scale = jnp.where(pivot >= least[..., j], scale, jnp.nan)
         column = jnp.where(index >= j, A[..., :, j] * scale[..., None], 0)
         return A - outer(column, column), column
 

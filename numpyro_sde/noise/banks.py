@@ -10,7 +10,8 @@ every path, and nothing is left to infer. `P_0` is the law of the bank's start: 
 out, never frozen.
 
 With equal steps the likelihood is also taken in blocks: given the bank at its start, a block of B
-increments has one covariance, factorised once, and blocks are combined in pairs of pairs.
+increments has one covariance, inverted once, and blocks are joined in pairs, pairs in pairs, and
+so on.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from jaxtyping import Array, Float
 from numpyro_sde.noise.markov_fbm import BankSteps
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-BLOCK = 64
-"""Least number of increments in a block, where there are as many."""
+BLOCK = 32
+"""Number of increments in a block, up to twice as many; see `_split`."""
 
 
 class Innovations(NamedTuple):
@@ -137,69 +138,70 @@ def increment_log_densities(
     return (-0.5 * z**2 - jnp.log(form.scale)[:, None] - _HALF_LOG_2PI).sum(-1)
 
 
-class _Run(NamedTuple):
-    """What a run of increments says of the bank at its start, and makes of it at its end.
-
-    `p(d | U) = exp(eta . U - U'J U / 2 + ...)` and `U_end | U, d ~ N(decay U + shift, cov)`; J,
-    decay and cov are the same for every run of one length.
-    """
-
-    J: Array
-    decay: Array
-    cov: Array
+# Both derivatives below are in terms of inverses that are there already: far less work, and far
+# less to compile, than the derivatives of factorisations.
 
 
-class _Join(NamedTuple):
-    """Of a run and what follows it, as far as no data enter.
-
-    Given both, the bank in between is `keep (decay U + shift + cov eta)` with covariance `left`.
-    """
-
-    J: Array  # of what follows
-    cov: Array  # of the run before
-    left: Array
-    back: Array  # from the bank in between to that at the start
-    on: Array  # to that at the end of what follows
-    log_det: Array
-
-
-def _join(first: _Run, J: Array, decay: Array) -> _Join:
-    """Join a run with something that says J of the bank, and moves it on by `decay`."""
-    eye = jnp.eye(J.shape[0], dtype=J.dtype)
-    factors = jax.scipy.linalg.lu_factor(eye + first.cov @ J)
-    keep = jax.scipy.linalg.lu_solve(factors, eye)
+@jax.custom_jvp
+def _inverse(M: Float[Array, "n n"]) -> tuple[Array, Array]:
+    """Inverse and log of the absolute determinant."""
+    factors = jax.scipy.linalg.lu_factor(M)
     log_det = jnp.log(jnp.abs(jnp.diagonal(factors[0]))).sum()
-    return _Join(J, first.cov, keep @ first.cov, first.decay.T @ keep.T, decay @ keep, log_det)
+    return jax.scipy.linalg.lu_solve(factors, jnp.eye(M.shape[0], dtype=M.dtype)), log_det
 
 
-def _joined(join: _Join, eta: Array, shift: Array) -> tuple[Array, Array]:
-    """Log evidence of the joints, and what each passes back to the start of its run.
-
-    Args:
-        join: the matrices.
-        eta: information of what follows, shape `(runs, m, n)`.
-        shift: of the runs before, shape `(runs, m, n)`.
-    """
-    seen = shift @ join.J
-    rest = eta - seen
-    gained = (eta * shift).sum() - 0.5 * (seen * shift).sum()
-    gained = gained + 0.5 * ((rest @ join.left) * rest).sum()
-    runs = eta.shape[0] * eta.shape[1]
-    return gained - 0.5 * runs * join.log_det, rest @ join.back.T
+@_inverse.defjvp
+def _inverse_jvp(primals: Any, tangents: Any) -> Any:
+    inverse, log_det = _inverse(*primals)
+    (change,) = tangents
+    return (inverse, log_det), (-inverse @ change @ inverse, (inverse.T * change).sum())
 
 
-def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array, Array]:
-    """The law of a block given the bank at its start.
+@jax.custom_jvp
+def _normal(
+    T: Float[Array, "s s"], y: Float[Array, "s c"], B: Float[Array, "s k"]
+) -> tuple[Array, Array]:
+    """Log density of the columns of y under `N(0, T)`, and `T^-1 B`."""
+    return _normal_parts(T, y, B)[:2]
 
-    Cholesky factor and whitened loading of its increments; of the bank at its end given them,
-    decay, gain and covariance.
+
+def _normal_parts(T: Array, y: Array, B: Array) -> tuple[Array, Array, Array, Array]:
+    L = jnp.linalg.cholesky(T, symmetrize_input=False)
+    half = jax.scipy.linalg.solve_triangular(L, jnp.eye(T.shape[0], dtype=T.dtype), lower=True)
+    precision = half.T @ half
+    solved = precision @ y
+    log_det = jnp.log(jnp.diagonal(L)).sum() + T.shape[0] * _HALF_LOG_2PI
+    return -0.5 * (y * solved).sum() - y.shape[1] * log_det, precision @ B, precision, solved
+
+
+@_normal.defjvp
+def _normal_jvp(primals: Any, tangents: Any) -> Any:
+    T, y, B = primals
+    dT, dy, dB = tangents
+    value, solved_b, precision, solved = _normal_parts(T, y, B)
+    slope = 0.5 * (solved @ solved.T - y.shape[1] * precision)
+    change = (slope * dT).sum() - (solved * dy).sum()
+    return (value, solved_b), (change, precision @ (dB - dT @ solved_b))
+
+
+# A run of increments is a matrix `[[-J, D'], [D, C]]` and for each noise a row `[eta, shift]`:
+#
+#     p(d | U) = exp(eta . U - U'J U / 2 + ...),   U_end | U, d ~ N(D U + shift, C).
+#
+# Two runs, one after the other, are a run again: the bank between them is integrated out, which
+# is the star product of Redheffer (1960, "On a certain linear fractional transformation").
+
+
+def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array]:
+    """The law of a block of increments given the bank at its start.
+
+    Their covariance and their covariance with `[information on the start, bank at the end]`;
+    decay of the bank and its covariance over the block.
     """
     one = jax.tree.map(lambda a: a[0], steps)
-    f, h, n = one.decay, one.loading, one.decay.size
-    power, square = jnp.ones((1, n), f.dtype), f
-    while power.shape[0] <= size:  # by doubling: a cumulative product compiles for seconds
-        power, square = jnp.concatenate([power, power * square]), square * square
-    power = power[: size + 1]
+    f, h = one.decay, one.loading
+    # The first row apart: where f is 0 its derivative would be NaN.
+    power = jnp.concatenate([jnp.ones_like(f)[None], f ** np.arange(1.0, size + 1.0)[:, None]])
     # The stationary law of the bank, 0 where it has none because nothing drives it: given the
     # bank at the start, the covariance of increments is the stationary one less what it explains.
     ratio = f[:, None] * f
@@ -207,20 +209,82 @@ def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array,
     V = power[:size] * h
     after = f * (still @ h - power[:size] * (V @ still)) + one.gain
     column = jnp.append(h @ still @ h + one.variance, V[:-1] @ (f * (still @ h) + one.gain))
-    L = jnp.linalg.cholesky(_toeplitz(column) - V @ still @ V.T)
-    cross = power[size - 1 - np.arange(size)] * after
+    both = jnp.concatenate([V, power[size - 1 - np.arange(size)] * after], axis=1)
     end = still * (1.0 - power[size][:, None] * power[size])
-    white = jax.scipy.linalg.solve_triangular(L, jnp.concatenate([V, cross], axis=1), lower=True)
-    loading, gain = white[:, :n], white[:, n:].T
-    return L, loading, jnp.diag(power[size]) - gain @ loading, gain, end - gain @ gain.T
+    return _toeplitz(column) - V @ still @ V.T, both, power[size], end
+
+
+def _run(covariance: Array, both: Array, decay: Array, end: Array, y: Array) -> Any:
+    """A block as a run: its matrix, its rows, and the log density given no bank at its start.
+
+    Args:
+        covariance: of the increments, given the bank at the start.
+        both: see `_block_law`.
+        decay: of the bank over the block.
+        end: covariance of the bank at the end, given that at the start.
+        y: the increments, one column for each block and noise.
+    """
+    value, solved = _normal(covariance, y, both)
+    moved = jnp.diag(decay)
+    free = jnp.block([[jnp.zeros_like(end), moved], [moved, end]])
+    return free - both.T @ solved, y.T @ solved, value
+
+
+class _Join(NamedTuple):
+    """Of two runs, what their rows are joined by."""
+
+    Q: Float[Array, "k k"]
+    W: Float[Array, "k k"]
+    log_det: Float[Array, ""]
+
+
+def _join(first: Float[Array, "k k"], second: Float[Array, "k k"]) -> tuple[Array, _Join]:
+    """The matrix of two runs together, and what joins their rows."""
+    n = first.shape[0] // 2
+    J, C, zero = -second[:n, :n], first[n:, n:], jnp.zeros((n, n), first.dtype)
+    keep, log_det = _inverse(jnp.eye(n, dtype=first.dtype) + C @ J)
+    left = keep @ C
+    Q = jnp.block([[0.5 * (left + left.T), keep], [keep.T, -J @ keep]])
+    W = jnp.block([[zero, second[:n, n:]], [first[n:, :n], zero]])
+    kept = jnp.block([[first[:n, :n], zero], [zero, second[n:, n:]]])
+    whole = kept + W.T @ (Q @ W)
+    return 0.5 * (whole + whole.T), _Join(Q, W, log_det)
+
+
+def _joined(join: _Join, first: Array, second: Array) -> tuple[Array, Array]:
+    """Rows of the runs together, and the log evidence of the joints.
+
+    Args:
+        join: see `_join`.
+        first: rows of the runs before, shape `(runs, 2n)`.
+        second: rows of what follows, shape `(runs, 2n)`.
+    """
+    of_eta = np.arange(first.shape[1]) < first.shape[1] // 2
+    v = jnp.where(of_eta, second, first)
+    seen = v @ join.Q
+    rows = jnp.where(of_eta, first, second) + seen @ join.W
+    return rows, 0.5 * (v * seen).sum() - 0.5 * v.shape[0] * join.log_det
 
 
 def _toeplitz(column: Float[Array, " s"]) -> Float[Array, "s s"]:
     """The symmetric Toeplitz matrix, by reshapes: the transpose of a gather is a slow scatter."""
     size = column.size
     around = jnp.concatenate([column[:0:-1], column, jnp.zeros(1, column.dtype)])
-    rows = jnp.tile(around, size)[: size * (2 * size - 1)].reshape(size, 2 * size - 1)
+    # Copies by a product, whose transpose is a product: that of `tile` is a slow sum.
+    copies = jnp.ones((size, 1), column.dtype) @ around[None]
+    rows = copies.ravel()[: size * (2 * size - 1)].reshape(size, 2 * size - 1)
     return rows[:, size - 1 :]
+
+
+def _split(length: int, size: int) -> tuple[int, int, int]:
+    """Increments in a block, number of blocks, and the increments left over.
+
+    From one to two times the given size, such that the number of blocks has few binary digits
+    set: each is a run of its own to join.
+    """
+    sizes = range(min(size, length), min(2 * size, length + 1))
+    best = min(sizes, key=lambda s: ((length // s).bit_count() + (length % s > 0), s))
+    return best, length // best, length % best
 
 
 @partial(jax.jit, static_argnames="size")
@@ -240,7 +304,7 @@ def log_likelihood(
         steps: the law of one step, leading axis 1.
         start: covariance of the bank at the start.
         increments: shape `(N, m)`.
-        size: least number of increments in a block.
+        size: number of increments in a block, up to twice as many.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -250,42 +314,43 @@ def log_likelihood(
         -3.676
     """
     length, m = increments.shape
-    # A power of two of equal blocks, and the rest.
-    count = 1 << max(int(math.log2(length / size)), 0)
-    size, rest = length // count, length % count
-    L, loading, decay, gain, cov = _block_law(steps, size)
-    y = jnp.moveaxis(increments[: count * size].reshape(count, size, m), 0, 1)
-    white = jax.scipy.linalg.solve_triangular(L, y.reshape(size, -1), lower=True)
-    white = white.reshape(size, count, m)
-    log_scale = jnp.log(jnp.diagonal(L)).sum()
-    total = -0.5 * (white**2).sum() - m * (count * log_scale + length * _HALF_LOG_2PI)
-    run = _Run(loading.T @ loading, decay, cov)
-    eta = jnp.einsum("bn,bkm->kmn", loading, white)
-    shift = jnp.einsum("nb,bkm->kmn", gain, white)
-
-    def double(run: _Run, _: None) -> tuple[_Run, _Join]:
-        join = _join(run, run.J, run.decay)
-        J = run.J + join.back @ run.J @ run.decay
-        cov = run.decay @ join.left @ run.decay.T + run.cov
-        return _Run(0.5 * (J + J.T), join.on @ run.decay, 0.5 * (cov + cov.T)), join
-
-    run, joins = lax.scan(double, run, None, length=count.bit_length() - 1)
-    for level in range(count.bit_length() - 1):
-        join: _Join = jax.tree.map(lambda a, level=level: a[level], joins)
-        first, second = shift[0::2], shift[1::2]
-        gained, back = _joined(join, eta[1::2], first)
-        total = total + gained
-        shift = (first + eta[1::2] @ join.cov) @ join.on.T + second
-        eta = eta[0::2] + back
-    J = run.J
+    size, count, rest = _split(length, size)
+    covariance, both, decay, end = _block_law(steps, size)
+    y = jnp.moveaxis(increments[: length - rest].reshape(count, size, m), 1, 0)
+    run, rows, total = _run(covariance, both, decay, end, y.reshape(size, -1))
+    rows = rows.reshape(count, m, -1)
+    after: tuple[Array, Array] | None = None  # matrix and rows of what follows the runs at hand
     if rest:
-        L, loading, *_ = _block_law(steps, rest)
-        white = jax.scipy.linalg.solve_triangular(L, increments[length - rest :], lower=True)
-        log_scale = jnp.log(jnp.diagonal(L)).sum()
-        last = loading.T @ loading
-        join = _join(run, last, run.decay)
-        gained, back = _joined(join, jnp.einsum("bn,bm->mn", loading, white)[None], shift)
-        total = total + gained - 0.5 * (white**2).sum() - m * log_scale
-        J, eta = J + join.back @ last @ run.decay, eta + back
-    origin = _Run(J, jnp.eye(J.shape[0], dtype=J.dtype), start)
-    return total + _joined(_join(origin, J, origin.decay), eta, jnp.zeros_like(eta))[0]
+        # Nothing follows it: its own end does not matter.
+        only_start = both[:rest].at[:, start.shape[0] :].set(0.0)
+        last = increments[length - rest :]
+        matrix, vectors, value = _run(covariance[:rest, :rest], only_start, decay, end, last)
+        after, total = (matrix, vectors), total + value
+
+    def double(run: Array, _: None) -> tuple[Array, Any]:
+        whole, join = _join(run, run)
+        return whole, (run, join)
+
+    num_levels = count.bit_length() - 1
+    top, levels = lax.scan(double, run, None, length=num_levels)
+    for level in range(num_levels + 1):
+        run, join = top, None
+        if level < num_levels:
+            run, join = jax.tree.map(lambda a, level=level: a[level], levels)
+        if count >> level & 1:
+            single, rows = rows[-1], rows[:-1]
+            if after is None:
+                after = run, single
+            else:
+                whole, ends = _join(run, after[0])
+                single, gained = _joined(ends, single, after[1])
+                after, total = (whole, single), total + gained
+        if join is not None:
+            pairs = rows.reshape(-1, 2, m, rows.shape[-1])
+            first, second = (pairs[:, k].reshape(-1, rows.shape[-1]) for k in (0, 1))
+            rows, gained = _joined(join, first, second)
+            rows, total = rows.reshape(-1, m, rows.shape[-1]), total + gained
+    assert after is not None
+    origin = jnp.zeros_like(top).at[start.shape[0] :, start.shape[0] :].set(start)
+    _, ends = _join(origin, after[0])
+    return total + _joined(ends, jnp.zeros_like(after[1]), after[1])[1]

@@ -45,6 +45,22 @@ def power(x: ArrayLike, exponent: ArrayLike) -> Array:
     return jnp.where(inside, jnp.exp(exponent * jnp.log(jnp.where(inside, x, 1.0))), 0.0)
 
 
+def excess_of_exponential(x: Array) -> Array:
+    """`(x - 1 + e^-x) / x^2` for `x >= 0`, which is 1/2 at zero.
+
+    Example:
+        >>> float(excess_of_exponential(jnp.array(0.0)))
+        0.5
+    """
+    near = x < 0.5
+    s, f = jnp.where(near, x, 0.0), jnp.where(near, 1.0, x)
+    k = np.arange(14)
+    series = jnp.zeros_like(x)
+    for c in ((-1.0) ** k / np.cumprod(np.arange(1, 20.0))[k + 1])[::-1]:
+        series = series * s + c
+    return jnp.where(near, series, (f + jnp.expm1(-f)) / f**2)
+
+
 @jax.jit
 def increment_covariance(
     first: tuple[Array, Array], second: tuple[Array, Array], hurst: ArrayLike

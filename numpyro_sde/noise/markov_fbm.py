@@ -19,6 +19,7 @@ stochastic Volterra equations with the fractional kernel". See also Harms and St
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_sde.noise.brownian import AbstractNoise
-from numpyro_sde.noise.covariances import fgn_spectral_density, power
+from numpyro_sde.noise.covariances import excess_of_exponential, fgn_spectral_density, power
 from numpyro_sde.noise.strong_fit import strong_nodes, strong_weights
 
 # By number of terms: first node (in 1 / horizon), last node (in 1 / step), lowest frequency fitted
@@ -155,9 +156,14 @@ class LawFit(NamedTuple):
     slope: Float[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("num_terms", "rough", "with_white"))
+@partial(jax.jit, static_argnames=("num_terms", "with_white"))
 def law_fit(
-    hurst: ArrayLike, num_steps: ArrayLike, num_terms: int, *, rough: bool, with_white: bool = True
+    hurst: ArrayLike,
+    num_steps: ArrayLike,
+    num_terms: int,
+    *,
+    rough: ArrayLike,
+    with_white: bool = True,
 ) -> LawFit:
     """Fit the spectral density of sampled increments to that of fractional Gaussian noise.
 
@@ -166,7 +172,7 @@ def law_fit(
         num_steps: horizon over step.
         num_terms: number K of processes.
         rough: the form for H < 1/2, else that for H > 1/2.
-        with_white: whether the form for H < 1/2 has a white term.
+        with_white: whether there is a white term.
 
     Example:
         >>> fit = law_fit(0.7, 1000.0, 8, rough=False)
@@ -189,13 +195,14 @@ def law_fit(
     q, down = jnp.exp(-rates), -jnp.expm1(-rates)
     half = 2.0 * jnp.sin(0.5 * frequency[:, None]) ** 2  # 1 - cos
     denominator = down**2 + 2.0 * q * half
-    if rough:
-        basis = down * (1.0 + q) * half / denominator / (2.0 * np.pi)
-    else:
-        grown = rates**2 * _second(rates)  # rate - 1 + q
-        basis = (grown + down**2 * (down - half) / denominator) / np.pi
+    grown = rates**2 * excess_of_exponential(rates)  # rate - 1 + q
+    basis = jnp.where(
+        rough,
+        down * (1.0 + q) * half / denominator / (2.0 * np.pi),
+        (grown + down**2 * (down - half) / denominator) / np.pi,
+    )
     white = jnp.full_like(frequency, 1.0 / (2.0 * np.pi))
-    columns = [basis] if rough and not with_white else [basis, white[:, None]]
+    columns = [basis, white[:, None]] if with_white else [basis]
     d = _nonnegative_least_squares(
         jnp.concatenate(columns, axis=1) / fgn_spectral_density(frequency, hurst)[:, None],
         mass,
@@ -203,23 +210,10 @@ def law_fit(
     )
     level = d[num_terms] if len(columns) > 1 else jnp.zeros_like(d[0])
     d = d[:num_terms]
-    slope = jnp.zeros_like(level)
-    if not rough:
-        x = rates * n
-        reached = 2.0 * (d * x * x * _second(x)).sum() + level * n
-        slope = jnp.maximum(power(n, 2.0 * jnp.asarray(hurst)) - reached, 0.0) / n**2
-    return LawFit(rates, d, level, slope)
-
-
-def _second(x: Array) -> Array:
-    """`(x - 1 + e^-x) / x^2`, which is 1/2 at zero."""
-    near = x < _SMALL
-    s, f = jnp.where(near, x, 0.0), jnp.where(near, 1.0, x)
-    k = np.arange(14)
-    series = jnp.zeros_like(x)
-    for c in ((-1.0) ** k / np.cumprod(np.arange(1, 20.0))[k + 1])[::-1]:
-        series = series * s + c
-    return jnp.where(near, series, (f + jnp.expm1(-f)) / f**2)
+    x = rates * n
+    reached = 2.0 * (d * x * x * excess_of_exponential(x)).sum() + level * n
+    missing = jnp.maximum(power(n, 2.0 * jnp.asarray(hurst)) - reached, 0.0)
+    return LawFit(rates, d, level, jnp.where(rough, 0.0, missing / n**2))
 
 
 def _nonnegative_least_squares(A: Array, mass: Array, *, clipped: bool) -> Array:
@@ -385,14 +379,14 @@ class MarkovFBM(AbstractNoise):
 @partial(jax.jit, static_argnums=3)
 def _law_bank(h: Array, horizon: Array, step: Array, num_terms: int) -> OUBank:
     num_steps = horizon / step
-    low = law_fit(h, num_steps, num_terms, rough=True)
-    high = law_fit(h, num_steps, num_terms, rough=False)
     rough = h < 0.5
+    fit = law_fit(h, num_steps, num_terms, rough=rough)
     unit = power(step, h)
-    rates = jnp.concatenate([low.rates / step, jnp.zeros(1, h.dtype)])
-    a = jnp.append(_root(0.5 * low.weights), 0.0) * unit
-    b = jnp.append(_root(high.weights) * high.rates, _root(high.slope)) * unit / step
-    white = _root(jnp.where(rough, low.white, high.white)) * unit / jnp.sqrt(step)
+    rates = jnp.append(fit.rates / step, 0.0)
+    weights = _root(fit.weights)
+    a = jnp.append(math.sqrt(0.5) * weights, 0.0) * unit
+    b = jnp.append(weights * fit.rates, _root(fit.slope)) * unit / step
+    white = _root(fit.white) * unit / jnp.sqrt(step)
     return OUBank(
         rates=rates,
         drivers=jnp.diag(jnp.sqrt(2.0 * rates)),

@@ -16,36 +16,22 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_sde.noise.covariances import power
+from numpyro_sde.noise.covariances import excess_of_exponential, power
 
-_SERIES_BELOW, _SERIES_TERMS = 2.0, 40
-_SLOWEST = 1e-4  # rate, in 1 / horizon
+_SERIES_BELOW, _SERIES_TERMS = 2.0, 24
+_ODD = np.arange(3.0, 27.0, 2.0)  # (2n + 3)! is the product of _ODD (_ODD - 1)
+_SLOWEST = 1e-8  # rate, in 1 / horizon
 _PANELS, _NODES = (0.0, 1.0, 3.0, 7.0, 14.0, 40.0), 14
 
 
-def scaled_upper_gamma(a: ArrayLike, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """`e^x Gamma(a, x)` for positive a and x, without overflow.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> round(float(scaled_upper_gamma(1.0, jnp.array(100.0))), 6)
-        1.0
-    """
-    a = jnp.asarray(a)
-    near = x < _SERIES_BELOW
-    s = jnp.where(near, x, 1.0)
-    k = np.arange(_SERIES_TERMS)
-    terms = s[..., None] ** k / jnp.cumprod(a + k)
-    small = jnp.exp(s + gammaln(a)) - power(s, a) * terms.sum(-1)
-    # int_0^inf e^-v (x + v)^(a - 1) dv
-    f = jnp.where(near, _SERIES_BELOW, x)
+def _scaled_upper_gamma(a: Array, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """`e^x Gamma(a, x)` for x not near zero: `int_0^inf e^-v (x + v)^(a - 1) dv`."""
     points, mass = np.polynomial.legendre.leggauss(_NODES)
     ends = np.asarray(_PANELS)
     width = np.diff(ends)[:, None]
     v = (ends[:-1, None] + width * (points + 1.0) / 2.0).ravel()
     weight = (width * mass / 2.0).ravel() * np.exp(-v)
-    far = (weight * jnp.exp((a - 1.0) * jnp.log1p(v / f[..., None]))).sum(-1)
-    return jnp.where(near, small, power(f, a - 1.0) * far)
+    return x ** (a - 1.0) * (weight * jnp.exp((a - 1.0) * jnp.log1p(v / x[..., None]))).sum(-1)
 
 
 class StrongSystem(NamedTuple):
@@ -75,23 +61,30 @@ def strong_system(
     """
     h, T = jnp.asarray(hurst), jnp.asarray(horizon)
     a, x = h + 0.5, rates * T
-    sums = rates[:, None] + rates
-    gamma_a, inverse = jnp.exp(gammaln(a)), jnp.exp(-a * jnp.log(rates))
+    gamma_a = jnp.exp(gammaln(a))
+    # The weights magnify errors of the entries by a condition of 1e7 and more: no entry may
+    # cancel. Rates slow against the horizon by series, `x^n / Gamma(a + 2 + n)`.
+    near = x < _SERIES_BELOW
+    s, f = jnp.where(near, x, 1.0), jnp.where(near, _SERIES_BELOW, x)
+    n = np.arange(_SERIES_TERMS)
+    terms = s[:, None] ** n / (a * (a + 1.0) * gamma_a * jnp.cumprod((a + 1.0 + n).at[0].set(1.0)))
+    upper = _scaled_upper_gamma(a, f) / gamma_a
     if kind == 1:
-        ramp = jnp.expm1(-x) / rates
-        A = (2.0 * T + ramp[:, None] + ramp) / sums
-        tail = jnp.exp(-x) - scaled_upper_gamma(a, x) / gamma_a
-        b = 2.0 * T * inverse - power(T, a) / (rates * a * gamma_a) + tail * inverse / rates
-        c = power(T, 2 * h + 1) / (2 * h + 1)
-        c = c * jnp.exp(-gammaln(2.0 * h + 1.0)) / jnp.sin(math.pi * h)
+        each = x * excess_of_exponential(x)
+        A = (each[:, None] + each) / (x[:, None] + x)
+        cubes = s[:, None] ** (2 * n[: _ODD.size]) / np.cumprod(_ODD * (_ODD - 1.0))
+        slow = terms.sum(-1) - 2.0 * s ** (2.0 - a) * cubes.sum(-1)
+        fast = 2.0 * f + jnp.exp(-f) - upper - f**a / (a * gamma_a)
+        c = jnp.exp(-gammaln(2.0 * h + 1.0)) / jnp.sin(math.pi * h) / (2 * h + 1)
     else:
-        A = (T + jnp.expm1(-sums * T) / sums) / sums
-        upper = jnp.exp(-x) * scaled_upper_gamma(a, x) / gamma_a  # regularised, of a
-        first = 1.0 - upper
-        second = first - jnp.exp(a * jnp.log(x) - x - gammaln(a + 1.0))  # of a + 1
-        b = T * inverse * first - a * inverse / rates * second
-        c = power(T, 2 * h + 1) / (2 * h * (2 * h + 1) * gamma_a**2)
-    return StrongSystem(A, b, c)
+        A = excess_of_exponential(x[:, None] + x)
+        slow = jnp.exp(-s) * (terms * (n + 1.0)).sum(-1)
+        upper = jnp.exp(-f) * upper  # regularised, of a
+        of_next = 1.0 - upper - jnp.exp(-f) * f**a / (a * gamma_a)  # 1 less that of a + 1
+        fast = f * (1.0 - upper) - a * of_next
+        c = 1.0 / (2 * h * (2 * h + 1) * gamma_a**2)
+    b = jnp.where(near, slow, fast * f ** (-a - 1.0))
+    return StrongSystem(T**2 * A, power(T, a + 1.0) * b, power(T, 2 * h + 1) * c)
 
 
 def strong_weights(
@@ -127,7 +120,7 @@ def strong_nodes(hurst: ArrayLike, num_terms: int, kind: int) -> Float[Array, " 
     if kind == 1:
         spread = jnp.sqrt(1.0 / h + 1.0 / (1.0 - h))
         reach = 2.6 * math.sqrt(num_terms) / spread
-        # Slower processes than this would only cancel against each other.
+        # With slower processes still the weights cancel by more than 1e4.
         first, last = jnp.maximum(-reach / (1.0 - h), math.log(_SLOWEST)), reach / h
     else:
         h, root = jnp.minimum(h, 0.5), math.sqrt(num_terms - 1.0)
