@@ -96,7 +96,9 @@ def test_nuts_and_a_flow_find_that_posterior(x64):
     mcmc.run(jax.random.key(0), y)
     agree(mcmc.get_samples()["hurst"], mean, sd)
     guide = nsde.guides.AutoFlow(model)
-    svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO(num_particles=8))
+    # At a constant step size the mean wanders by 0.2 sd from seed to seed, so it falls.
+    adam = numpyro.optim.Adam(lambda i: 1e-2 * 0.998**i)
+    svi = SVI(model, guide, adam, Trace_ELBO(num_particles=8))
     fit = svi.run(jax.random.key(0), 1500, y, progress_bar=False)
     draws = guide.sample_posterior(jax.random.key(1), fit.params, y, sample_shape=(4000,))
     # A flow is no exact law: its mean within a fifth of a posterior sd, its sd within a fifth.
