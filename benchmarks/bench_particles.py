@@ -224,6 +224,7 @@ def posterior_table(draws):
     for name, kernel, factor in (
         ("PMMH", nsde.infer.PMMH(model), 10),
         ("particle Gibbs, 32", nsde.infer.ParticleGibbs(model, 32), 5),
+        ("SplitNUTS, guided path", nsde.infer.SplitNUTS(guided), 1),
         ("NUTS, guided path", NUTS(guided, init_strategy=init_to_median(num_samples=20)), 1),
     ):
         start = time.perf_counter()
