@@ -60,6 +60,7 @@ class GuidedReparam(Reparam):
     normal one) or `{name}_init`. The factor `{name}_guide` carries the exact ratio of the path's
     law to the guided one, so the posterior is that of the model whatever the guide; a good guide
     makes it close to standard normal. In a linear-Gaussian model it is standard normal.
+    `nsde.infer.SplitNUTS` is the NUTS that makes the most of that.
 
     It sees the observations that `nsde.observe` makes of the path, those that `condition` adds
     included. A prior draw of such a model with data is a draw of the guide, not of the prior.
