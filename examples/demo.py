@@ -34,14 +34,7 @@ import numpyro.distributions as dist
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 
 import numpyro_sde as nsde
-from numpyro_sde.diagnostics import (
-    SVIFit,
-    compare_fits,
-    plot_fits,
-    plot_paths,
-    timed,
-    to_arviz,
-)
+from numpyro_sde.diagnostics import SVIFit, compare_fits, plot_fits, plot_paths, timed, to_arviz
 
 START = time.perf_counter()
 
@@ -328,7 +321,7 @@ def save(figure, path: Path) -> None:
 def save_fits(fits, prefix: str, output: Path) -> None:
     """Write every fit as netCDF; `arviz.from_netcdf` reads it."""
     for name, fit in fits.items():
-        path = output / f"{prefix}_{name.lower().replace(', ', '_').replace(' ', '_')}.nc"
+        path = output / f"{prefix}_{name.lower().replace(' ', '_')}.nc"
         fit.to_netcdf(str(path))
         say(f"wrote {path}")
 

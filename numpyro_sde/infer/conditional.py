@@ -19,7 +19,7 @@ from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses,
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
-from numpyro_sde.smc.particle_filter import make_setting
+from numpyro_sde.smc.particle_filter import Setting, make_setting
 
 
 class ConditionalSMCState(NamedTuple):
@@ -192,8 +192,7 @@ class ConditionalSMC(MCMCKernel):
 
         def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
             self._check(model)
-            setting = with_own_steps(self.setting, model, self.own_share)
-            return model.visible(first_path(model, setting, key))
+            return model.visible(first_path(model, self._setting(model), key))
 
         return run_seeded(path, lead, data, one, key, self.num_particles)
 
@@ -208,12 +207,14 @@ class ConditionalSMC(MCMCKernel):
                 states = jnp.reshape(x, (model.num_times, model.dim))
             else:
                 states = model.scheme.lift(model.sde, model.times, model.dt, x, model.cache)
-            setting = with_own_steps(self.setting, model, self.own_share)
-            sweep = conditional_smc(model, setting, states, key, renewal=self.renewal)
+            sweep = conditional_smc(model, self._setting(model), states, key, renewal=self.renewal)
             return model.visible(sweep.path), sweep.renewed, sweep.ess
 
         dims = (1 + len(path.state_shape),)
         return run_seeded(path, lead, data, one, key, self.num_particles, (value,), dims)
+
+    def _setting(self, model: StateSpaceModel) -> Setting:
+        return with_own_steps(self.setting, model, self.own_share)
 
     def _check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "ConditionalSMC()")

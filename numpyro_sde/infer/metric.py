@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_sde.infer.start import approximate_mode
+from numpyro_sde.reparam.path import is_innovation
 
 
 def guided_metric(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -76,6 +77,6 @@ def _at(site: Any = None, values: Any = None) -> Any:
         return partial(_at, values=values)
     if site["type"] != "sample" or site["is_observed"]:
         return None
-    if site["name"].endswith("_innov"):
+    if is_innovation(site["name"]):
         return jnp.zeros(site["fn"].shape())
     return values.get(site["name"])

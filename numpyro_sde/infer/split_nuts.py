@@ -15,6 +15,7 @@ Shahbaba, Lan, Johnson and Neal (2014), "Split Hamiltonian Monte Carlo".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from numpyro.infer.hmc_util import (
     warmup_adapter,
 )
 from numpyro.util import is_prng_key
+
+from numpyro_sde.reparam.path import is_innovation
 
 # Largest angle of a step: two doublings then go round more than half a circle and turn back,
 # three gradients a draw. Nothing is gained by more, and at a full circle nothing would move.
@@ -131,7 +134,7 @@ class SplitNUTS(NUTS):
     ) -> Any:
         start = super()._init_state(rng_key, model_args, model_kwargs, init_params)
         z = getattr(start, "z", start)
-        batch = 0 if is_prng_key(rng_key) else 1
+        batch = 0 if is_prng_key(rng_key) else 1  # axes of chains in one program
         names = self._innovation_names(z)
         others = tuple(sorted(set(z) - set(names)))
         if isinstance(self._asked_dense, bool):
@@ -139,7 +142,7 @@ class SplitNUTS(NUTS):
         given = self._asked_inverse
         if given is not None and not isinstance(given, dict):
             given = {others: given}
-        size = sum(z[name].size // (z[name].shape[0] if batch else 1) for name in names)
+        size = sum(math.prod(z[name].shape[batch:]) for name in names)
         self._inverse_mass_matrix = {**(given or {}), names: jnp.ones(size)}
         return start
 
@@ -147,7 +150,7 @@ class SplitNUTS(NUTS):
         if self._innovations is not None:
             names = self._innovations
         else:
-            names = tuple(name for name in z if name.endswith("_innov"))
+            names = tuple(filter(is_innovation, z))
         missing = sorted(set(names) - set(z))
         if missing or not names:
             raise ValueError(

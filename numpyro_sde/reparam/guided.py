@@ -34,7 +34,13 @@ from numpyro_sde.filters.guide import (
 from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.reparam.lookahead import Run, enclosing_run, look_ahead, outside_all_handlers
-from numpyro_sde.reparam.path import Unwrapped, latent, refuse_conditioning, unwrap
+from numpyro_sde.reparam.path import (
+    Unwrapped,
+    is_innovation,
+    latent,
+    refuse_conditioning,
+    unwrap,
+)
 
 Reference = Literal["smoother", "data"]
 
@@ -138,7 +144,7 @@ class GuidedReparam(Reparam):
         at = {
             site: np.mean(np.asarray(value), axis=0)
             for site, value in samples.items()
-            if site != name and not site.endswith(("_innov", "_guide"))
+            if site != name and not is_innovation(site) and not site.endswith("_guide")
         }
         reference = np.mean(np.asarray(samples[name]), axis=0)
         return GuidedReparam(reference, at=at, frozen=self.frozen)
@@ -372,7 +378,7 @@ def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
 
 def _given_value(site: Any, users: list[GuidedReparam]) -> Any:
     """A plug-in value that the user gave; zero for innovations, so that paths are guided means."""
-    if site["type"] == "sample" and site["name"].endswith("_innov"):
+    if site["type"] == "sample" and is_innovation(site["name"]):
         return jnp.zeros(site["fn"].shape())
     for user in users:
         if user.at is not None and site["name"] in user.at:

@@ -41,6 +41,11 @@ def peel(fn: Any) -> tuple[Any, Any]:
     return fn, mask
 
 
+def is_innovation(name: str) -> bool:
+    """Whether a site is one of standard normal innovations that a reparametrisation made."""
+    return name.endswith("_innov")
+
+
 def unwrap(name: str, fn: Any, reparam: Reparam) -> Unwrapped:
     """Find the path law of a site, or raise a `TypeError` that names it."""
     shape = fn.shape()
