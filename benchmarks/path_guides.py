@@ -31,7 +31,7 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
-from numpyro_sde.diagnostics.statistics import fit_weights, wasserstein
+from numpyro_sde.diagnostics.compare.statistics import fit_weights, wasserstein
 from numpyro_sde.guides import (
     AutoPathGuide,
     ConditionalScorePath,

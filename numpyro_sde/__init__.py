@@ -15,12 +15,12 @@ from numpyro_sde import (
     schemes,
 )
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.filtering import filter_additive, filter_path, two_filter
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
 from numpyro_sde.sde import SDE
-from numpyro_sde.smoothing import smooth
+from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
+from numpyro_sde.states.smoothing import smooth
 
 __version__ = "0.1.0"
 

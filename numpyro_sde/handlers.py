@@ -16,10 +16,10 @@ from numpyro_sde.distributions.clocks import Clock, identity_of_path, remember_v
 from numpyro_sde.distributions.marginal import IntegratedPath, no_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.filters.model import AbstractFilter
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.noise import AbstractNoise
 from numpyro_sde.schemes.base import AbstractScheme
+from numpyro_sde.statespace.model import AbstractFilter
 
 
 def path_law(fn: Any) -> SDEPath | None:

@@ -244,7 +244,7 @@ def test_a_guide_sees_an_emission_whose_variance_is_the_state(spread, x64):
 
     class Look(nsde.filters.AbstractFilter):
         def log_likelihood(self, model):
-            from numpyro_sde.filters.guide import observations_along
+            from numpyro_sde.statespace.guide import observations_along
 
             J, s = observations_along(model, jnp.asarray(v)[:, None])
             np.testing.assert_allclose(J[:, 0, 0], 0.5, rtol=1e-12)

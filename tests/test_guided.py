@@ -17,14 +17,14 @@ from numpyro.infer.util import log_density
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.state_space import make_statement, run_on_model
-from numpyro_sde.filters.guide import (
+from numpyro_sde.reparam import GuidedReparam, InnovationReparam, auto
+from numpyro_sde.statespace.guide import (
     data_reference,
     guided_path,
     guided_start,
     make_guide,
     smoothed_reference,
 )
-from numpyro_sde.reparam import GuidedReparam, InnovationReparam, auto
 
 RNG = np.random.default_rng(11)
 TIMES = np.cumsum(RNG.uniform(0.1, 0.4, 12))

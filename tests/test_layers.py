@@ -14,26 +14,23 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     ["linear.small", "linear.discretize", "linear.affine"],
     [
-        *("closures", "grid", "noise", "interop", "sde", "schemes", "processes", "bridge"),
+        *("checks", "grid", "noise", "interop", "sde", "schemes", "processes", "reparam.bridge"),
         *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
         *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
         *("multiscale.cell_problem", "multiscale.green_kubo"),
     ],
     ["linear"],
-    [
-        *("filters.model", "filters.checks", "filters.quadrature", "filters.updates"),
-        *("filters.gaussian", "filters.extended", "filters.guide"),
-    ],
+    ["statespace"],
     ["smc"],
     ["filters"],
     ["distributions"],
-    ["observe", "handlers", "reparam", "smoothing", "filtering"],
+    ["observe", "handlers", "reparam", "states"],
     ["guides", "infer", "multiscale"],
     ["diagnostics", "datasets", "testing"],
 ]
 PURE = (
-    *("closures", "grid", "noise", "sde", "schemes", "processes", "bridge"),
-    *("linear", "filters", "smc", "interop"),
+    *("checks", "grid", "noise", "sde", "schemes", "processes", "reparam.bridge"),
+    *("linear", "statespace", "filters", "smc", "interop"),
     *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
     *("multiscale.cell_problem", "multiscale.green_kubo"),
     *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),

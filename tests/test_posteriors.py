@@ -14,7 +14,7 @@ from numpyro.infer.util import log_density
 from ou_oracle import normal_log_density, ou_moments
 
 import numpyro_sde as nsde
-from numpyro_sde.diagnostics.uniformity import uniformity_p_value
+from numpyro_sde.diagnostics.calibration.uniformity import uniformity_p_value
 
 RNG = np.random.default_rng(7)
 TIMES = np.cumsum(RNG.uniform(0.1, 0.6, 25))

@@ -27,8 +27,8 @@ from numpyro_sde.distributions.state_space import (
     run_on_model,
     with_starts,
 )
-from numpyro_sde.filters.model import AbstractFilter, StateSpaceModel
 from numpyro_sde.sde import broadcast_batch
+from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 
 class MarginalPath(dist.Distribution):

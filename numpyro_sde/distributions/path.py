@@ -17,7 +17,7 @@ from numpyro.distributions.batch_util import promote_batch_shape, vmap_over
 from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
-from numpyro_sde.closures import refuse_closures
+from numpyro_sde.checks.closures import refuse_closures
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,

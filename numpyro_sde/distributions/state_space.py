@@ -12,7 +12,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_sde.closures import refuse_closures
+from numpyro_sde.checks.closures import refuse_closures
 from numpyro_sde.distributions.batching import describe_batch
 from numpyro_sde.distributions.missing import log_prob_of_present
 from numpyro_sde.distributions.moments import (
@@ -21,10 +21,10 @@ from numpyro_sde.distributions.moments import (
 )
 from numpyro_sde.distributions.observation import Emission, EmissionStructure
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.filters.model import AbstractFilter, Instrument, StateSpaceModel
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.fractional_linear import markovian_sde
 from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
+from numpyro_sde.statespace.model import AbstractFilter, Instrument, StateSpaceModel
 
 
 class Rows:

@@ -9,10 +9,10 @@ from numpyro_sde.filters.closure import ClosureReport, closure_check
 from numpyro_sde.filters.ensemble import EnsembleKalman
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.kalman import Kalman
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.filters.moment_matching import MomentMatching
 from numpyro_sde.filters.particle import Particle, ParticleCollapseWarning, ParticleResult
 from numpyro_sde.filters.unscented import UnscentedKalman
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 
 __all__ = [
     "AbstractFilter",

@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.checks import check_count
-from numpyro_sde.filters.model import FilterResult, StateSpaceModel
 from numpyro_sde.filters.moment_matching import MomentMatching
 from numpyro_sde.linear.small import matmul, psd_factor, transpose
+from numpyro_sde.statespace.checks import check_count
+from numpyro_sde.statespace.model import FilterResult, StateSpaceModel
 
 _FINE = {1: 20, 2: 12, 3: 7}
 

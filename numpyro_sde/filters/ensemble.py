@@ -15,9 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.checks import EMISSIONS, check_brownian, check_choice, check_count
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
-from numpyro_sde.filters.updates import LOG_2PI, laplace, with_valid_inputs
 from numpyro_sde.linear.small import (
     cholesky,
     matmul,
@@ -27,6 +24,9 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
+from numpyro_sde.statespace.checks import EMISSIONS, check_brownian, check_choice, check_count
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
+from numpyro_sde.statespace.updates import LOG_2PI, laplace, with_valid_inputs
 
 _Ensemble = Float[Array, "M d"]
 

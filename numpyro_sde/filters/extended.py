@@ -6,23 +6,17 @@ Source: Jazwinski (1970), "Stochastic Processes and Filtering Theory", section 8
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
-import jax
-from jaxtyping import Array
 
-from numpyro_sde.filters.checks import (
+from numpyro_sde.statespace.checks import (
     EMISSIONS,
     check_brownian,
     check_choice,
     check_count,
     check_gaussian_scheme,
 )
-from numpyro_sde.filters.gaussian import run_gaussian
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
-from numpyro_sde.filters.updates import choose_update, linearized_update, with_valid_inputs
-from numpyro_sde.linear.small import congruence, matmul, transpose
+from numpyro_sde.statespace.linearized import filter_linearized
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 
 
 class ExtendedKalman(AbstractFilter):
@@ -72,17 +66,9 @@ class ExtendedKalman(AbstractFilter):
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
         self.check(model)
-        model = with_valid_inputs(model)._replace(scheme=model.scheme.linearizable())
-
-        def predict(mean: Array, cov: Array, now: Any) -> tuple[Array, Array, Array]:
-            t, dt, cache = now
-
-            def with_aux(x: Array) -> tuple[Array, tuple[Array, Array]]:
-                next_mean, noise = model.step_moments(t, dt, x, cache)
-                return next_mean, (next_mean, noise)
-
-            F, (next_mean, noise) = jax.jacfwd(with_aux, has_aux=True)(mean)
-            return next_mean, congruence(F, cov) + noise, matmul(cov, transpose(F))
-
-        update = choose_update(linearized_update(self.iterations), self.emission, self.newton_steps)
-        return run_gaussian(model, predict, update)
+        return filter_linearized(
+            model,
+            iterations=self.iterations,
+            emission=self.emission,
+            newton_steps=self.newton_steps,
+        )

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.linear import discretize, kalman
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.smoothing import backward_kernels
 from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 
 
 class _Arrays(NamedTuple):

@@ -29,12 +29,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from numpyro_sde.filters.checks import EMISSIONS, check_brownian, check_choice, check_count
-from numpyro_sde.filters.gaussian import run_gaussian
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
-from numpyro_sde.filters.quadrature import QuadratureRule, cubature, gauss_hermite, unscented
-from numpyro_sde.filters.updates import choose_update, sigma_point_update, with_valid_inputs
 from numpyro_sde.linear.small import matmul, psd_factor, solve_lower, transpose, tria
+from numpyro_sde.statespace.checks import EMISSIONS, check_brownian, check_choice, check_count
+from numpyro_sde.statespace.gaussian import run_gaussian
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.statespace.quadrature import QuadratureRule, cubature, gauss_hermite, unscented
+from numpyro_sde.statespace.updates import choose_update, sigma_point_update, with_valid_inputs
 
 QUADRATURES = ("auto", "cubature", "unscented", "gauss_hermite")
 

@@ -13,9 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.checks import check_brownian, check_choice, check_count
-from numpyro_sde.filters.guide import smoothed_reference
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.smc.backward import Dynamics, invertible
 from numpyro_sde.smc.online import OnlineSums, additive_online
 from numpyro_sde.smc.particle_filter import (
@@ -30,6 +27,9 @@ from numpyro_sde.smc.proposals import Guided
 from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
 from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
+from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count
+from numpyro_sde.statespace.guide import smoothed_reference
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 

@@ -11,23 +11,23 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array
 
-from numpyro_sde.filters.checks import (
+from numpyro_sde.linear.small import matmul, psd_factor, transpose
+from numpyro_sde.statespace.checks import (
     EMISSIONS,
     check_brownian,
     check_choice,
     check_count,
     check_gaussian_scheme,
 )
-from numpyro_sde.filters.gaussian import run_gaussian
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
-from numpyro_sde.filters.quadrature import unscented
-from numpyro_sde.filters.updates import (
+from numpyro_sde.statespace.gaussian import run_gaussian
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.statespace.quadrature import unscented
+from numpyro_sde.statespace.updates import (
     choose_update,
     regress,
     sigma_point_update,
     with_valid_inputs,
 )
-from numpyro_sde.linear.small import matmul, psd_factor, transpose
 
 
 class UnscentedKalman(AbstractFilter):

@@ -1,6 +1,6 @@
 """Laws of a path given parameters and data: Gaussian, or controlled by a network.
 
-Each law stands on the guide of `numpyro_sde.filters.guide` at the current parameters, so that a
+Each law stands on the guide of `numpyro_sde.statespace.guide` at the current parameters, so that a
 new one is already the exact smoothing law where the model is linear and Gaussian, for every value
 of the parameters; what is learned corrects the guide for what is not.
 """
@@ -17,7 +17,6 @@ import numpyro
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.flows import Conditioner, bounded_input, bounded_log_scale
 from numpyro_sde.guides.steps import (
     Along,
@@ -29,6 +28,7 @@ from numpyro_sde.guides.steps import (
     weigh_gaussian,
 )
 from numpyro_sde.linear.small import matvec
+from numpyro_sde.statespace.model import StateSpaceModel
 
 _NUM_HARMONICS = 4
 

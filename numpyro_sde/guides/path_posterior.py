@@ -17,11 +17,11 @@ from numpyro.distributions import constraints
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import run_on_model
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.path_laws import PathLaw, Sizes
 from numpyro_sde.guides.path_sites import Site, place_of, reference_from_data
 from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.guides.starts import StartLaw, start_kind, start_params
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class Plan(NamedTuple):

@@ -17,8 +17,6 @@ from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import Statement, run_on_model
-from numpyro_sde.filters.guide import data_reference, smoothed_reference
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
 from numpyro_sde.guides.steps import guide_along
 from numpyro_sde.handlers import path_law
@@ -26,6 +24,8 @@ from numpyro_sde.reparam.guided import carried, usable_data
 from numpyro_sde.reparam.lookahead import Recorder, outside_all_handlers, stand_in
 from numpyro_sde.reparam.path import peel
 from numpyro_sde.schemes.milstein import Milstein
+from numpyro_sde.statespace.guide import data_reference, smoothed_reference
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class Site(NamedTuple):

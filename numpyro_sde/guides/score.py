@@ -29,8 +29,6 @@ import numpyro
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.guide import affine_step, log_emissions
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.flows import Conditioner, bounded_input
 from numpyro_sde.guides.path_laws import (
     Place,
@@ -45,6 +43,8 @@ from numpyro_sde.guides.path_laws import (
 from numpyro_sde.guides.steps import Control, Pull, pull_of
 from numpyro_sde.linear.small import diagonal, matvec, solve_lower, transpose
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.statespace.guide import affine_step, log_emissions
+from numpyro_sde.statespace.model import StateSpaceModel
 
 # Collocation points off the paths: states are moved by a normal of this share of their spread.
 _JITTER = 0.5

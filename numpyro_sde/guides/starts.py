@@ -12,7 +12,6 @@ from numpyro.distributions import Distribution, biject_to
 
 from numpyro_sde.distributions.moments import is_gaussian
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.guides.steps import Along, hold_value, log_normal
 from numpyro_sde.linear.small import (
     cholesky,
@@ -23,6 +22,7 @@ from numpyro_sde.linear.small import (
     solve_lower,
     transpose,
 )
+from numpyro_sde.statespace.model import StateSpaceModel
 
 StartKind = Literal["fixed", "normal", "general"]
 

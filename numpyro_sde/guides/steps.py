@@ -1,6 +1,6 @@
 """Guided steps with something learned on top: the recursions behind every path law.
 
-The guide (`numpyro_sde.filters.guide`) draws each step's innovations from their law given the
+The guide (`numpyro_sde.statespace.guide`) draws each step's innovations from their law given the
 observations to come, in a model linearised along a reference path: with the precision
 `I + B'H B = L L'` and the pull `r = B'(e - H ahead)`, `w = L^-T (L^-1 r + z)`, `z ~ N(0, I)`.
 A path law adds a shift and a factor in these whitened coordinates,
@@ -28,8 +28,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from numpyro_sde.filters.guide import Guide, affine_step, linearize_along
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     backward_information,
@@ -37,6 +35,8 @@ from numpyro_sde.linear.information import (
 )
 from numpyro_sde.linear.small import cholesky, diagonal, matvec, solve_lower, transpose
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.statespace.guide import Guide, affine_step, linearize_along
+from numpyro_sde.statespace.model import StateSpaceModel
 
 # A positive process is expected to keep this share of its value over a step.
 _LEAST_SHARE = 0.1

@@ -13,8 +13,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from numpyro.infer.initialization import init_to_uniform
 
-from numpyro_sde.filters.checks import check_count
 from numpyro_sde.infer.unconstrained import UnconstrainedKernel
+from numpyro_sde.statespace.checks import check_count
 
 
 class BlackJAXState(NamedTuple):

@@ -13,13 +13,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import run_seeded
-from numpyro_sde.filters.checks import check_brownian, check_choice
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
 from numpyro_sde.smc.particle_filter import Setting, make_setting
+from numpyro_sde.statespace.checks import check_brownian, check_choice
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class ConditionalSMCState(NamedTuple):

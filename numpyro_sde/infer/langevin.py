@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from numpyro.infer.hmc_util import welford_covariance
 from numpyro.infer.initialization import init_to_uniform
 
-from numpyro_sde.filters.checks import check_choice, check_count
 from numpyro_sde.infer.unconstrained import UnconstrainedKernel
+from numpyro_sde.statespace.checks import check_choice, check_count
 
 SOLVERS = ("ubu", "quicsort")
 # Ends of the windows of warm-up, as shares of it, after each of which the scales are set anew.

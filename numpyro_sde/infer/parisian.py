@@ -20,14 +20,14 @@ from numpyro_sde.distributions.state_space import (
     run_on_model,
     with_starts,
 )
-from numpyro_sde.filters.checks import check_brownian, check_count
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
 from numpyro_sde.smc.particle_filter import Setting, make_setting
 from numpyro_sde.smc.smoothers import additive
+from numpyro_sde.statespace.checks import check_brownian, check_count
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class ParisianEstimate(NamedTuple):

@@ -23,11 +23,11 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import potential_energy
 from numpyro.util import is_prng_key
 
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.smc.particle_filter import make_setting, run_filter
+from numpyro_sde.statespace.model import StateSpaceModel
 
 # Standard deviation of the log likelihood to aim at.
 _TARGET_SD = 1.2

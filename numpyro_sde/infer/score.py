@@ -13,12 +13,12 @@ from numpyro.handlers import seed, substitute, trace
 
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.state_space import draw_starts, run_on_model, with_starts
-from numpyro_sde.filters.checks import check_count
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.infer.paths import path_sites, run_with
 from numpyro_sde.reparam.lookahead import outside_all_handlers, stand_in
 from numpyro_sde.reparam.path import peel
+from numpyro_sde.statespace.checks import check_count
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class Score(NamedTuple):

@@ -16,8 +16,8 @@ from numpyro.infer.initialization import init_to_median
 from numpyro.infer.util import initialize_model, potential_energy
 
 from numpyro_sde.filters.extended import ExtendedKalman
-from numpyro_sde.filters.model import AbstractFilter, StateSpaceModel
 from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 # Scale of a proposal in a direction where the approximation says nothing, unconstrained.
 _PLAIN_SCALE = 0.1

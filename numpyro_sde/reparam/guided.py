@@ -23,15 +23,6 @@ from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import Statement, run_on_model
-from numpyro_sde.filters.guide import (
-    Guide,
-    data_reference,
-    guided_path,
-    guided_start,
-    make_guide,
-    smoothed_reference,
-)
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.reparam.lookahead import Run, enclosing_run, look_ahead, outside_all_handlers
 from numpyro_sde.reparam.path import (
@@ -41,6 +32,15 @@ from numpyro_sde.reparam.path import (
     refuse_conditioning,
     unwrap,
 )
+from numpyro_sde.statespace.guide import (
+    Guide,
+    data_reference,
+    guided_path,
+    guided_start,
+    make_guide,
+    smoothed_reference,
+)
+from numpyro_sde.statespace.model import StateSpaceModel
 
 Reference = Literal["smoother", "data"]
 

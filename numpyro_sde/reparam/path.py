@@ -18,9 +18,9 @@ from numpyro.handlers import condition
 from numpyro.infer.reparam import Reparam
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_sde.bridge import bridge_path, plan_bridge
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.reparam.bridge import bridge_path, plan_bridge
 
 
 class Unwrapped(NamedTuple):

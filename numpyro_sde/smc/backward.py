@@ -28,8 +28,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_sde.filters.guide import affine_step, linearize_along, linearize_step
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import (
     Spans,
     guided_innovations,
@@ -46,6 +44,8 @@ from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import clean
 from numpyro_sde.smc.proposals import observed_rows, plain_step
 from numpyro_sde.smc.resampling import running_sum
+from numpyro_sde.statespace.guide import affine_step, linearize_along, linearize_step
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class Dynamics(eqx.Module):

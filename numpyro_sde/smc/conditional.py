@@ -20,10 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from numpyro_sde.filters.checks import check_choice
-from numpyro_sde.filters.guide import smoothed_reference
-from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.filters.updates import with_valid_inputs
 from numpyro_sde.smc.backward import Dynamics, blocks_of, choose_piece, make_pool
 from numpyro_sde.smc.particle_filter import (
     History,
@@ -34,6 +30,10 @@ from numpyro_sde.smc.particle_filter import (
 )
 from numpyro_sde.smc.proposals import Plan, Proposal, observed_rows
 from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
+from numpyro_sde.statespace.checks import check_choice
+from numpyro_sde.statespace.guide import smoothed_reference
+from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.updates import with_valid_inputs
 
 PROPOSALS = ("guided", "bootstrap")
 RENEWALS = ("backward", "ancestor", "none")

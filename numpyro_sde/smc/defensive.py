@@ -22,12 +22,12 @@ from jax import lax
 from jaxtyping import Array, Float
 from scipy.special import ndtri
 
-from numpyro_sde.filters.guide import affine_step, speaks_by_variance
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import guided_innovations, log_weight, whiten_innovations
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.smc.particle_filter import Setting
 from numpyro_sde.smc.proposals import Guided, Plan, move_by, observed_rows
+from numpyro_sde.statespace.guide import affine_step, speaks_by_variance
+from numpyro_sde.statespace.model import StateSpaceModel
 
 # Share of the model's own steps where emissions make a guide's tails too light.
 _SHARE = 0.1

@@ -21,8 +21,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.filters.updates import with_valid_inputs
 from numpyro_sde.smc.backward import Piece, Pool, block_between, make_pool, weigh_bridge
 from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import (
@@ -40,6 +38,8 @@ from numpyro_sde.smc.particle_filter import (
 )
 from numpyro_sde.smc.proposals import innovation_size, observed_rows
 from numpyro_sde.smc.smoothers import check_backward, no_sums, pad_forward, update_sums
+from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.updates import with_valid_inputs
 
 
 class OnlineSums(NamedTuple):

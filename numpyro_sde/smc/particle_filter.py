@@ -19,9 +19,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_sde.filters.checks import check_choice, check_count
-from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.filters.updates import with_valid_inputs
 from numpyro_sde.smc.hilbert import hilbert_order
 from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.proposals import (
@@ -33,6 +30,9 @@ from numpyro_sde.smc.proposals import (
     observed_rows,
 )
 from numpyro_sde.smc.resampling import SCHEMES, effective_size, systematic
+from numpyro_sde.statespace.checks import check_choice, check_count
+from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.updates import with_valid_inputs
 
 Resampler = Callable[..., Array]
 

@@ -30,9 +30,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from numpyro_sde.filters import guide as guides
-from numpyro_sde.filters.guide import affine_step, observed_information
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     Spans,
@@ -56,6 +53,9 @@ from numpyro_sde.linear.small import (
     transpose,
 )
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.statespace import guide as guides
+from numpyro_sde.statespace.guide import affine_step, observed_information
+from numpyro_sde.statespace.model import StateSpaceModel
 
 
 class Plan(NamedTuple):

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.smc.backward import (
     Block,
     Dynamics,
@@ -34,6 +33,7 @@ from numpyro_sde.smc.backward import (
     weigh_bridge,
 )
 from numpyro_sde.smc.particle_filter import History
+from numpyro_sde.statespace.model import StateSpaceModel
 
 LookAhead = Callable[[Any, Array], Array | None]
 """`look_ahead(k, x)`: log of the function by which candidates at grid index k are favoured."""

@@ -25,9 +25,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_sde.filters.guide import affine_step, linearize_step
-from numpyro_sde.filters.model import StateSpaceModel
-from numpyro_sde.filters.updates import with_valid_inputs
 from numpyro_sde.linear.information import guided_innovations, log_weight
 from numpyro_sde.linear.small import (
     cholesky,
@@ -59,6 +56,9 @@ from numpyro_sde.smc.proposals import (
     observed_rows,
 )
 from numpyro_sde.smc.resampling import effective_size, multinomial
+from numpyro_sde.statespace.guide import affine_step, linearize_step
+from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.updates import with_valid_inputs
 
 # Standard deviations of artificial laws, and of filtered ones in backward proposals, are those of
 # the particles times this: laws wider than the target keep weights small in the tails.

@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 
 import numpyro_sde as nsde
-from numpyro_sde.closures import closed_over_arrays
+from numpyro_sde.checks.closures import closed_over_arrays
 
 TIMES = np.array([0.0, 0.1, 0.25, 0.5])
 GLOBAL_ARRAY = jnp.arange(3.0)

@@ -9,7 +9,7 @@ from diagnostic_models import CONJUGATE_DATA, conjugate, conjugate_posterior, pl
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 
 from numpyro_sde.diagnostics import SVIFit, Timing, compare_fits, timed, to_arviz
-from numpyro_sde.diagnostics.arviz_compat import get_group, load_arviz
+from numpyro_sde.diagnostics.compare.arviz_compat import get_group, load_arviz
 
 MEAN, SD, LOG_Z = conjugate_posterior()
 

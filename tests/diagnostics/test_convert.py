@@ -21,7 +21,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from scipy.stats import norm
 
 from numpyro_sde.diagnostics import SVIFit, Timing, to_arviz
-from numpyro_sde.diagnostics.arviz_compat import get_group, list_groups, load_arviz
+from numpyro_sde.diagnostics.compare.arviz_compat import get_group, list_groups, load_arviz
 from numpyro_sde.reparam import InnovationReparam
 
 TIMES = np.array([0.0, 0.5, 1.0, 2.0, 2.5, 4.0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from numpyro_sde.diagnostics import compare_fits, plot_fits, to_arviz
-from numpyro_sde.diagnostics.path_distances import difference, largest_rhat, moments
+from numpyro_sde.diagnostics.compare.path_distances import difference, largest_rhat, moments
 
 TIMES = np.linspace(0.0, 3.0, 7)
 SHIFT = np.linspace(0.0, 0.6, 7)

@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from scipy.stats import multivariate_normal, norm
 
 from numpyro_sde.diagnostics import RefinedFit, SVIFit, compare_fits, refine_fit, to_arviz
-from numpyro_sde.diagnostics.arviz_compat import get_group
+from numpyro_sde.diagnostics.compare.arviz_compat import get_group
 
 MEAN, SD, LOG_Z = conjugate_posterior()
 LENGTH = 20

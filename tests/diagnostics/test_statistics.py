@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm, wasserstein_distance
 
-from numpyro_sde.diagnostics.arviz_compat import load_arviz, make_dataset, make_tree
-from numpyro_sde.diagnostics.statistics import (
+from numpyro_sde.diagnostics.compare.arviz_compat import load_arviz, make_dataset, make_tree
+from numpyro_sde.diagnostics.compare.statistics import (
     fit_weights,
     khat_threshold,
     leave_one_out,

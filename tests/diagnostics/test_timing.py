@@ -10,7 +10,7 @@ from diagnostic_models import CONJUGATE_DATA, conjugate
 from numpyro.infer import MCMC, NUTS
 
 from numpyro_sde.diagnostics import Timing, timed
-from numpyro_sde.diagnostics import timing as timing_module
+from numpyro_sde.diagnostics.compare import timing as timing_module
 
 
 def test_sleep_is_run_time_and_compilation_is_not():

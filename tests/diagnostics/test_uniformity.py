@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, multinomial
 
-from numpyro_sde.diagnostics.uniformity import (
+from numpyro_sde.diagnostics.calibration.uniformity import (
     bin_edges,
     ecdf_band,
     ecdf_counts,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from numpyro_sde.diagnostics import compare_fits
-from numpyro_sde.diagnostics.arviz_compat import make_dataset, make_tree
-from numpyro_sde.diagnostics.verdicts import Evidence, differing, variational_verdict
+from numpyro_sde.diagnostics.compare.arviz_compat import make_dataset, make_tree
+from numpyro_sde.diagnostics.compare.verdicts import Evidence, differing, variational_verdict
 
 RNG = np.random.default_rng(0)
 GOOD = {"rate": RNG.normal(size=(4, 500)), "scale": RNG.normal(size=(4, 500))}

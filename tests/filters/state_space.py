@@ -9,9 +9,9 @@ import numpyro.distributions as dist
 from scipy.linalg import expm
 from scipy.special import logsumexp
 
-from numpyro_sde.filters.model import Instrument, StateSpaceModel
 from numpyro_sde.schemes.euler import Euler
 from numpyro_sde.sde import SDE
+from numpyro_sde.statespace.model import Instrument, StateSpaceModel
 
 
 def build(sde, times, init_mean, init_cov, instruments=(), scheme=None, scalar=False):

@@ -15,8 +15,8 @@ from scipy.optimize import minimize_scalar
 from numpyro_sde.filters.ensemble import EnsembleKalman
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.unscented import UnscentedKalman
-from numpyro_sde.filters.updates import laplace, linear_update
 from numpyro_sde.sde import SDE
+from numpyro_sde.statespace.updates import laplace, linear_update
 
 LAWS = {
     "Poisson": lambda x: dist.Poisson(jnp.exp(1.0 + x)),

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from numpyro_sde.filters.quadrature import cubature, gauss_hermite, unscented
+from numpyro_sde.statespace.quadrature import cubature, gauss_hermite, unscented
 
 RULES = {
     "cubature": (cubature, 3),

@@ -11,10 +11,10 @@ from particle_models import Y, emission, exact, ou_path, replicate, setting, sta
 
 import numpyro_sde as nsde
 from numpyro_sde.filters import Particle
-from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.smc.backward import Dynamics
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag
+from numpyro_sde.statespace.guide import smoothed_reference
 
 NUM = 400
 

@@ -9,12 +9,12 @@ from particle_models import Y, dense, emission, on_model, ou_path, replicate, se
 
 import numpyro_sde as nsde
 from numpyro_sde.filters import Particle
-from numpyro_sde.filters.guide import smoothed_reference
 from numpyro_sde.smc.backward import Dynamics
 from numpyro_sde.smc.online import additive_online
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.smoothers import draw_paths
 from numpyro_sde.smc.two_filter import two_filter
+from numpyro_sde.statespace.guide import smoothed_reference
 
 
 def scores(values, truth, truth_error=0.0):

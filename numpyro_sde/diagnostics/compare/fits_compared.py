@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree
-from numpyro_sde.diagnostics.convert import to_arviz
-from numpyro_sde.diagnostics.parameter_weights import NUM_PATHS
-from numpyro_sde.diagnostics.tables import (
+from numpyro_sde.diagnostics.compare.arviz_compat import get_group, is_tree
+from numpyro_sde.diagnostics.compare.convert import to_arviz
+from numpyro_sde.diagnostics.compare.parameter_weights import NUM_PATHS
+from numpyro_sde.diagnostics.compare.tables import (
     Differences,
     Summary,
     fit_table,
@@ -23,8 +23,8 @@ from numpyro_sde.diagnostics.tables import (
     parameter_table,
     path_table,
 )
-from numpyro_sde.diagnostics.timing import Timing
-from numpyro_sde.diagnostics.verdicts import (
+from numpyro_sde.diagnostics.compare.timing import Timing
+from numpyro_sde.diagnostics.compare.verdicts import (
     Evidence,
     chain_verdict,
     disagreement,

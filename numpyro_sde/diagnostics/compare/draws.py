@@ -20,20 +20,20 @@ from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 from numpyro.infer.util import compute_log_probs, log_density
 
-from numpyro_sde.diagnostics.fits import RefinedFit, SVIFit
-from numpyro_sde.diagnostics.parameter_weights import (
+from numpyro_sde.diagnostics.compare.fits import RefinedFit, SVIFit
+from numpyro_sde.diagnostics.compare.parameter_weights import (
     NUM_PATHS,
     GuideDraw,
     parameter_log_weight,
     path_sites_of,
 )
-from numpyro_sde.diagnostics.sites import (
+from numpyro_sde.diagnostics.compare.sites import (
     hold_values,
     is_latent,
     is_observation,
     pointwise_log_prob,
 )
-from numpyro_sde.diagnostics.timing import Timing
+from numpyro_sde.diagnostics.compare.timing import Timing
 
 _BATCH = 64  # draws evaluated together: enough to fill a CPU, little memory for long paths
 _STATISTICS = {

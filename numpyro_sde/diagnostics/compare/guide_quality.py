@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PRNGKeyArray
 
-from numpyro_sde.diagnostics.sites import is_latent, trace_model
-from numpyro_sde.diagnostics.statistics import fit_weights
+from numpyro_sde.diagnostics.compare.sites import is_latent, trace_model
+from numpyro_sde.diagnostics.compare.statistics import fit_weights
 
 
 class GuideQuality(NamedTuple):

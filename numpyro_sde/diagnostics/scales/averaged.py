@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from numpyro_sde.diagnostics.plots import COLOURS, make_axes
+from numpyro_sde.diagnostics.compare.plots import COLOURS, make_axes
 from numpyro_sde.sde import SDE
 
 _RIDGE = 0.95

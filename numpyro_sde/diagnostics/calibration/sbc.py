@@ -4,7 +4,7 @@ Draw parameters and data from the model, fit the data, and rank the truth among 
 draws: if the computation is exact the ranks are uniform. Talts, Betancourt, Simpson, Vehtari and
 Gelman (2018), arXiv:1804.06788; quantities that involve the data, Modrak, Moon, Kim, Buerkner,
 Huurre, Faltejskova, Gelman and Vehtari (2025), Bayesian Analysis 20, 461-488; bands,
-:mod:`numpyro_sde.diagnostics.uniformity`.
+:mod:`numpyro_sde.diagnostics.calibration.uniformity`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from numpyro_sde.diagnostics.replicates import Outcome, Recipe, Replicator, pack, run_packed
-from numpyro_sde.diagnostics.uniformity import uniformity_p_value
+from numpyro_sde.diagnostics.calibration.replicates import (
+    Outcome,
+    Recipe,
+    Replicator,
+    pack,
+    run_packed,
+)
+from numpyro_sde.diagnostics.calibration.uniformity import uniformity_p_value
 
 _COLUMNS = ("pit", "truth", "mean", "sd", "num_kept")
 _HOPELESS = 5  # so many failures and no success: the function is wrong, not the replicate
@@ -162,7 +168,7 @@ class SBCResult:
             ValueError: If a name is unknown, or axes and panels differ in number.
             ImportError: If Matplotlib is not installed.
         """
-        from numpyro_sde.diagnostics.rank_plots import plot_ranks
+        from numpyro_sde.diagnostics.compare.rank_plots import plot_ranks
 
         return plot_ranks(self, names, axes)
 

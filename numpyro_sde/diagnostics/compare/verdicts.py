@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from numpyro_sde.diagnostics.statistics import khat_threshold
+from numpyro_sde.diagnostics.compare.statistics import khat_threshold
 
 GOOD_RHAT, BAD_RHAT = 1.01, 1.05
 GOOD_ESS, BAD_ESS = 400.0, 100.0

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from numpyro_sde.diagnostics.arviz_compat import smooth_log_weights
+from numpyro_sde.diagnostics.compare.arviz_compat import smooth_log_weights
 
 _CHUNK = 512  # columns of a path that are sorted and gathered at once
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float
 from scipy.optimize import minimize
 
-from numpyro_sde.diagnostics.plots import COLOURS, make_axes
+from numpyro_sde.diagnostics.compare.plots import COLOURS, make_axes
 from numpyro_sde.schemes import AbstractScheme, Exact, LocalLinear
 from numpyro_sde.sde import SDE
 

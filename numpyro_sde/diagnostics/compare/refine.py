@@ -21,12 +21,12 @@ from numpyro.infer import MCMC, NUTS
 from numpyro.infer.util import unconstrain_fn
 from scipy.special import logsumexp
 
-from numpyro_sde.diagnostics.arviz_compat import smooth_log_weights
-from numpyro_sde.diagnostics.draws import Draws, complete_draws, map_draws, read_fit
-from numpyro_sde.diagnostics.fits import RefinedFit
-from numpyro_sde.diagnostics.sites import is_latent, trace_model
-from numpyro_sde.diagnostics.statistics import fit_weights, khat_threshold
-from numpyro_sde.diagnostics.timing import timed
+from numpyro_sde.diagnostics.compare.arviz_compat import smooth_log_weights
+from numpyro_sde.diagnostics.compare.draws import Draws, complete_draws, map_draws, read_fit
+from numpyro_sde.diagnostics.compare.fits import RefinedFit
+from numpyro_sde.diagnostics.compare.sites import is_latent, trace_model
+from numpyro_sde.diagnostics.compare.statistics import fit_weights, khat_threshold
+from numpyro_sde.diagnostics.compare.timing import timed
 
 _MAX_DENSE = 100  # dimensions of a full mass matrix
 _SHRINK = 5.0  # pseudo-draws towards a small multiple of the identity, as in Stan's warm-up

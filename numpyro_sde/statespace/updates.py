@@ -27,9 +27,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_sde.filters.gaussian import Update
-from numpyro_sde.filters.model import Instrument, StateSpaceModel
-from numpyro_sde.filters.quadrature import QuadratureRule
 from numpyro_sde.linear.small import (
     cholesky,
     congruence,
@@ -43,6 +40,9 @@ from numpyro_sde.linear.small import (
     transpose,
 )
 from numpyro_sde.schemes.dependence import reaches_output
+from numpyro_sde.statespace.gaussian import Update
+from numpyro_sde.statespace.model import Instrument, StateSpaceModel
+from numpyro_sde.statespace.quadrature import QuadratureRule
 
 Belief = tuple[Array, Array, Array]
 """Mean `(d,)`, covariance `(d, d)` and log density of the observation."""

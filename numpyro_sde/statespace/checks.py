@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpyro_sde.filters.model import StateSpaceModel
 from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.statespace.model import StateSpaceModel
 
 EMISSIONS = ("laplace", "moments")
 

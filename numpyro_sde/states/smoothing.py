@@ -14,9 +14,9 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import Rows, Statement
-from numpyro_sde.filters.model import AbstractFilter
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.statespace.model import AbstractFilter
 
 
 class _Smoother(marginalize):

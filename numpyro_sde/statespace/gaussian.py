@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from numpyro_sde.filters.model import FilterResult, Instrument, StateSpaceModel
+from numpyro_sde.statespace.model import FilterResult, Instrument, StateSpaceModel
 
 Predict = Callable[[Array, Array, Any], tuple[Array, Array, Array]]
 """`predict(mean, cov, (t, dt, cache))` returns mean, covariance and cross covariance."""

@@ -35,7 +35,7 @@ def closed_over_arrays(fn: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 
     Example:
         >>> import numpy as np
-        >>> from numpyro_sde.closures import closed_over_arrays
+        >>> from numpyro_sde.checks.closures import closed_over_arrays
         >>> rates = np.ones(3)
         >>> list(closed_over_arrays(lambda t, x: -rates * x))
         [('rates', (3,))]

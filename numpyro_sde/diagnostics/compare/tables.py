@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from numpyro_sde.diagnostics.arviz_compat import (
+from numpyro_sde.diagnostics.compare.arviz_compat import (
     effective_sample_size,
     get_group,
     make_dataset,
     scalar_draws,
     split_rhat,
 )
-from numpyro_sde.diagnostics.path_distances import (
+from numpyro_sde.diagnostics.compare.path_distances import (
     Difference,
     Moments,
     difference,
     largest_rhat,
     moments,
 )
-from numpyro_sde.diagnostics.statistics import fit_weights, leave_one_out, wasserstein
+from numpyro_sde.diagnostics.compare.statistics import fit_weights, leave_one_out, wasserstein
 
 _MAX_EFFICIENCY = 1000  # scalars whose effective sizes are averaged for PSIS
 _FIT_COLUMNS = (

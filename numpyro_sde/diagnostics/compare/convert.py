@@ -11,25 +11,25 @@ import numpy as np
 import numpyro
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_sde.diagnostics.arviz_compat import make_dataset, make_tree
-from numpyro_sde.diagnostics.draws import (
+from numpyro_sde.diagnostics.compare.arviz_compat import make_dataset, make_tree
+from numpyro_sde.diagnostics.compare.draws import (
     Draws,
     complete_draws,
     evaluate_model,
     flatten_draws,
     read_fit,
 )
-from numpyro_sde.diagnostics.parameter_weights import NUM_PATHS
-from numpyro_sde.diagnostics.sites import (
+from numpyro_sde.diagnostics.compare.parameter_weights import NUM_PATHS
+from numpyro_sde.diagnostics.compare.sites import (
     Layout,
     is_latent,
     is_observation,
     present_points,
     trace_model,
 )
-from numpyro_sde.diagnostics.timing import Timing
-from numpyro_sde.filters.model import AbstractFilter
-from numpyro_sde.smoothing import smooth as smooth_paths
+from numpyro_sde.diagnostics.compare.timing import Timing
+from numpyro_sde.states.smoothing import smooth as smooth_paths
+from numpyro_sde.statespace.model import AbstractFilter
 
 _PREDICTIVE_DRAWS = 500  # for a bare `prior=True` or `posterior_predictive=True`
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from numpyro_sde.diagnostics.arviz_compat import get_group, is_tree, scalar_draws
-from numpyro_sde.diagnostics.convert import to_arviz
-from numpyro_sde.diagnostics.path_distances import Difference
-from numpyro_sde.diagnostics.tables import Differences, Summary, has_time, labelled
+from numpyro_sde.diagnostics.compare.arviz_compat import get_group, is_tree, scalar_draws
+from numpyro_sde.diagnostics.compare.convert import to_arviz
+from numpyro_sde.diagnostics.compare.path_distances import Difference
+from numpyro_sde.diagnostics.compare.tables import Differences, Summary, has_time, labelled
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")

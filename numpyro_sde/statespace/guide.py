@@ -22,9 +22,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_sde.filters.extended import ExtendedKalman
-from numpyro_sde.filters.model import Instrument, StateSpaceModel
-from numpyro_sde.filters.updates import covariance_uses_state, drop_missing, linearize
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     backward_information,
@@ -44,6 +41,9 @@ from numpyro_sde.linear.small import (
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.dependence import reaches_output
 from numpyro_sde.schemes.euler import Euler
+from numpyro_sde.statespace.linearized import filter_linearized
+from numpyro_sde.statespace.model import Instrument, StateSpaceModel
+from numpyro_sde.statespace.updates import covariance_uses_state, drop_missing, linearize
 
 # Scoring steps from the start towards the state that one observation alone points to.
 _SCORING_STEPS = 12
@@ -343,8 +343,8 @@ def smoothed_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
         pairs = zip(model.instruments, by_variance, strict=True)
         taken = tuple(i._replace(gaussian=i.gaussian and not v) for i, v in pairs)
         linearised = linearised._replace(instruments=taken)
-    method = ExtendedKalman(emission="laplace" if any(by_variance) else "moments")
-    mean, _ = method.filter(linearised).smooth()
+    emission = "laplace" if any(by_variance) else "moments"
+    mean, _ = filter_linearized(linearised, emission=emission).smooth()
     mean = _keep_positive(model, mean)
     finite = jnp.all(jnp.isfinite(mean))
     return lax.cond(finite, lambda: mean, lambda: data_reference(model).astype(mean.dtype))

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_sde.diagnostics.plots import COLOURS, make_axes
-from numpyro_sde.diagnostics.uniformity import bin_edges, ecdf_band, ecdf_counts, histogram_band
+from numpyro_sde.diagnostics.calibration.uniformity import (
+    bin_edges,
+    ecdf_band,
+    ecdf_counts,
+    histogram_band,
+)
+from numpyro_sde.diagnostics.compare.plots import COLOURS, make_axes
 
 if TYPE_CHECKING:
-    from numpyro_sde.diagnostics.calibration import SBCResult
+    from numpyro_sde.diagnostics.calibration.sbc import SBCResult
 
 _MAX_QUANTITIES = 6
 _MAX_BINS = 16

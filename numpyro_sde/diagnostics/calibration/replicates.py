@@ -20,8 +20,8 @@ from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer.util import log_density
 
-from numpyro_sde.diagnostics.draws import complete_draws, flatten_draws, read_fit
-from numpyro_sde.diagnostics.sites import is_latent, is_observation, law_times
+from numpyro_sde.diagnostics.compare.draws import complete_draws, flatten_draws, read_fit
+from numpyro_sde.diagnostics.compare.sites import is_latent, is_observation, law_times
 
 LOG_JOINT = "log_joint"
 _NO_LAG = 4  # fewer draws in a chain have no autocorrelation to speak of

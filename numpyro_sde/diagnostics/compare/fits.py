@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer import MCMC
 
-from numpyro_sde.diagnostics.timing import Timing
+from numpyro_sde.diagnostics.compare.timing import Timing
 
 
 class SVIFit(NamedTuple):

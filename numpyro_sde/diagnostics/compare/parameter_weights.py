@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer.util import compute_log_probs, log_density
 
-from numpyro_sde.diagnostics.sites import unwrap
+from numpyro_sde.diagnostics.compare.sites import unwrap
 
 NUM_PATHS = 16
 

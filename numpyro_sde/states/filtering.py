@@ -13,11 +13,11 @@ from jaxtyping import Array, ArrayLike
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import Statement, make_statement, run_method
-from numpyro_sde.filters.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.online import OnlineSums
 from numpyro_sde.smc.two_filter import TwoFilterResult
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 
 
 def filter_path(

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float
 from scipy.signal import lfilter
 from scipy.stats import t as student
 
-from numpyro_sde.diagnostics.scale import _feature_names, _features, _regular
+from numpyro_sde.diagnostics.scales.scan import _feature_names, _features, _regular
 
 
 class FilteredEstimate(NamedTuple):

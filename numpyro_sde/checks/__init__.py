@@ -1,0 +1,1 @@
+"""What users hand over, looked at before it is used."""

@@ -1,0 +1,1 @@
+"""Fits in ArviZ's terms, side by side."""

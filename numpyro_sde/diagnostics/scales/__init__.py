@@ -1,0 +1,1 @@
+"""At which time scales a model and its data agree."""

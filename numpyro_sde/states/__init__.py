@@ -1,0 +1,1 @@
+"""States given parameters: filtered and smoothed."""
