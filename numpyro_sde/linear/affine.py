@@ -1,8 +1,13 @@
 """Find out by tracing whether a function is constant, affine or nonlinear in its argument.
 
 The jaxpr of the function is walked once, with a degree for each variable: 0 does not depend on
-the argument, 1 is affine in it, 2 is anything else. A verdict of at most 1 is a proof; a 2 may
-be pessimistic (a nonlinear function that happens to cancel).
+the argument, 1 is affine in it, 2 is anything else. A verdict of at most 1 is a proof (up to
+rounding); a 2 may be pessimistic: a nonlinear function that happens to cancel, or a primitive
+that is not in the tables below. Loops are walked until the degrees of what they carry no longer
+change, and calls are walked through.
+
+`stop_gradient` counts as nonlinear on purpose. Its value is the identity, but whoever asks for a
+degree goes on to take the slope of the function by differentiation, and would find none.
 """
 
 from __future__ import annotations
@@ -11,39 +16,73 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-# Outputs are linear in all operands together: the degree is the largest one.
+# Linear in all operands together: the degree of the output is the largest one.
 _LINEAR = frozenset(
     [
         "add",
         "add_any",
-        "sub",
-        "neg",
-        "convert_element_type",
         "broadcast_in_dim",
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "transpose",
+        "complex",
         "concatenate",
-        "reduce_sum",
-        "slice",
-        "rev",
+        "conj",
+        "convert_element_type",
         "copy",
-        "pad",
+        "copy_p",
         "cumsum",
-        "reduce_precision",
-        "real",
+        "expand_dims",
+        "fft",
         "imag",
+        "name",
+        "neg",
+        "optimization_barrier",
+        "pad",
+        "real",
+        "reduce_precision",
+        "reduce_sum",
+        "reduce_window_sum",
+        "reshape",
+        "rev",
+        "slice",
         "split",
+        "squeeze",
         "stack",
+        "sub",
+        "tile",
+        "transpose",
         "unstack",
     ]
 )
 # Linear in each operand apart: at most one may depend on the argument.
 _BILINEAR = frozenset(["mul", "dot_general", "conv_general_dilated"])
-# Linear in the first operand, the others must not depend on the argument.
-_LINEAR_IN_FIRST = frozenset(["div", "gather", "dynamic_slice", "triangular_solve"])
+# Linear in the operands at these places together; the others must not depend on the argument.
+_LINEAR_IN = {
+    "div": (0,),
+    "gather": (0,),
+    "dynamic_slice": (0,),
+    "dynamic_update_slice": (0, 1),
+    "scatter": (0, 2),
+    "scatter-add": (0, 2),
+    "scatter_add": (0, 2),
+    "scatter-sub": (0, 2),
+    "triangular_solve": (1,),
+    "tridiagonal_solve": (3,),
+}
+# Calls, with the name of the parameter that holds the body; operand i is its input i. Other
+# primitives carry a jaxpr too (a reduction's is its combining function): they are not calls.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
 
 
 def degrees(fn: Callable[[Any], Any], x: Any) -> list[int]:
@@ -63,6 +102,7 @@ def degrees(fn: Callable[[Any], Any], x: Any) -> list[int]:
 
 
 def _walk(jaxpr: Any, inputs: Sequence[int]) -> list[int]:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # closed over its constants
     degree: dict[Any, int] = dict.fromkeys(jaxpr.constvars, 0)
     degree.update(zip(jaxpr.invars, inputs, strict=True))
 
@@ -78,30 +118,88 @@ def _walk(jaxpr: Any, inputs: Sequence[int]) -> list[int]:
 
 def _apply(equation: Any, operands: list[int]) -> list[int]:
     count, name = len(equation.outvars), equation.primitive.name
-    highest = max(operands, default=0)
-    if highest == 0:
+    if max(operands, default=0) == 0:
         return [0] * count
-    inner = _inner_jaxpr(equation)
-    if inner is not None and len(inner.invars) == len(operands):
-        return _walk(inner, operands)
-    if highest == 2:
-        return [2] * count
+    if name in _CALLS:
+        outputs = _call(equation.params.get(_CALLS[name]), operands, count)
+    elif name in _STRUCTURED:
+        outputs = _STRUCTURED[name](equation.params, operands, count)
+    else:
+        outputs = [_arithmetic(equation, name, operands)] * count
+    # A whole number or a truth value that depends on the argument is a step function of it.
+    return [
+        d if d == 0 or jnp.issubdtype(v.aval.dtype, jnp.inexact) else 2
+        for d, v in zip(outputs, equation.outvars, strict=True)
+    ]
+
+
+def _arithmetic(equation: Any, name: str, operands: list[int]) -> int:
+    places = _LINEAR_IN.get(name, ())
     linear = (
         name in _LINEAR
         or (name in _BILINEAR and sum(operands) <= 1)
-        or (name in _LINEAR_IN_FIRST and not any(operands[1:]))
+        or (name in _LINEAR_IN and not any(d for i, d in enumerate(operands) if i not in places))
         or (name == "integer_pow" and equation.params["y"] == 1)
         or (name == "select_n" and operands[0] == 0)
     )
-    return [1 if linear else 2] * count
+    return max(operands) if linear else 2
 
 
-def _inner_jaxpr(equation: Any) -> Any:
-    """The body of a call, where it maps operands to results one to one."""
-    if equation.primitive.name in ("scan", "while", "cond"):
-        return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        body = equation.params.get(key)
-        if body is not None:
-            return getattr(body, "jaxpr", body)
-    return None
+def _call(body: Any, operands: list[int], count: int) -> list[int]:
+    inner = getattr(body, "jaxpr", body)
+    if inner is None or len(inner.invars) != len(operands):
+        return [2] * count
+    return _walk(inner, operands)
+
+
+def _scan(params: Any, operands: list[int], count: int) -> list[int]:
+    del count
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, rest = operands[:num_consts], operands[num_consts:]
+    carry, over = rest[:num_carry], rest[num_carry:]
+    while True:
+        outputs = _walk(params["jaxpr"], [*consts, *carry, *over])
+        wider = [max(pair) for pair in zip(carry, outputs[:num_carry], strict=True)]
+        if wider == carry:
+            return outputs
+        carry = wider
+
+
+def _while(params: Any, operands: list[int], count: int) -> list[int]:
+    split = params["cond_nconsts"]
+    stop = split + params["body_nconsts"]
+    test_consts, body_consts, carry = operands[:split], operands[split:stop], operands[stop:]
+    while True:
+        outputs = _walk(params["body_jaxpr"], [*body_consts, *carry])
+        wider = [max(pair) for pair in zip(carry, outputs, strict=True)]
+        if wider == carry:
+            break
+        carry = wider
+    # A number of rounds that depends on the argument makes steps of everything carried.
+    (test,) = _walk(params["cond_jaxpr"], [*test_consts, *carry])
+    return [2] * count if test else carry
+
+
+def _cond(params: Any, operands: list[int], count: int) -> list[int]:
+    which, rest = operands[0], operands[1:]
+    if which:
+        return [2] * count
+    branches = [_walk(branch, rest) for branch in params["branches"]]
+    return [max(outputs) for outputs in zip(*branches, strict=True)]
+
+
+def _linear_solve(params: Any, operands: list[int], count: int) -> list[int]:
+    """The solver that was handed over; its matrix and its right-hand side are its operands."""
+    lengths, solver = params["const_lengths"], params["jaxprs"].solve
+    before = lengths.matvec + lengths.vecmat
+    num_consts = sum(lengths)
+    consts = operands[before : before + lengths.solve]
+    return _call(solver, [*consts, *operands[num_consts:]], count)
+
+
+_STRUCTURED = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_linear_solve": _linear_solve,
+}
