@@ -1,6 +1,7 @@
 """Bayesian inference for stochastic differential equations, as a NumPyro plugin."""
 
 from numpyro_sde import (
+    data,
     datasets,
     diagnostics,
     distributions,
@@ -31,6 +32,7 @@ __all__ = [
     "SlowFastSDE",
     "TimeGrid",
     "average",
+    "data",
     "datasets",
     "diagnostics",
     "distributions",

@@ -35,7 +35,11 @@ def check_times(times: Any, *, name: str = "times") -> NDArray[np.float64]:
             f"{name} must be an array of shape (*batch, T), every series with T times: {error}"
         ) from error
     if array.dtype.kind not in "fiu":
-        raise ValueError(f"{name} must be numbers in one time unit, got dtype {array.dtype}")
+        dates = array.dtype.kind in "mMOUST"
+        hint = f'; nsde.data.as_times({name}, unit="day").values makes them' if dates else ""
+        raise ValueError(f"{name} must be numbers in one time unit, got dtype {array.dtype}{hint}")
+    if isinstance(times, np.ma.MaskedArray) and np.ma.getmaskarray(times).any():
+        raise ValueError(f"{name} is a masked array with times masked out: leave these out")
     array = array.astype(np.float64)
     if array.ndim == 0 or array.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (*batch, T) with T >= 1, got {array.shape}")

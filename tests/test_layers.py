@@ -14,7 +14,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     ["linear.small", "linear.discretize", "linear.affine"],
     [
-        *("checks", "grid", "noise", "interop", "sde", "schemes", "processes", "reparam.bridge"),
+        *(
+            "checks",
+            "data",
+            "grid",
+            "noise",
+            "interop",
+            "sde",
+            "schemes",
+            "processes",
+            "reparam.bridge",
+        ),
         *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
         *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
         *("multiscale.cell_problem", "multiscale.green_kubo"),
@@ -29,7 +39,7 @@ LAYERS = [
     ["diagnostics", "datasets", "testing"],
 ]
 PURE = (
-    *("checks", "grid", "noise", "sde", "schemes", "processes", "reparam.bridge"),
+    *("checks", "data", "grid", "noise", "sde", "schemes", "processes", "reparam.bridge"),
     *("linear", "statespace", "filters", "smc", "interop"),
     *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
     *("multiscale.cell_problem", "multiscale.green_kubo"),

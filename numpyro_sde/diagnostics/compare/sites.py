@@ -242,6 +242,8 @@ class Layout:
         self._used_times = False
         if times is not None:
             self._clocks.append(Clock("time", _as_labels(times), None))
+            if getattr(times, "id_name", None) is not None:  # a plate called as the table's column
+                self._user_coords.setdefault(times.id_name, times.ids)
         sites = [site for site in self.trace.values() if site["type"] == "sample"]
         for site in sorted(sites, key=lambda site: bool(site["is_observed"])):
             model_times = law_times(site["fn"])
@@ -393,7 +395,10 @@ class Layout:
 
 
 def _as_labels(times: Any) -> np.ndarray:
-    labels = np.asarray(getattr(times, "times", times))
+    labels = np.asarray(getattr(times, "labels", getattr(times, "times", times)))
+    if hasattr(times, "inside"):  # a panel's filling is at no time
+        nothing = np.array("NaT", labels.dtype) if labels.dtype.kind == "M" else np.nan
+        labels = np.where(times.inside, labels, nothing)
     if labels.ndim == 0 or labels.dtype == object:
         raise ValueError(f"times must be an array of shape (*batch, T), got {times!r}")
     rows = labels.reshape(-1, labels.shape[-1])
