@@ -26,7 +26,8 @@ class Panel:
             where there is one series without `id`.
         values: The data, NaN where there are none, shape `(series, T)`, with several
             instruments or value columns `(series, T, instrument)`.
-        ids: The series' identifiers in the order of the table, shape `(series,)`; `()` without `id`.
+        ids: The series' identifiers in the order of the table, shape `(series,)`; `()` without
+            `id`.
         static: For each column of `static=` one value a series.
         instruments: Names along the last axis of `values`; empty where there is but one.
         lengths: How many of the T times are real, shape `(series,)`.
@@ -115,7 +116,7 @@ def from_long(
     *,
     time: str,
     value: str | Sequence[str],
-    id: str | None = None,  # noqa: A002  (the word that such tables use)
+    id: str | None = None,
     instrument: str | None = None,
     unit: str = "day",
     origin: Any = None,
@@ -248,7 +249,7 @@ class _Columns:
     def plain(self, name: str) -> np.ndarray:
         """A column of identifiers; a missing one is refused."""
         column = np.asarray(self[name])
-        missing = [k for k, v in enumerate(column) if v is None or v != v]  # noqa: PLR0124
+        missing = [k for k, v in enumerate(column) if v is None or v != v]
         if missing:
             raise ValueError(f"column {name!r} is missing at rows {missing[:_MAX_NAMED]}")
         return column
@@ -386,4 +387,4 @@ def _static(columns: _Columns, name: str, series: np.ndarray, ids: np.ndarray) -
 
 
 def _both_missing(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a != a) & (b != b)  # noqa: PLR0124
+    return (a != a) & (b != b)
