@@ -136,15 +136,14 @@ def read_times(array: np.ndarray, zoned: bool, unit: str, origin: Any) -> Times:
     """
     unit = check_unit(unit)
     if array.dtype.kind == "f":
-        start = 0.0 if origin is None else _number_origin(origin)
-        return Times(array - start, unit)
+        return Times(array - (0.0 if origin is None else _number_origin(origin)), unit)
     if array.dtype.kind == "m":
-        start = 0 if origin is None else origin
-        return Times(_count(array - np.timedelta64(start), unit), unit)
+        from_here = np.timedelta64(0 if origin is None else origin)
+        return Times(_count(array - from_here, unit), unit)
     if origin is None:
         if not array.size:
             raise ValueError("index has no times, so origin must be given")
-        start = array.min()
+        start: Any = array.min()
     else:
         at, origin_zoned = to_array(origin, "origin")
         if at.dtype.kind != "M" or at.ndim:

@@ -26,8 +26,8 @@ class Panel:
             where there is one series without `id`.
         values: The data, NaN where there are none, shape `(series, T)`, with several
             instruments or value columns `(series, T, instrument)`.
-        ids: The series' identifiers in the order of the table, shape `(series,)`; `()` without
-            `id`.
+        ids: The series' identifiers in the order of the table, shape `(series,)`, or `()`
+            without `id`.
         static: For each column of `static=` one value a series.
         instruments: Names along the last axis of `values`; empty where there is but one.
         lengths: How many of the T times are real, shape `(series,)`.
@@ -258,7 +258,7 @@ class _Columns:
         """A column of data, missing ones as NaN."""
         column = self[name]
         if isinstance(column, np.ma.MaskedArray):
-            return np.asarray(column.astype(np.float64).filled(np.nan))
+            return np.asarray(np.ma.filled(column.astype(np.float64), np.nan))
         array = np.asarray(column)
         if array.dtype == object:
             array = np.array([np.nan if _is_missing(v) else v for v in array], object)
