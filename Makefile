@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output demo_output
 
-# Compiling is most of the work of the default suite: XLA leaves its optimisations out, a third of
-# the time; `make test-all` has them.
+# Compiling is most of the work of the default suite: XLA leaves its optimisations out, and
+# tests/conftest.py asks for loops as single kernels. `make test-all` has the optimisations.
 test: $(STAMP)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST)
 

@@ -333,7 +333,9 @@ def main() -> None:
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the script")
     arguments = parser.parse_args()
-    numpyro.set_host_device_count(CHAINS)  # before JAX starts
+    # Both before JAX computes anything.
+    nsde.configure_cpu()
+    numpyro.set_host_device_count(CHAINS)
     sizes = QUICK if arguments.quick else Sizes()
     arguments.output.mkdir(parents=True, exist_ok=True)
 

@@ -19,6 +19,7 @@ from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
+from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
 from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
 from numpyro_sde.states.smoothing import smooth
@@ -33,9 +34,11 @@ __all__ = [
     "TimeGrid",
     "average",
     "data",
+    "configure_cpu",
     "datasets",
     "diagnostics",
     "distributions",
+    "enable_compilation_cache",
     "filter_additive",
     "filter_path",
     "filters",

@@ -12,6 +12,11 @@ import jax
 import numpyro
 import pytest
 
+import numpyro_sde as nsde
+
+# Before any test computes; workers of a parallel run read this file too.
+nsde.configure_cpu()
+
 
 @pytest.fixture
 def x64() -> Iterator[None]:

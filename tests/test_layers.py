@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["linear.small", "linear.discretize", "linear.affine"],
+    ["runtime", "linear.small", "linear.discretize", "linear.affine"],
     [
         *(
             "checks",
@@ -40,6 +40,7 @@ LAYERS = [
 ]
 PURE = (
     *("checks", "data", "grid", "noise", "sde", "schemes", "processes", "reparam.bridge"),
+    "runtime",
     *("linear", "statespace", "filters", "smc", "interop"),
     *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
     *("multiscale.cell_problem", "multiscale.green_kubo"),

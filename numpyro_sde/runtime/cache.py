@@ -1,0 +1,53 @@
+"""XLA's persistent compilation cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path:
+    """Keep compiled programs on disk, so that the next process need not compile them.
+
+    What a model is compiled for is its structure and the shapes of its data: new data of the same
+    shape find the programs too. Programs are kept whatever their size, for a posterior is some
+    large ones and many small ones. The folder grows; delete it at will, or bound it by
+    `jax.config.update("jax_compilation_cache_max_size", num_bytes)`.
+
+    Programs are kept by version of jaxlib, by flags and by machine: a folder that machines share
+    is safe, but each fills its own part.
+
+    Args:
+        path: the folder, made where missing; None: that of `JAX_COMPILATION_CACHE_DIR` if set,
+            else `numpyro_sde/xla` in the user's cache folder (`XDG_CACHE_HOME`, `~/.cache`).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the path is a file.
+        OSError: the folder cannot be made.
+
+    Example:
+        >>> import tempfile, numpyro_sde as nsde
+        >>> folder = nsde.enable_compilation_cache(tempfile.mkdtemp())
+        >>> folder.is_dir()
+        True
+    """
+    chosen = path or jax.config.jax_compilation_cache_dir
+    if not chosen:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        chosen = Path(home) / "numpyro_sde" / "xla"
+    folder = Path(chosen).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"enable_compilation_cache: path must be a folder, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX decides at its first compilation whether there is a cache, and where.
+    compilation_cache.reset_cache()
+    return folder

@@ -1,0 +1,91 @@
+"""XLA's options for loops over small arrays on a CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import jax
+import jaxlib
+
+# On a CPU XLA dispatches each operation of a loop at each step, unless what a step touches is
+# smaller than this many bytes: then the loop is one kernel. XLA's default, 1,024, is just below
+# what a step of a filter or of a guided path in two dimensions touches. Far larger values only
+# make compiling slower.
+_LOOP_OPTION, _LOOP_BYTES = "xla_cpu_small_while_loop_byte_threshold", 65536
+_EXTRA = "--xla_backend_extra_options="
+
+# The emitters of fusions through MLIR double the time of compiling and gain nothing on small
+# arrays. XLA ends the process at a flag that it does not know, and this one is gone after 0.11.0.
+_EMITTERS = "--xla_cpu_use_fusion_emitters"
+_EMITTERS_KNOWN = ((0, 7, 0), (0, 11, 0))
+
+
+def configure_cpu() -> str:
+    """Make XLA compile small loops faster and run them as one kernel, on a CPU.
+
+    Filters, guided paths and simulators are loops over small vectors. By default XLA dispatches
+    every operation of such a loop at every step; two of its flags make one kernel of the loop
+    instead and halve the time of compiling. A gradient along a guided path of 400 steps takes 0.23
+    ms for 1.66, compiling it 1.0 s for 2.5. Results change by rounding at most.
+
+    Call it once, before the first computation with JAX (importing is no computation): XLA reads
+    its flags then and never again. Flags that `XLA_FLAGS` already sets stay as they are, those
+    that the installed jaxlib does not know are left out, and where JAX is told to run elsewhere
+    (`JAX_PLATFORMS`) nothing is done. Programs that spend their time in large arrays (many
+    thousands of particles, neural networks) neither gain nor lose.
+
+    Returns:
+        The value of `XLA_FLAGS` from now on.
+
+    Raises:
+        RuntimeError: JAX has already computed something, so that the flags would not count.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> flags = nsde.configure_cpu()  # first line after the imports
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):
+        return flags
+    wanted = _with_flags(flags, _version())
+    if wanted == flags:
+        return flags
+    if _has_computed():
+        raise RuntimeError(
+            "configure_cpu: JAX has already computed something in this process, and XLA reads its "
+            "flags at the first computation only; call nsde.configure_cpu() right after the "
+            f"imports, or start the process with XLA_FLAGS='{wanted}'"
+        )
+    os.environ["XLA_FLAGS"] = wanted
+    return wanted
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", jaxlib.__version__)[:3])
+
+
+def _with_flags(flags: str, version: tuple[int, ...]) -> str:
+    """Flags with ours added where they say nothing of the matter and this jaxlib knows ours."""
+    parts = flags.split()
+    option = f"{_LOOP_OPTION}={_LOOP_BYTES}"
+    extra = [i for i, part in enumerate(parts) if part.startswith(_EXTRA)]
+    if _LOOP_OPTION not in flags:
+        if extra:  # XLA keeps the last of several such flags
+            parts[extra[-1]] += f",{option}"
+        else:
+            parts.append(_EXTRA + option)
+    oldest, newest = _EMITTERS_KNOWN
+    if _EMITTERS not in flags and oldest <= version <= newest:
+        parts.append(f"{_EMITTERS}=false")
+    return " ".join(parts)
+
+
+def _has_computed() -> bool:
+    # JAX has no public name for this; without the private one the flags are set in good faith.
+    try:
+        from jax._src.xla_bridge import backends_are_initialized
+    except ImportError:
+        return False
+    return backends_are_initialized()

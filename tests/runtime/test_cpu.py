@@ -1,0 +1,78 @@
+"""XLA's flags: set before the first computation, guarded by version, refused after."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import numpyro_sde as nsde
+from numpyro_sde.runtime.cpu import _with_flags
+
+LOOP = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
+EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+
+
+def run(code, **environment):
+    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    root = str(Path(nsde.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "version", "wanted"),
+    [
+        ("", (0, 10, 2), f"{LOOP} {EMITTERS}"),
+        ("", (0, 11, 0), f"{LOOP} {EMITTERS}"),
+        ("", (0, 11, 1), LOOP),  # the flag is gone: XLA would end the process
+        ("--a=1", (0, 7, 2), f"--a=1 {LOOP} {EMITTERS}"),
+        ("--xla_cpu_use_fusion_emitters=true", (0, 7, 2), f"{EMITTERS[:-5]}true {LOOP}"),
+        ("--xla_backend_extra_options=b=2", (0, 12, 0), LOOP.replace("=xla", "=b=2,xla")),
+        (f"{LOOP[:-5]}1024 {EMITTERS}", (0, 10, 2), f"{LOOP[:-5]}1024 {EMITTERS}"),
+    ],
+)
+def test_flags_are_added_to_those_given(given, version, wanted):
+    assert _with_flags(given, version) == wanted
+    assert _with_flags(wanted, version) == wanted
+
+
+# A scan whose steps touch more than XLA's default of 1,024 bytes: one kernel only with the flags.
+SCAN = """
+import jax, jax.numpy as jnp, numpyro_sde as nsde
+{}
+def step(c, _):
+    for i in range(6):
+        c = jnp.sin(jnp.roll(c, 1)) @ jnp.ones((8, 8))
+    return c, c
+text = jax.jit(lambda x: jax.lax.scan(step, x, None, 99)).lower(jnp.ones(8)).compile().as_text()
+print("xla_cpu_small_call" in text)
+{}
+"""
+
+
+def test_loops_become_one_kernel():
+    plain, configured = run(SCAN.format("", "")), run(SCAN.format("nsde.configure_cpu()", ""))
+    assert plain.stdout.split() == ["False"], plain.stderr
+    assert configured.stdout.split() == ["True"], configured.stderr
+
+
+def test_too_late_is_refused_and_twice_is_not():
+    late = run(SCAN.format("", "nsde.configure_cpu()"))
+    assert "RuntimeError: configure_cpu: JAX has already computed" in late.stderr
+    twice = run(SCAN.format("nsde.configure_cpu()", "nsde.configure_cpu()"))
+    assert twice.returncode == 0, twice.stderr
+
+
+def test_nothing_is_done_for_another_platform():
+    code = (
+        "import os, numpyro_sde as nsde; nsde.configure_cpu(); print(os.environ.get('XLA_FLAGS'))"
+    )
+    assert run(code, JAX_PLATFORMS="cuda").stdout.strip() == "None"
