@@ -9,6 +9,7 @@ from numpyro_sde import (
     guides,
     handlers,
     infer,
+    jumps,
     multiscale,
     noise,
     processes,
@@ -17,6 +18,7 @@ from numpyro_sde import (
 )
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
 from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SDE",
     "ConditionalFlow",
+    "MarkovJumpProcess",
     "SDEPath",
     "SlowFastSDE",
     "TimeGrid",
@@ -46,6 +49,7 @@ __all__ = [
     "handlers",
     "homogenize",
     "infer",
+    "jumps",
     "multiscale",
     "noise",
     "observe",

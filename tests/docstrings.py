@@ -17,6 +17,7 @@ import numpyro_sde
 ROOT = Path(numpyro_sde.__file__).parent
 PUBLIC_MODULES = [
     *("datasets", "diagnostics", "distributions", "filters", "guides", "handlers", "infer"),
+    "jumps",
     *("multiscale", "noise", "processes", "reparam", "schemes", "testing"),
 ]
 NEEDS = {

@@ -25,6 +25,7 @@ LAYERS = [
             "processes",
             "reparam.bridge",
         ),
+        "jumps",
         *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
         *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),
         *("multiscale.cell_problem", "multiscale.green_kubo"),
@@ -41,6 +42,7 @@ LAYERS = [
 PURE = (
     *("checks", "data", "grid", "noise", "sde", "schemes", "processes", "reparam.bridge"),
     "runtime",
+    "jumps",
     *("linear", "statespace", "filters", "smc", "interop"),
     *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
     *("multiscale.cell_problem", "multiscale.green_kubo"),

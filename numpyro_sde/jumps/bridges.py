@@ -1,0 +1,203 @@
+"""The path of a Markov jump process between grid times, given the states there.
+
+Jumps of the uniformised process on `[0, t]`, from a to b: their number has probability
+proportional to `Poisson(n; q t) (M^n)_ab`, the states follow backward through
+`(M^(k-1))_aj M_jb`, the times are uniform order statistics; jumps to the same state are dropped
+(Hobolth and Stone 2009, Annals of Applied Statistics 3, section 2.3). Independent, exact draws.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from numpyro_sde.jumps.forward_backward import log_likelihood
+from numpyro_sde.jumps.uniformisation import (
+    largest_mean,
+    matrix_powers,
+    poisson_weights,
+    transition_matrices_on,
+    uniform_rate,
+)
+
+
+class JumpTimes(NamedTuple):
+    """Jumps of paths in continuous time.
+
+    Attributes:
+        times: times of the jumps, increasing, NaN after the last, `(*lead, J)`.
+        states: the state before the first jump and after each, the last one repeated, shape
+            `(*lead, J + 1)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.jumps import JumpTimes
+        >>> blink = JumpTimes(jnp.array([0.4, 0.9, jnp.nan]), jnp.array([0, 1, 0, 0]))
+        >>> int(jnp.sum(~jnp.isnan(blink.times)))
+        2
+    """
+
+    times: Float[Array, "*lead J"]
+    states: Int[Array, "*lead J+1"]
+
+
+def _bridge(
+    key: PRNGKeyArray, powers: Array, M: Array, mean: Array, ends: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Jumps between two times: fractions of the gap, NaN for none, and the states entered."""
+    start, end = ends
+    num_terms = powers.shape[0]
+    key_number, key_states, key_times = jax.random.split(key, 3)
+    weights = poisson_weights(mean, num_terms) * powers[:, start, end]
+    number = jax.random.categorical(key_number, jnp.log(weights))
+    noise = jax.random.gumbel(key_states, (num_terms, M.shape[0]), M.dtype)
+
+    def back(after: Array, now: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        k, power, e = now  # the jump number k + 1 enters `after`
+        chosen = jnp.argmax(jnp.log(power[start]) + jnp.log(M[:, after]) + e)
+        before = jnp.where(k < number, chosen.astype(after.dtype), after)
+        return before, (after, before != after)
+
+    inputs = (jnp.arange(num_terms), powers, noise)
+    _, (entered, real) = lax.scan(back, end, inputs, reverse=True)
+    uniform = jax.random.uniform(key_times, (num_terms,), M.dtype)
+    active = jnp.arange(num_terms) < number
+    ordered = jnp.sort(jnp.where(active, uniform, jnp.inf))
+    return jnp.where(real & active, ordered, jnp.nan), entered
+
+
+@partial(jax.jit, static_argnames="num_terms")
+def draw_jumps(
+    key: PRNGKeyArray,
+    Q: Float[Array, "n n"],
+    times: Float[Array, " T"],
+    states: Int[Array, " T"],
+    *,
+    num_terms: int = 64,
+) -> JumpTimes:
+    """Draw the jumps of a path given its states at some times.
+
+    Args:
+        key: random key.
+        Q: generator, 1/time.
+        times: increasing times.
+        states: states there.
+        num_terms: most jumps of the uniformised process in one gap, `terms_for(q * gap)`.
+
+    Returns:
+        All jumps, shape `(J,)` with `J = (T - 1) num_terms`; NaN throughout where a gap needs
+        more terms. `trim` cuts the padding.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sde.jumps.bridges import draw_jumps, trim
+        >>> Q = jnp.array([[-1.0, 1.0], [3.0, -3.0]])
+        >>> jumps = trim(draw_jumps(jax.random.key(0), Q, jnp.array([0.0, 1.0]), jnp.array([0, 1])))
+        >>> int(jumps.states[0]), int(jumps.states[-1])
+        (0, 1)
+    """
+    q = uniform_rate(Q)
+    M = jnp.maximum(jnp.eye(Q.shape[0], dtype=Q.dtype) + Q / q, 0.0)
+    powers = matrix_powers(M, num_terms)
+    gaps = jnp.diff(times)
+    states = jnp.asarray(states, jnp.int32)
+    keys = jax.random.split(key, gaps.shape[0])
+    draw = jax.vmap(_bridge, (0, None, None, 0, 0))
+    fractions, entered = draw(keys, powers, M, q * gaps, (states[:-1], states[1:]))
+    flat = (times[:-1, None] + fractions * gaps[:, None]).reshape(-1)
+    order = jnp.argsort(flat)  # NaN last
+    jump_times, entered = flat[order], entered.reshape(-1)[order]
+    none = jnp.isnan(jump_times)
+    entered = jnp.where(none, states[-1], entered)
+    held = jnp.max(q * gaps) <= largest_mean(num_terms)
+    return JumpTimes(
+        jnp.where(held, jump_times, jnp.nan),
+        jnp.concatenate([states[:1], entered]),
+    )
+
+
+def trim(jumps: JumpTimes) -> JumpTimes:
+    """Cut the padding that no path needs, on the host."""
+    count = int(np.max(np.sum(~np.isnan(np.asarray(jumps.times)), axis=-1), initial=0))
+    return JumpTimes(jumps.times[..., :count], jumps.states[..., : count + 1])
+
+
+def states_at(jumps: JumpTimes, times: Float[Array, " K"]) -> Int[Array, " K"]:
+    """State of a path in continuous time at given times; right-continuous.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.jumps import JumpTimes, states_at
+        >>> blink = JumpTimes(jnp.array([0.4, 0.9, jnp.nan]), jnp.array([0, 1, 0, 0]))
+        >>> states_at(blink, jnp.array([0.0, 0.4, 2.0])).tolist()
+        [0, 1, 0]
+    """
+    padded = jnp.where(jnp.isnan(jumps.times), jnp.inf, jumps.times)
+    return jumps.states[jnp.searchsorted(padded, times, side="right")]
+
+
+class PathStatistics(NamedTuple):
+    """Expected statistics of a path given data.
+
+    Attributes:
+        jumps: expected number of jumps from i to j, `(n, n)`.
+        dwell: expected time in each state, `(n,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.jumps import PathStatistics
+        >>> stats = PathStatistics(jnp.array([[0.0, 4.0], [3.0, 0.0]]), jnp.array([2.0, 6.0]))
+        >>> (stats.jumps / stats.dwell[:, None])[0, 1].item()  # a step of the EM algorithm
+        2.0
+    """
+
+    jumps: Float[Array, "n n"]
+    dwell: Float[Array, " n"]
+
+
+def path_statistics(
+    Q: Float[Array, "n n"],
+    init: Float[Array, " n"],
+    gaps: Float[Array, " T-1"],
+    log_emission: Float[Array, "T n"],
+    *,
+    num_terms: int = 64,
+) -> PathStatistics:
+    """Expected numbers of jumps and dwell times given all data.
+
+    By Fisher's identity for the law of a path, whose log density is
+    `sum_ij N_ij log Q_ij + sum_i T_i Q_ii`: taken as free entries of the matrix, the derivative
+    of the log likelihood by `Q_ij` is `E[N_ij] / Q_ij`, by `Q_ii` it is `E[T_i]`. One gradient.
+
+    Args:
+        Q: generator, 1/time.
+        init: probabilities of the first state, held fixed.
+        gaps: lengths of time between the data.
+        log_emission: log density of each datum given each state.
+        num_terms: as for `transition_matrices`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.jumps.bridges import path_statistics
+        >>> Q = jnp.array([[-1.0, 1.0], [3.0, -3.0]])
+        >>> law = jnp.array([0.75, 0.25])
+        >>> nothing_seen = jnp.zeros((2, 2))
+        >>> stats = path_statistics(Q, law, jnp.array([2.0]), nothing_seen)
+        >>> [round(float(t), 4) for t in stats.dwell]
+        [1.5, 0.5]
+    """
+
+    def value(Q: Array) -> Array:
+        P = transition_matrices_on(Q, gaps, num_terms=num_terms)
+        return log_likelihood(init, P, log_emission)
+
+    slope = jax.grad(value)(Q)
+    dwell = jnp.diagonal(slope)
+    jumps = jnp.where(jnp.eye(Q.shape[0], dtype=bool), 0.0, Q * slope)
+    return PathStatistics(jumps, dwell)
