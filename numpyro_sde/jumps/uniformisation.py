@@ -30,7 +30,7 @@ def largest_mean(num_terms: int) -> float:
     Example:
         >>> from numpyro_sde.jumps.uniformisation import largest_mean
         >>> round(largest_mean(64), 1)
-        20.8
+        20.4
     """
     return float(gammaincinv(num_terms, TAIL))
 
