@@ -39,7 +39,7 @@ from numpyro.distributions.transforms import (
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_median
 from numpyro.nn import AutoregressiveNN, BlockNeuralAutoregressiveNN
-from scipy.stats import norm, qmc
+from scipy.special import ndtri
 
 from numpyro_sde.guides.flows import (
     CouplingFlow,
@@ -370,10 +370,12 @@ def _near_identity_bnaf(network: tuple[Callable, Callable]) -> tuple[Callable, C
 
 def _normal_draws(num_draws: int, dim: int) -> Float[np.ndarray, "draws dim"]:
     """Give the same quasi-random standard normal draws at each call."""
+    from scipy.stats import qmc  # slow to import
+
     rng = np.random.default_rng(20191906)
     if dim > qmc.Sobol.MAXDIM:
         return rng.standard_normal((num_draws, dim))
     points = qmc.Sobol(dim, scramble=False).random_base2(num_draws.bit_length() - 1)
     # A random shift keeps the sequence's uniformity and takes its first point off the corner.
     points = (points + rng.random(dim)) % 1.0
-    return norm.ppf(np.clip(points, 1e-12, 1.0 - 1e-12))
+    return ndtri(np.clip(points, 1e-12, 1.0 - 1e-12))

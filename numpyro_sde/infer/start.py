@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jax.flatten_util import ravel_pytree
 from jax.scipy.optimize import minimize
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -101,7 +100,9 @@ def _descend_on_host(both: Callable[..., Any], flat: Array) -> tuple[Array, Arra
         finite = np.isfinite(value)
         return (value if finite else 1e30), np.nan_to_num(np.asarray(slope, np.float64))
 
-    found = scipy.optimize.minimize(at, start, jac=True, method="L-BFGS-B")
+    from scipy import optimize  # slow to import
+
+    found = optimize.minimize(at, start, jac=True, method="L-BFGS-B")
     plain = _PLAIN_SCALE * jnp.eye(start.size, dtype=flat.dtype)
     if not (np.isfinite(found.fun) and found.fun < 1e30):
         return flat, plain

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import ndtri
-from scipy.stats import qmc
 
 _MOST_POINTS = 20_000
 
@@ -111,6 +110,8 @@ class QuasiMonteCarlo(AbstractRule):
             raise ValueError(f"num_points must be a power of two, got {self.num_points}")
 
     def normal(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        from scipy.stats import qmc  # slow to import
+
         engine = qmc.Sobol(dim, scramble=True, seed=np.random.default_rng(self.seed))
         half = ndtri(engine.random_base2(int(math.log2(self.num_points)) - 1))
         points = np.concatenate([half, -half])

@@ -37,7 +37,7 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
         >>> folder.is_dir()
         True
     """
-    chosen = path or jax.config.jax_compilation_cache_dir
+    chosen = path or getattr(jax.config, "jax_compilation_cache_dir", None)
     if not chosen:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         chosen = Path(home) / "numpyro_sde" / "xla"

@@ -46,7 +46,7 @@ def configure_cpu() -> str:
         >>> flags = nsde.configure_cpu()  # first line after the imports
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    platforms = jax.config.jax_platforms
+    platforms = getattr(jax.config, "jax_platforms", None)
     if platforms and "cpu" not in platforms.split(","):
         return flags
     wanted = _with_flags(flags, _version())

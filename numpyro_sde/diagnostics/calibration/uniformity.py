@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
-from scipy.special import gammaln
-from scipy.stats import binom
+from scipy.special import bdtr, bdtrc, gammaln
 
 _MAX_POINTS = 100  # at which an ECDF is looked at
 _BISECTIONS = 40
@@ -187,8 +186,10 @@ def _tail_table(
     ends = np.asarray(points)
     shares = ends if cumulative else np.diff(ends, prepend=0.0)
     counts = np.arange(num_values + 1)
-    law = binom(num_values, np.minimum(shares, 1.0)[:, None])
-    return 2.0 * np.minimum(law.cdf(counts), law.sf(counts - 1))
+    shares = np.minimum(shares, 1.0)[:, None]
+    at_least = bdtrc(np.maximum(counts - 1, 0), num_values, shares)
+    at_least = np.where(counts > 0, at_least, 1.0)
+    return 2.0 * np.minimum(bdtr(counts, num_values, shares), at_least)
 
 
 def _limits(

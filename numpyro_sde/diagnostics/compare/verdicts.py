@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from numpyro_sde.diagnostics.compare.statistics import khat_threshold
 
@@ -163,7 +163,7 @@ def differing(quantities: Mapping[str, Evidence]) -> dict[str, str]:
         {'a': '0.50 sd, 12 Monte Carlo errors'}
     """
     number = max(sum(known.num_elements for known in quantities.values()), 1)
-    limit = max(_LEAST_ERRORS, float(norm.isf(_FAMILY_LEVEL / (4 * number))))
+    limit = max(_LEAST_ERRORS, float(-ndtri(_FAMILY_LEVEL / (4 * number))))
     return {
         name: f"{known.size:.2f} sd, {known.in_errors:.0f} Monte Carlo errors"
         for name, known in quantities.items()

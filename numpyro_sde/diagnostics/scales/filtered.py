@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from scipy.signal import lfilter
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from numpyro_sde.diagnostics.scales.scan import _feature_names, _features, _regular
 
@@ -64,7 +63,7 @@ class FilteredEstimate(NamedTuple):
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must lie in (0, 1), got {level}")
         centre = np.append(self.coefficients, self.diffusivity)
-        reach = student.ppf(0.5 + 0.5 * level, self.num_blocks - 1) * self.standard_errors
+        reach = stdtrit(self.num_blocks - 1, 0.5 + 0.5 * level) * self.standard_errors
         return centre - reach, centre + reach
 
     def log_likelihood(self, coefficients: ArrayLike, diffusivity: ArrayLike) -> Float[Array, ""]:
@@ -136,6 +135,8 @@ def filtered_estimate(
         )
     if not 5 <= num_blocks <= length // 10:
         raise ValueError(f"num_blocks must be from 5 to {length // 10}, got {num_blocks}")
+    from scipy.signal import lfilter  # slow to import
+
     x = states[:, 0]
     decay = np.exp(-dt / width)
     z, _ = lfilter([0.0, 1.0 - decay], [1.0, -decay], x, zi=[x[0]])

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float
-from scipy.optimize import minimize
 
 from numpyro_sde.diagnostics.compare.plots import COLOURS, make_axes
 from numpyro_sde.schemes import AbstractScheme, Exact, LocalLinear
