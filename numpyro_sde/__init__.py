@@ -1,5 +1,8 @@
 """Bayesian inference for stochastic differential equations, as a NumPyro plugin."""
 
+from numpyro_sde.runtime import clock as _clock  # first: it takes the time of importing
+
+# isort: split
 from numpyro_sde import (
     data,
     datasets,
@@ -25,6 +28,8 @@ from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
 from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
 from numpyro_sde.states.smoothing import smooth
+
+_clock.finish_import()
 
 __version__ = "0.1.0"
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import jax
 import jax.monitoring
 
+from numpyro_sde.runtime.began import BEGAN
+
 Phase = Literal["trace", "compile", "search"]
 
 _EVENTS: dict[str, Phase] = {
@@ -24,6 +26,7 @@ _EVENTS: dict[str, Phase] = {
 }
 _running: list[Stopwatch] = []
 _listening: list[bool] = []
+_imported: list[float] = []
 
 
 class Stopwatch:
@@ -78,6 +81,16 @@ def covered(intervals: list[tuple[float, float]], start: float) -> float:
             total += end - max(begin, reached)
             reached = end
     return total
+
+
+def import_seconds() -> float:
+    """Seconds that importing the package took, with what it imported first."""
+    return _imported[0] if _imported else 0.0
+
+
+def finish_import() -> None:
+    """Note that the package is imported; its `__init__` calls this last."""
+    _imported.append(time.perf_counter() - BEGAN)
 
 
 @contextmanager

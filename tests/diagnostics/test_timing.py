@@ -1,4 +1,4 @@
-"""Wall time, and compile time as the union of nested reports."""
+"""Where the seconds go: nested reports are joined, phases are disjoint."""
 
 import time
 
@@ -10,7 +10,8 @@ from diagnostic_models import CONJUGATE_DATA, conjugate
 from numpyro.infer import MCMC, NUTS
 
 from numpyro_sde.diagnostics import Timing, timed
-from numpyro_sde.diagnostics.compare import timing as timing_module
+from numpyro_sde.runtime import clock
+from numpyro_sde.runtime.clock import covered, searching
 
 
 def test_sleep_is_run_time_and_compilation_is_not():
@@ -36,8 +37,27 @@ def test_sleep_is_run_time_and_compilation_is_not():
     assert warm.run_time >= 0.2
 
 
+def test_phases_are_disjoint():
+    @jax.jit
+    def outer(x):
+        jnp.ones(11) + 2.0  # compiled inside the trace: counts as compiling
+        return jnp.sin(x) @ jnp.cos(x)
+
+    def work():
+        with searching():
+            time.sleep(0.1)
+            jax.block_until_ready(outer(jnp.eye(7)))
+        time.sleep(0.1)
+
+    _, timing = timed(work)
+    parts = (timing.compile_time, timing.trace_time, timing.search_time, timing.run_time)
+    assert all(part > 0.0 for part in parts)
+    assert sum(parts) == pytest.approx(timing.wall_time)
+    assert 0.1 <= timing.search_time < 0.1 + 0.5 * timing.compile_time
+    assert timing.import_time > 0.0
+
+
 def test_overlapping_reports_count_once():
-    covered = timing_module._covered
     assert covered([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 8.0)], 0.0) == pytest.approx(5.0)
     assert covered([(1.0, 4.0)], 3.0) == pytest.approx(1.0)
     assert covered([], 0.0) == 0.0
@@ -47,11 +67,14 @@ def test_mcmc_is_waited_for_and_errors_stop_the_listening():
     mcmc = MCMC(NUTS(conjugate), num_warmup=5, num_samples=5, progress_bar=False)
     result, timing = timed(mcmc.run, jax.random.key(0), y=CONJUGATE_DATA)
     assert result is None
-    assert timing.compile_time > 0.5 * timing.wall_time  # ten draws of one parameter
+    assert (
+        timing.compile_time + timing.trace_time > 0.5 * timing.wall_time
+    )  # ten draws of one parameter
     with pytest.raises(ZeroDivisionError):
         timed(lambda: 1 / 0)
-    assert timing_module._running == []
+    assert clock._running == []
 
 
 def test_run_time_is_the_rest():
     assert Timing(wall_time=5.0, compile_time=1.5).run_time == 3.5
+    assert Timing(9.0, 1.0, trace_time=2.0, search_time=3.0, import_time=7.0).run_time == 3.0

@@ -195,8 +195,7 @@ def _attributes(draws: Draws, timing: Timing | None) -> dict[str, Any]:
         **draws.attributes,
     }
     if timing is not None:
-        # ArviZ's schema calls the time of sampling so; compilation is kept apart from it.
-        attrs |= {"sampling_time": timing.run_time, "compile_time": timing.compile_time}
+        attrs |= timing.attributes()
     return attrs
 
 

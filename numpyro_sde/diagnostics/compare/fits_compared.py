@@ -61,7 +61,7 @@ class FitComparison:
             `elbo_se`, its importance-weighted `log_evidence` with `efficiency` (effective share
             of the draws), and `khat` of the fit; `khat_parameters` and `efficiency_parameters`
             with the path integrated out, for a guide that offers `path_sites()`; `divergences`;
-            `run_time`, `compile_time`.
+            `run_time` and the other seconds of :class:`Timing`.
         reference: Name of the fit that distances and differences are taken to.
         verdicts: What to make of each fit, in words.
         over_time: For each path an `xarray.Dataset` with dimensions `fit` and the path's own:
@@ -231,7 +231,7 @@ def _summarise(tree: Any, name: str, timing: Timing | None) -> Summary:
         raise ValueError(f"fit {name!r} has no posterior group")
     attrs = dict(posterior.attrs)
     if timing is not None:
-        attrs |= {"sampling_time": timing.run_time, "compile_time": timing.compile_time}
+        attrs |= timing.attributes()
     return Summary(tree, posterior, attrs)
 
 

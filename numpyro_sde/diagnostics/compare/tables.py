@@ -25,11 +25,12 @@ from numpyro_sde.diagnostics.compare.path_distances import (
 from numpyro_sde.diagnostics.compare.statistics import fit_weights, leave_one_out, wasserstein
 
 _MAX_EFFICIENCY = 1000  # scalars whose effective sizes are averaged for PSIS
+_TIMES = ("compile_time", "trace_time", "search_time", "import_time")
 _FIT_COLUMNS = (
     *("method", "draws", "elpd", "elpd_se", "p_loo", "num_points", "bad_khat"),
     *("elpd_diff", "diff_se", "elbo", "elbo_se", "log_evidence", "efficiency", "khat"),
     *("khat_parameters", "efficiency_parameters"),
-    *("divergences", "run_time", "compile_time"),
+    *("divergences", "run_time", *_TIMES),
 )
 
 
@@ -321,7 +322,7 @@ def _fit_row(summary: Summary) -> tuple[dict[str, Any], Float[np.ndarray, " n"] 
         "method": summary.attrs.get("method", ""),
         "draws": sizes["chain"] * sizes["draw"],
         "run_time": summary.run_time,
-        "compile_time": float(summary.attrs.get("compile_time", np.nan)),
+        **{name: float(summary.attrs.get(name, np.nan)) for name in _TIMES},
     }
     statistics = get_group(summary.tree, "sample_stats")
     if statistics is not None and "diverging" in statistics:

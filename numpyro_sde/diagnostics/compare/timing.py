@@ -1,8 +1,7 @@
-"""Wall time of a fit, with the seconds that JAX spent compiling set apart.
+"""Where the seconds of a fit went.
 
-NumPyro's `MCMC` and `SVI` record no times. JAX reports how long each tracing, lowering and
-compilation took through `jax.monitoring`; traces nest, so the reports are joined as intervals
-of the clock rather than added up.
+NumPyro's `MCMC` and `SVI` record no times. JAX reports what it compiles, and the searches of this
+package report themselves (`numpyro_sde.runtime.clock`).
 """
 
 from __future__ import annotations
@@ -12,57 +11,50 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.monitoring
 from numpyro.infer import MCMC
 
-_COMPILE_EVENTS = "/jax/core/compile/"
-_running: list[list[tuple[float, float]]] = []
-_listening: list[bool] = []
+from numpyro_sde.runtime.clock import Stopwatch, import_seconds
 
 
 class Timing(NamedTuple):
-    """Seconds that a fit took.
+    """Seconds that a fit took, by what was done in them.
 
     Attributes:
-        wall_time: From start to finished result, compilation included.
-        compile_time: The part in which JAX traced, lowered or compiled.
+        wall_time: From start to finished result, everything below but the import included.
+        compile_time: XLA compiled, or read compiled programs from its cache.
+        trace_time: JAX traced Python functions and lowered them.
+        search_time: A start or a reference path was searched for before sampling; what was
+            compiled for that counts as compiling.
+        import_time: The import of the package, with JAX and NumPyro where it was the first to
+            import them; once for a process, and not part of `wall_time`.
 
     Example:
         >>> from numpyro_sde.diagnostics import Timing
-        >>> Timing(wall_time=5.0, compile_time=2.0).run_time
-        3.0
+        >>> Timing(wall_time=5.0, compile_time=2.0, trace_time=0.5).run_time
+        2.5
     """
 
     wall_time: float
     compile_time: float
+    trace_time: float = 0.0
+    search_time: float = 0.0
+    import_time: float = 0.0
 
     @property
     def run_time(self) -> float:
-        """Seconds of computation: wall time less compile time."""
-        return self.wall_time - self.compile_time
+        """Seconds of sampling or training proper: wall time less the rest."""
+        return self.wall_time - self.compile_time - self.trace_time - self.search_time
 
-
-def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
-    if _running and event.startswith(_COMPILE_EVENTS):
-        end = time.perf_counter()
-        for intervals in _running:
-            intervals.append((end - duration_secs, end))
-
-
-def _covered(intervals: list[tuple[float, float]], start: float) -> float:
-    """Length of the union of intervals, none counted before `start`."""
-    total, reached = 0.0, start
-    for begin, end in sorted(intervals):
-        if end > reached:
-            total += end - max(begin, reached)
-            reached = end
-    return total
+    def attributes(self) -> dict[str, float]:
+        """What a fit notes of its times; ArviZ's schema calls the time of sampling so."""
+        rest = ("compile_time", "trace_time", "search_time", "import_time")
+        return {"sampling_time": self.run_time, **{name: getattr(self, name) for name in rest}}
 
 
 def timed(fit: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Timing]:
     """Call a fitting function, wait for its arrays, and time it.
 
-    Warm-up and everything else inside the call counts as run time. Compile time covers all
+    Warm-up and everything else inside the call counts as run time. Times of compiling cover all
     threads of the process, so do not compile something else meanwhile.
 
     Args:
@@ -80,20 +72,12 @@ def timed(fit: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Timi
         >>> timing.wall_time >= timing.compile_time >= 0.0
         True
     """
-    if not _listening:
-        # JAX has no public call to remove one listener: register once, idle outside `timed`.
-        jax.monitoring.register_event_duration_secs_listener(_on_duration)
-        _listening.append(True)
-    intervals: list[tuple[float, float]] = []
-    _running.append(intervals)
-    start = time.perf_counter()
-    try:
+    with Stopwatch() as watch:
         result = fit(*args, **kwargs)
         jax.block_until_ready(result)
         owner = getattr(fit, "__self__", None)
         if isinstance(owner, MCMC):  # `run` returns None and leaves the draws on the object
             jax.block_until_ready(owner.get_samples())
-        wall = time.perf_counter() - start
-    finally:
-        _running[:] = [other for other in _running if other is not intervals]
-    return result, Timing(wall, min(_covered(intervals, start), wall))
+        wall = time.perf_counter() - watch.start
+    phases = (watch.seconds("compile"), watch.seconds("trace"), watch.seconds("search"))
+    return result, Timing(wall, *phases, import_seconds())

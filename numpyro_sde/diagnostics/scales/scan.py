@@ -343,6 +343,8 @@ def _maximum_likelihood(
 
         if start is None:
             start = np.where(logged, np.log(np.where(logged, begin, 1.0)), begin)
+        from scipy.optimize import minimize  # slow to import
+
         best = minimize(objective, start, jac=True, method="L-BFGS-B").x
         slope = np.where(logged, np.exp(np.where(logged, best, 0.0)), 1.0)
         information = np.asarray(curvature(jnp.asarray(best), *data), np.float64)
