@@ -18,13 +18,8 @@ import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.state_space import make_statement, run_on_model
 from numpyro_sde.reparam import GuidedReparam, InnovationReparam, auto
-from numpyro_sde.statespace.guide import (
-    data_reference,
-    guided_path,
-    guided_start,
-    make_guide,
-    smoothed_reference,
-)
+from numpyro_sde.statespace.guide import guided_path, guided_start, make_guide
+from numpyro_sde.statespace.reference import data_reference, smoothed_reference
 
 RNG = np.random.default_rng(11)
 TIMES = np.cumsum(RNG.uniform(0.1, 0.4, 12))

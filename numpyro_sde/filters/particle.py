@@ -28,8 +28,8 @@ from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
 from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
 from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count
-from numpyro_sde.statespace.guide import smoothed_reference
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.statespace.reference import smoothed_reference
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 

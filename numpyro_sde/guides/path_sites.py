@@ -24,8 +24,8 @@ from numpyro_sde.reparam.guided import carried, usable_data
 from numpyro_sde.reparam.lookahead import Recorder, outside_all_handlers, stand_in
 from numpyro_sde.reparam.path import peel
 from numpyro_sde.schemes.milstein import Milstein
-from numpyro_sde.statespace.guide import data_reference, smoothed_reference
 from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.reference import data_reference, smoothed_reference
 
 
 class Site(NamedTuple):

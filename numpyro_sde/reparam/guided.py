@@ -32,15 +32,9 @@ from numpyro_sde.reparam.path import (
     refuse_conditioning,
     unwrap,
 )
-from numpyro_sde.statespace.guide import (
-    Guide,
-    data_reference,
-    guided_path,
-    guided_start,
-    make_guide,
-    smoothed_reference,
-)
+from numpyro_sde.statespace.guide import Guide, guided_path, guided_start, make_guide
 from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.reference import believed_guide, data_reference
 
 Reference = Literal["smoother", "data"]
 
@@ -248,9 +242,10 @@ def _guided_site(
             guide = Guide(*(jnp.asarray(a, z.dtype) for a in given))
         elif given:
             guide = make_guide(model, carried(model, jnp.asarray(given[0], z.dtype)))
+        elif reference == "smoother":
+            guide = believed_guide(model).guide
         else:
-            find = smoothed_reference if reference == "smoother" else data_reference
-            guide = make_guide(model, find(model))
+            guide = make_guide(model, data_reference(model))
         if normal:
             x0, weight = guided_start(model, guide, _filled(model, start))
         else:

@@ -31,8 +31,8 @@ from numpyro_sde.smc.particle_filter import (
 from numpyro_sde.smc.proposals import Plan, Proposal, observed_rows
 from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
 from numpyro_sde.statespace.checks import check_choice
-from numpyro_sde.statespace.guide import smoothed_reference
 from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.reference import smoothed_reference
 from numpyro_sde.statespace.updates import with_valid_inputs
 
 PROPOSALS = ("guided", "bootstrap")

@@ -36,8 +36,9 @@ from numpyro_sde.smc.particle_filter import (
     weigh,
     weighted_moments,
 )
-from numpyro_sde.smc.proposals import innovation_size, observed_rows
+from numpyro_sde.smc.proposals import observed_rows
 from numpyro_sde.smc.smoothers import check_backward, no_sums, pad_forward, update_sums
+from numpyro_sde.statespace.guide import innovation_size
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.updates import with_valid_inputs
 

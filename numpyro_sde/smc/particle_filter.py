@@ -25,12 +25,12 @@ from numpyro_sde.smc.proposals import (
     PROPOSALS,
     Plan,
     Proposal,
-    innovation_size,
     log_emission,
     observed_rows,
 )
 from numpyro_sde.smc.resampling import SCHEMES, effective_size, systematic
 from numpyro_sde.statespace.checks import check_choice, check_count
+from numpyro_sde.statespace.guide import innovation_size
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.updates import with_valid_inputs
 

@@ -33,7 +33,6 @@ from jaxtyping import Array, Float
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     Spans,
-    backward_information,
     guided_innovations,
     log_weight,
     match_noise,
@@ -56,6 +55,7 @@ from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.statespace import guide as guides
 from numpyro_sde.statespace.guide import affine_step, observed_information
 from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.reference import believed_guide
 
 
 class Plan(NamedTuple):
@@ -163,12 +163,6 @@ def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
     return jnp.reshape(new, (model.dim,)).astype(x.dtype)
 
 
-def innovation_size(model: StateSpaceModel) -> int:
-    """Number m of standard normals in one step."""
-    state_shape = () if model.scalar else (model.dim,)
-    return int(np.prod(model.scheme.innovation_shape(model.sde, state_shape), dtype=int))
-
-
 class Bootstrap(Proposal):
     """The model's own steps; the observations come in by the weights alone.
 
@@ -241,9 +235,8 @@ class Guided(Proposal):
     """
 
     def plan(self, model: StateSpaceModel) -> Plan:
-        reference = guides.smoothed_reference(model)
-        steps = guides.linearize_along(model, reference)
-        H, e = backward_information(steps)
+        believed = believed_guide(model)
+        (reference, H, e), steps = believed.guide, believed.steps
         # What the observations after each time say: its own is in the weights already.
         later = (H - steps.J, e - steps.s, reference)
         known: Any = (H[1:], e[1:], reference[1:])

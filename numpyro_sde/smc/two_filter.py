@@ -50,13 +50,12 @@ from numpyro_sde.smc.particle_filter import (
 )
 from numpyro_sde.smc.proposals import (
     information_at,
-    innovation_size,
     log_emission,
     move_by,
     observed_rows,
 )
 from numpyro_sde.smc.resampling import effective_size, multinomial
-from numpyro_sde.statespace.guide import affine_step, linearize_step
+from numpyro_sde.statespace.guide import affine_step, innovation_size, linearize_step
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.updates import with_valid_inputs
 

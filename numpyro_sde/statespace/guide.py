@@ -30,29 +30,16 @@ from numpyro_sde.linear.information import (
 )
 from numpyro_sde.linear.small import (
     cholesky,
-    diagonal,
     matmul,
     matvec,
     psd_factor,
     solve_lower,
-    spd_solve,
     transpose,
 )
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.dependence import reaches_output
-from numpyro_sde.schemes.euler import Euler
-from numpyro_sde.statespace.linearized import filter_linearized
 from numpyro_sde.statespace.model import Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import covariance_uses_state, drop_missing, linearize
-
-# Scoring steps from the start towards the state that one observation alone points to.
-_SCORING_STEPS = 12
-_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.0)
-# Ridge of these steps, as a share of the observation's information: directions that it does not
-# see stay where they are.
-_RIDGE = 1e-3
-# A reference of a positive process stays above this share of the mean of its start.
-_POSITIVE_FLOOR = 1e-2
 
 
 class Guide(NamedTuple):
@@ -104,6 +91,12 @@ def affine_step(
     return mean, factor
 
 
+def innovation_size(model: StateSpaceModel) -> int:
+    """Number m of standard normals in one step."""
+    state_shape = () if model.scalar else (model.dim,)
+    return int(np.prod(model.scheme.innovation_shape(model.sde, state_shape), dtype=int))
+
+
 def noise_uses_state(model: StateSpaceModel) -> bool:
     """Whether the factor of a step's noise depends on the state that it starts from."""
     t, dt, cache = jax.tree.map(lambda a: a[0], model.step_inputs())
@@ -119,8 +112,11 @@ def observed_information(
     The information is the expected one of a Gaussian with the emission's mean and covariance
     (for the exponential families in their mean, Fisher's); of a normal emission whose covariance
     uses the state, as that of a return given its log volatility, it has the covariance's part
-    `tr(R^-1 dR R^-1 dR) / 2` too. The score is the emission's own.
+    `tr(R^-1 dR R^-1 dR) / 2` too. The score is the emission's own. An emission that knows no
+    moments of its own speaks by the curvature of its log density, where that is concave.
     """
+    if not has_moments(instrument, inputs, x):
+        return _observed_curvature(instrument, inputs, y, present, x)
     mean, R, C = linearize(instrument, inputs, x)
     residual, C, R = drop_missing(y - mean, C, R, present)
     L = cholesky(R)
@@ -134,6 +130,29 @@ def observed_information(
     else:
         score = jax.grad(lambda x: instrument.log_prob(inputs, x, y, present))(x)
     # An emission without moments (a Cauchy law) does not guide; its likelihood still counts.
+    usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
+    return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
+
+
+def has_moments(instrument: Instrument, inputs: Any, x: Float[Array, " d"]) -> bool:
+    """Whether an emission has a mean and a variance to ask for."""
+    try:
+        jax.eval_shape(instrument.moments, inputs, x)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _observed_curvature(
+    instrument: Instrument, inputs: Any, y: Array, present: Bool[Array, " p"], x: Array
+) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
+    """The concave part of minus the Hessian of an emission's log density, and its score."""
+
+    def fit(x: Array) -> Array:
+        return instrument.log_prob(inputs, x, y, present)
+
+    values, vectors = jnp.linalg.eigh(-jax.hessian(fit)(x))
+    information, score = (vectors * jnp.maximum(values, 0.0)) @ vectors.T, jax.grad(fit)(x)
     usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
     return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
 
@@ -246,6 +265,15 @@ def guided_path(
     """
     if model.num_times == 1:
         return GuidedPath(x0[None], jnp.zeros((), x0.dtype))
+    flat = jnp.reshape(z, (z.shape[0], -1))
+    path, w, log_det = guided_innovations_along(model, guide, x0, z)
+    return GuidedPath(path, jnp.sum(log_weight(w, flat, log_det)))
+
+
+def guided_innovations_along(
+    model: StateSpaceModel, guide: Guide, x0: Float[Array, " d"], z: Float[Array, "N-1 m"]
+) -> tuple[Float[Array, "N d"], Float[Array, "N-1 m"], Float[Array, " N-1"]]:
+    """A guided path, the model's innovations along it, and the log determinant of each step."""
     shape = z.shape[1:]
     flat = jnp.reshape(z, (z.shape[0], -1))
     scheme = model.scheme
@@ -265,8 +293,7 @@ def guided_path(
     inputs = (model.step_inputs(), guide.H[1:], guide.e[1:], guide.reference[1:], flat)
     # Recomputing a step in the backward pass beats storing its parts.
     _, (rest, w, log_det) = lax.scan(jax.checkpoint(step), x0, inputs)
-    path = jnp.concatenate([x0[None], rest])
-    return GuidedPath(path, jnp.sum(log_weight(w, flat, log_det)))
+    return jnp.concatenate([x0[None], rest]), w, log_det
 
 
 def log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array, " N"]:
@@ -279,78 +306,11 @@ def log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array
     return total
 
 
-def data_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
-    """States that the observations point to, interpolated in time, component by component.
-
-    Each observation is solved for the state by damped scoring from the mean of the start;
-    components that none of them sees stay there.
-    """
-    N, d = model.num_times, model.dim
-    start = jnp.broadcast_to(model.init_mean, (N, d))
-
-    def improve(x: Array, _: None) -> tuple[Array, None]:
-        J, s = observations_along(model, x)
-        ridge = _RIDGE * jnp.trace(J, axis1=1, axis2=2) / d
-        ridge = jnp.where(ridge > 0, ridge, 1.0)
-        move = spd_solve(J + ridge[:, None, None] * jnp.eye(d, dtype=J.dtype), s[..., None])
-        # Of a few lengths the one that fits best, at each time: a full step may overshoot far.
-        points = _keep_positive(
-            model, x + jnp.asarray(_LENGTHS, x.dtype)[:, None, None] * move[..., 0]
-        )
-        fit = jax.vmap(lambda x: log_emissions(model, x))(points)
-        best = jnp.argmax(jnp.where(jnp.isnan(fit), -jnp.inf, fit), axis=0)
-        return points[best, jnp.arange(N)], None
-
-    x, _ = lax.scan(improve, start, None, _SCORING_STEPS)
-    J, _ = observations_along(model, x)
-    seen = diagonal(J) > 0
-    times = jnp.asarray(model.times, x.dtype)
-    return jax.vmap(lambda seen, x: _interpolate(times, seen, x), (1, 1), 1)(seen, x)
-
-
-def _interpolate(times: Array, seen: Array, x: Array) -> Array:
-    """Linear between the times seen, constant beyond them; as given where none is."""
-    index = jnp.arange(times.shape[0])
-    before = lax.cummax(jnp.where(seen, index, -1))
-    after = lax.cummin(jnp.where(seen, index, times.shape[0]), reverse=True)
-    before = jnp.where(before < 0, after, before)
-    after = jnp.where(after >= times.shape[0], before, after)
-    before, after = (jnp.clip(i, 0, times.shape[0] - 1) for i in (before, after))
-    width = times[after] - times[before]
-    share = jnp.where(width > 0, (times - times[before]) / jnp.where(width > 0, width, 1.0), 0.0)
-    return x[before] + share * (x[after] - x[before])
-
-
 def speaks_by_variance(model: StateSpaceModel, instrument: Instrument) -> bool:
     """Whether the variance of an emission depends on the state, as that of a return does."""
-    inputs = jax.tree.map(lambda a: jnp.asarray(a)[0], instrument.inputs)
-    return covariance_uses_state(instrument, inputs, model.init_mean)
+    return covariance_uses_state(instrument, first_inputs(instrument), model.init_mean)
 
 
-def smoothed_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
-    """Mean of the extended Kalman smoother, or interpolated data where that is not finite.
-
-    Normal emissions whose variance depends on the state are taken by Laplace's approximation: by
-    moments alone a return tells nothing of a volatility, and at a reference that has not learnt of
-    a large one its score points far beyond any likely state.
-    """
-    gaussian = isinstance(model.scheme, GaussianScheme)
-    scheme = model.scheme if gaussian else Euler()
-    cache = model.cache if gaussian else scheme.prepare(model.sde, model.times, model.dt)
-    linearised = model._replace(scheme=scheme, cache=cache)
-    by_variance = [i.gaussian and speaks_by_variance(model, i) for i in model.instruments]
-    if any(by_variance):
-        pairs = zip(model.instruments, by_variance, strict=True)
-        taken = tuple(i._replace(gaussian=i.gaussian and not v) for i, v in pairs)
-        linearised = linearised._replace(instruments=taken)
-    emission = "laplace" if any(by_variance) else "moments"
-    mean, _ = filter_linearized(linearised, emission=emission).smooth()
-    mean = _keep_positive(model, mean)
-    finite = jnp.all(jnp.isfinite(mean))
-    return lax.cond(finite, lambda: mean, lambda: data_reference(model).astype(mean.dtype))
-
-
-def _keep_positive(model: StateSpaceModel, x: Array) -> Array:
-    if not model.sde.positive or model.state_shape is not None:
-        return x
-    return jnp.maximum(x, _POSITIVE_FLOOR * jnp.abs(model.init_mean))
+def first_inputs(instrument: Instrument) -> Any:
+    """What an emission needs at the first grid time."""
+    return jax.tree.map(lambda a: jnp.asarray(a)[0], instrument.inputs)

@@ -14,7 +14,7 @@ from numpyro_sde.smc.online import additive_online
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.smoothers import draw_paths
 from numpyro_sde.smc.two_filter import two_filter
-from numpyro_sde.statespace.guide import smoothed_reference
+from numpyro_sde.statespace.reference import smoothed_reference
 
 
 def scores(values, truth, truth_error=0.0):
