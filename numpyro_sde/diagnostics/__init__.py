@@ -9,6 +9,9 @@ from numpyro_sde.diagnostics.compare.guide_quality import GuideQuality, guide_qu
 from numpyro_sde.diagnostics.compare.plots import plot_fits, plot_paths
 from numpyro_sde.diagnostics.compare.refine import refine_fit
 from numpyro_sde.diagnostics.compare.timing import Timing, timed
+from numpyro_sde.diagnostics.prediction.one_step import Predictions, k_step
+from numpyro_sde.diagnostics.prediction.residuals import Residuals, residuals
+from numpyro_sde.diagnostics.prediction.rules import crps, energy_score
 from numpyro_sde.diagnostics.scales.averaged import AveragedDrift, averaged_drift
 from numpyro_sde.diagnostics.scales.filtered import FilteredEstimate, filtered_estimate
 from numpyro_sde.diagnostics.scales.scan import ScaleScan, sampling_scale_scan
@@ -18,7 +21,9 @@ __all__ = [
     "FilteredEstimate",
     "FitComparison",
     "GuideQuality",
+    "Predictions",
     "RefinedFit",
+    "Residuals",
     "SBCResult",
     "SVIFit",
     "ScaleScan",
@@ -26,11 +31,15 @@ __all__ = [
     "averaged_drift",
     "compare_fits",
     "compiled_chain",
+    "crps",
+    "energy_score",
     "filtered_estimate",
     "guide_quality",
+    "k_step",
     "plot_fits",
     "plot_paths",
     "refine_fit",
+    "residuals",
     "sampling_scale_scan",
     "sbc",
     "timed",

@@ -124,6 +124,7 @@ class Statement(eqx.Module):
             gaussian=self.structure.gaussian,
             rows=np.sort(rows),
             diagonal=self.structure.diagonal,
+            law=law_at,
         )
 
 

@@ -33,6 +33,8 @@ class Instrument(NamedTuple):
         gaussian: whether the emission is Gaussian, with any mean and covariance.
         diagonal: whether its components are independent given the state.
         rows: grid indices at which anything may be observed (host side, increasing).
+        law: `law(inputs_k, x)`, the observation's distribution given one state, for predictions
+            of emissions that are not normal; None where that is not known.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, numpyro.distributions as dist
@@ -60,6 +62,7 @@ class Instrument(NamedTuple):
     gaussian: bool
     rows: Any
     diagonal: bool = False
+    law: Callable[[Any, Array], Any] | None = None
 
 
 class StateSpaceModel(NamedTuple):

@@ -1,0 +1,1 @@
+"""Models judged by what they predict: scores, residuals, data left out."""

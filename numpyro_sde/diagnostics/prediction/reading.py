@@ -1,0 +1,303 @@
+"""A fit read as draws of parameters and a model whose paths are integrated out.
+
+One-step predictions need p(y_k | y_1, ..., y_{k-1}, parameters), which a filter gives and a latent
+path does not: draws of a latent path have seen all data. A fit that kept its path latent is read by
+its parameters alone, with a filter given as `method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+from numpyro import handlers as numpyro_handlers
+
+from numpyro_sde.diagnostics.compare.draws import complete_draws, flatten_draws, read_fit
+from numpyro_sde.diagnostics.compare.sites import (
+    hold_values,
+    is_latent,
+    is_observation,
+    trace_model,
+    unwrap,
+)
+from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import Statement
+from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.statespace.model import AbstractFilter
+
+
+class SeenPath(NamedTuple):
+    """A path that is integrated out and all that was said of it, under one draw.
+
+    Attributes:
+        name: Its site.
+        path: Its law.
+        lead: Batch shape of path and data.
+        data: Statements with their data, in order.
+        sites: Names of the statements' sites.
+    """
+
+    name: str
+    path: SDEPath
+    lead: tuple[int, ...]
+    data: list[tuple[Statement, Any]]
+    sites: list[str]
+
+
+class DirectPath(NamedTuple):
+    """A path that is observed itself, without noise, under one draw.
+
+    Attributes:
+        name: Its site.
+        path: Its law, expanded over plates.
+        value: The data.
+    """
+
+    name: str
+    path: SDEPath
+    value: Any
+
+
+class _Reader(marginalize):
+    """Collects the stand-ins of the paths."""
+
+    def __init__(self, *, method: AbstractFilter, sites: set[str]) -> None:
+        super().__init__(method=method, sites=sites)
+        self.paths: list[IntegratedPath] = []
+
+    def placeholder(self, name: str, path: SDEPath, lead: tuple[int, ...]) -> IntegratedPath:
+        stand_in = super().placeholder(name, path, lead)
+        self.paths.append(stand_in)
+        return stand_in
+
+
+class Reading(NamedTuple):
+    """What predictions of a fit are made from.
+
+    Attributes:
+        samples: Parameter draws by site, `(num_draws, ...)`; no paths.
+        model: The model, its paths as it states them.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        params: Values of its `param` sites.
+        method: The filter; None where every path is observed directly.
+        integrated: Names of the paths that it integrates out.
+        direct: Names of the paths that are observed directly.
+    """
+
+    samples: dict[str, np.ndarray]
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    params: Mapping[str, Any]
+    method: AbstractFilter | None
+    integrated: frozenset[str]
+    direct: tuple[str, ...]
+
+    @property
+    def num_draws(self) -> int:
+        """Number of parameter draws."""
+        return len(next(iter(self.samples.values())))
+
+    def thin(self, num_draws: int | None) -> Reading:
+        """At most so many draws, evenly chosen."""
+        if num_draws is None or num_draws >= self.num_draws:
+            return self
+        chosen = np.linspace(0, self.num_draws - 1, num_draws).round().astype(int)
+        return self._replace(samples={name: v[chosen] for name, v in self.samples.items()})
+
+    def run(self, draw: Mapping[str, Array], key: PRNGKeyArray) -> list[SeenPath | DirectPath]:
+        """Run the model under one draw of the parameters."""
+        model = hold_values(numpyro_handlers.seed(self.model, key), {**self.params, **draw})
+        stand_ins: list[IntegratedPath] = []
+        if self.method is None:
+            trace = numpyro_handlers.trace(model).get_trace(*self.args, **self.kwargs)
+        else:
+            reader = _Reader(method=self.method, sites=set(self.integrated))
+            with numpyro_handlers.block(), numpyro_handlers.trace() as trace, reader:
+                model(*self.args, **self.kwargs)
+            stand_ins = reader.paths
+        return [
+            *(_seen(stand_in, trace) for stand_in in stand_ins),
+            *(_direct(name, trace[name]) for name in self.direct),
+        ]
+
+    def map(
+        self,
+        function: Callable[[list[SeenPath | DirectPath], PRNGKeyArray], Any],
+        rng_key: PRNGKeyArray,
+        batch_size: int = 32,
+    ) -> Any:
+        """Apply a function to what each draw says, leading axis the draws; compiled as one."""
+
+        def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> Any:
+            draw, key = inputs
+            model_key, own_key = jax.random.split(key)
+            return function(self.run(draw, model_key), own_key)
+
+        samples = {name: jnp.asarray(value) for name, value in self.samples.items()}
+        keys = jax.random.split(rng_key, self.num_draws)
+        found = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=batch_size))((samples, keys))
+        return jax.tree.map(np.asarray, found)
+
+
+def _seen(stand_in: IntegratedPath, trace: Mapping[str, Any]) -> SeenPath:
+    names = []
+    for statement, _ in stand_in.seen:
+        for name, site in trace.items():
+            law = unwrap(site["fn"]) if site["type"] == "sample" else None
+            if isinstance(law, MarginalPath) and law.statement is statement:
+                names.append(name)
+                break
+    data = list(stand_in.seen)
+    lead = jnp.broadcast_shapes(
+        stand_in.lead, *(np.shape(y)[: np.ndim(y) - len(s.event_shape)] for s, y in data)
+    )
+    return SeenPath(stand_in.name, stand_in.path, lead, data, names)
+
+
+def _direct(name: str, site: Mapping[str, Any]) -> DirectPath:
+    law = site["fn"]
+    lead = law.batch_shape
+    path = unwrap(law)
+    return DirectPath(name, path.expand(lead) if path.batch_shape != lead else path, site["value"])
+
+
+def read_predictive(
+    fit: Any,
+    *,
+    caller: str,
+    method: AbstractFilter | None = None,
+    model: Callable[..., Any] | None = None,
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    rng_key: PRNGKeyArray,
+) -> Reading:
+    """Read a fit for one-step predictions.
+
+    Args:
+        fit: Anything that `to_arviz` takes.
+        caller: Name of the function, for messages.
+        method: The filter; None takes that of `handlers.marginalize`.
+        model: As for `to_arviz`; so are the next three.
+        model_args: See `model`.
+        model_kwargs: See `model`.
+        num_samples: Draws from a guide.
+        rng_key: For draws from a guide.
+
+    Raises:
+        ValueError: If the path was kept latent and no method is given, the model observes no
+            path, or the fit lacks draws of a parameter.
+        TypeError: If `method` is no filter.
+    """
+    if method is not None and not isinstance(method, AbstractFilter):
+        raise TypeError(f"method must be one of nsde.filters, got {method!r}")
+    draws = read_fit(fit, model=model, model_args=model_args, model_kwargs=model_kwargs)
+    if draws.model is None:
+        raise ValueError(f"{caller} needs the model that was fitted: give model=")
+    draws = complete_draws(
+        draws, num_samples=num_samples, rng_key=rng_key, log_likelihood=False, num_times=None
+    )
+    inner, own = strip_treatments(draws.model)
+    method = method or own
+    samples = flatten_draws(draws.posterior)
+    first = {name: jnp.asarray(value[0]) for name, value in samples.items()}
+    trace = trace_model(
+        inner, draws.model_args, draws.model_kwargs, {**draws.params, **first}, rng_key
+    )
+    direct = tuple(
+        name
+        for name, site in trace.items()
+        if is_observation(site) and isinstance(unwrap(site["fn"]), SDEPath)
+    )
+    integrated = frozenset(observed_paths(inner, draws.model_args, draws.model_kwargs))
+    _check(caller, trace, integrated, direct, method, samples)
+    latent = {
+        name
+        for name, site in trace.items()
+        if name not in integrated and (is_latent(site) or site["type"] == "param")
+    }
+    kept = {name: value for name, value in samples.items() if name in latent}
+    if not kept:  # a model without parameters: one draw of nothing in particular
+        kept = {"": np.zeros((1,))}
+    return Reading(
+        samples=kept,
+        model=inner,
+        args=draws.model_args,
+        kwargs=draws.model_kwargs,
+        params=draws.params,
+        method=method if integrated else None,
+        integrated=integrated,
+        direct=direct,
+    )
+
+
+def strip_treatments(
+    model: Callable[..., Any],
+) -> tuple[Callable[..., Any], AbstractFilter | None]:
+    """The model without `marginalize` and `reparam` around it, and the filter of the former.
+
+    Draws hold the values that a reparametrised site had, so the plain model can be run on them.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> model = lambda: None
+        >>> inner, method = strip_treatments(
+        ...     nsde.handlers.marginalize(model, method=nsde.filters.Kalman()))
+        >>> inner is model, type(method).__name__
+        (True, 'Kalman')
+    """
+    method = None
+    while isinstance(model, marginalize | numpyro_handlers.reparam):
+        if model.fn is None:
+            break
+        if isinstance(model, marginalize):
+            method = method or model.method
+        model = model.fn
+    return model, method
+
+
+def _check(
+    caller: str,
+    trace: Mapping[str, Any],
+    integrated: frozenset[str],
+    direct: tuple[str, ...],
+    method: AbstractFilter | None,
+    samples: Mapping[str, Any],
+) -> None:
+    if not integrated and not direct:
+        raise ValueError(
+            f"{caller}: the model observes no SDEPath, so nothing is predicted in time"
+        )
+    if integrated and method is None:
+        raise ValueError(
+            f"{caller}: path {', '.join(sorted(integrated))} was kept latent, and its draws have "
+            "seen all data. Give method= (one of nsde.filters, Kalman() where the model is "
+            "linear), by which it is integrated out under the fit's parameter draws, or fit "
+            "handlers.marginalize(model, method=...)"
+        )
+    lost = [
+        name
+        for name, site in trace.items()
+        if is_latent(site) and name not in integrated and name not in samples
+    ]
+    if lost:
+        raise ValueError(f"{caller}: the fit has no draws of {lost}; it has {list(samples)}")
+
+
+def union_times(times: list[np.ndarray]) -> np.ndarray:
+    """All times of several clocks, sorted, those alike up to rounding once.
+
+    Example:
+        >>> union_times([np.array([0.0, 1.0]), np.array([1.0, 1.5])]).tolist()
+        [0.0, 1.0, 1.5]
+    """
+    every = np.unique(np.concatenate([np.ravel(t) for t in times]))
+    span = float(np.ptp(every)) or 1.0
+    return every[np.concatenate([[True], np.diff(every) > 1e-9 * span])]
