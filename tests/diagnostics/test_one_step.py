@@ -233,7 +233,7 @@ def test_a_right_model_passes_and_a_wrong_one_fails():
 def test_refusals_name_the_remedy():
     with pytest.raises(ValueError, match=r"path x was kept latent.*Give method="):
         residuals(NOTHING, model=ou_model)
-    with pytest.raises(TypeError, match="nsde.filters"):
+    with pytest.raises(TypeError, match=r"nsde\.filters"):
         residuals(NOTHING, model=ou_model, method="kalman")
     with pytest.raises(ValueError, match="no draws of"):
         residuals({"other": np.zeros(3)}, model=ou_model, method=nsde.filters.Kalman())

@@ -214,7 +214,7 @@ def _by_particles(
     at = jax.tree.map(lambda a: a[0], (data, (history.particles, history.log_weights)))
     first_key, rest_key = jax.random.split(scan_key)
     entry = arrive if is_row[0] else _nothing
-    carry, first = entry((ages, weights), *at, first_key)
+    carry, first = entry((ages, weights), at[0], at[1], first_key)
     later = jax.tree.map(lambda a: a[1:], (data, (history.particles, history.log_weights)))
     keys = jax.random.split(rest_key, model.num_times - 1)
     inputs = (later[0], model.step_inputs(), later[1], keys, jnp.asarray(is_row[1:]))

@@ -204,6 +204,7 @@ def read_predictive(
     draws = complete_draws(
         draws, num_samples=num_samples, rng_key=rng_key, log_likelihood=False, num_times=None
     )
+    assert draws.model is not None
     inner, own = strip_treatments(draws.model)
     method = method or own
     samples = flatten_draws(draws.posterior)
