@@ -23,7 +23,7 @@ import numpyro.distributions as dist
 from jax import lax
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, PRNGKeyArray
-from scipy.stats import norm, qmc
+from scipy.special import ndtri
 
 from numpyro_sde.diagnostics.prediction.reading import SeenPath
 from numpyro_sde.distributions.state_space import run_seeded
@@ -328,7 +328,9 @@ def _mixture_row(
 def _rule(d: int) -> QuadratureRule:
     if d in _ORDERS:
         return gauss_hermite(d, _ORDERS[d])
-    points = norm.ppf(qmc.Sobol(d, seed=0).random_base2(_SOBOL))
+    from scipy.stats import qmc  # slow to import
+
+    points = ndtri(qmc.Sobol(d, seed=0).random_base2(_SOBOL))
     weights = np.full(len(points), 1.0 / len(points))
     return QuadratureRule(points, weights, weights)
 

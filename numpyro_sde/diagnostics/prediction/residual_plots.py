@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import ndtri
-from scipy.stats import binom
 
 from numpyro_sde.diagnostics.compare.plots import COLOURS, make_axes
 
@@ -72,6 +71,8 @@ def _draw_histogram(axis: Any, pit: np.ndarray) -> None:
     bins = max(2, min(_MAX_BINS, number // _PER_BIN))
     edges = np.linspace(0.0, 1.0, bins + 1)
     counts, _ = np.histogram(pit, edges)
+    from scipy.stats import binom  # slow to import
+
     low, high = binom(number, 1.0 / bins).ppf([0.025, 0.975])
     axis.stairs(counts, edges, fill=True, color=COLOURS[0], alpha=0.8)
     axis.axhspan(low, high, color=_BAND, alpha=0.4, linewidth=0)
