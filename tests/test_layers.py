@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["runtime", "linear.small", "linear.discretize", "linear.affine"],
+    ["runtime", "linear.small", "linear.balance", "linear.discretize", "linear.affine"],
     [
         *(
             "checks",

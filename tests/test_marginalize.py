@@ -290,7 +290,7 @@ def test_an_integrated_path_has_no_value(use):
     [
         ({"drift": lambda t, x: -(x**3)}, "drift.* is not affine in x"),
         ({"diffusion": lambda t, x: 1.0 + x}, "diffusion.* depends on x"),
-        ({"drift": lambda t, x: -t * x}, "drift.* depends on t"),
+        ({"drift": lambda t, x: -t * x**2}, "drift.* is not affine in x"),
         ({"init": dist.Gamma(1.0, 1.0)}, "init must be a normal"),
         ({"emission": lambda t, x: dist.Poisson(jnp.exp(x))}, "statement 1 is not normal"),
         ({"emission": lambda t, x: dist.Normal(x**2, 1.0)}, "mean of the emission .* not affine"),

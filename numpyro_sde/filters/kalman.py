@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import equinox as eqx
 import jax
@@ -15,7 +15,8 @@ from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.smoothing import backward_kernels
 from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes import LocalLinear
-from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.dependence import dependence
+from numpyro_sde.schemes.time_varying import TimeVaryingLinear
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 
 
@@ -32,10 +33,18 @@ class Kalman(AbstractFilter):
     """Exact filter of a linear-Gaussian model.
 
     Whether the model is one is found by tracing: the drift must be affine in the state, the
-    diffusion free of it, both free of time; the emission normal, its mean affine in the state
-    and its covariance free of it. The SDE is then discretised exactly, whatever the gaps
-    between the data; where a Gaussian `scheme` was chosen for the path, its transitions are
-    taken instead, on the path's grid.
+    diffusion free of it; the emission normal, its mean affine in the state and its covariance
+    free of it. The SDE is then discretised exactly, whatever the gaps between the data.
+
+    Coefficients that change with time are integrated over the steps of the path's grid to 2e-8
+    (float32: 2e-6) of their size; where a step is too long for that the likelihood is NaN, and
+    `TimeGrid(times, max_step)` gives the path shorter ones. A coefficient that jumps in time
+    needs the jumps on the grid.
+
+    Where a scheme was chosen for the path, its transitions are taken instead, on the path's
+    grid: any scheme whose transition is normal for this SDE (`Euler`, `LocalLinear`, `Kessler`,
+    `Exact` of a Gaussian process; `Milstein` and `Strang` where the SDE is linear with additive
+    noise). Another one is refused.
 
     Args:
         form: "auto", "sequential", "sqrt" (square-root form, for ill-conditioned models and
@@ -57,40 +66,40 @@ class Kalman(AbstractFilter):
         self.form = form
 
     def check(self, model: StateSpaceModel) -> None:
-        model = _continuous(model)
+        model = _discretized(model)
         if not model.init_gaussian:
             _refuse("init must be a normal distribution or a fixed state")
         x = jax.ShapeDtypeStruct((model.dim,), jnp.result_type(float))
-        t = jax.ShapeDtypeStruct((), jnp.result_type(float))
-        if _uses_scheme(model):
+        if model.scheme_chosen:
             _check_scheme(model, x)
-        else:
-            _check_coefficients(model, x, t)
         for number, instrument in enumerate(model.instruments):
             _check_emission(instrument, number, x)
 
     def simulator(self, path: Any) -> Any:
         if path.scheme_chosen:
             return path
-        exact = path.sde.exact_transition() is not None
-        if exact and isinstance(path.sde.noise, Brownian):
+        brownian = isinstance(path.sde.noise, Brownian)
+        if brownian and path.sde.exact_transition() is not None:
             return path
-        return path.replace(scheme=LocalLinear())  # exact where the SDE is linear
+        uses = (dependence(path.sde, role, path.state_shape) for role in ("drift", "diffusion"))
+        varies = brownian and any(use.time for use in uses)
+        # Both are exact where the SDE is linear.
+        return path.replace(scheme=TimeVaryingLinear() if varies else LocalLinear())
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
-        model = _continuous(model)
+        model = _discretized(model)
         arrays = _assemble(model, _observed_rows(model))
         return kalman.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
-        model = _continuous(model)
+        model = _discretized(model)
         arrays = _assemble(model, _observed_rows(model))
         result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
         terms = result.increments
         return jnp.zeros(model.num_times, terms.dtype).at[arrays.rows].set(terms)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
-        model = _continuous(model)
+        model = _discretized(model)
         arrays = _assemble(model, np.arange(model.num_times))
         result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
         return FilterResult(
@@ -106,36 +115,67 @@ class Kalman(AbstractFilter):
         )
 
 
-def _continuous(model: StateSpaceModel) -> StateSpaceModel:
-    """The model as a linear SDE that Brownian motion drives, where its noise has a memory."""
-    return model if model.markovian is None or _uses_scheme(model) else model.markovian
+def _discretized(model: StateSpaceModel) -> StateSpaceModel:
+    """The model as it is filtered: with a scheme whose transition is normal, or continuous.
+
+    `scheme_chosen` tells which; the continuous one has constant coefficients and is driven by
+    Brownian motion.
+    """
+    if model.scheme_chosen:
+        shape = model.state_shape
+        if shape is None:
+            shape = () if model.scalar else (model.dim,)
+        form = model.scheme.gaussian_form(model.sde, shape)
+        if form is None:
+            name = type(model.scheme).__name__
+            _refuse(
+                f"the path was given scheme={name}(), whose transition is not normal for this "
+                "SDE. Leave the scheme out to have a linear SDE discretised exactly, or choose "
+                "LocalLinear()"
+            )
+        return model._replace(scheme=form.linearizable())
+    carried = model if model.markovian is None else model.markovian
+    noise = carried.sde.noise
+    if not isinstance(noise, Brownian):
+        _refuse(
+            f"noise {type(noise).__name__} with a Hurst index that changes in time has no linear "
+            "SDE; give SDEPath scheme=Euler() to take its increments on the path's grid"
+        )
+    if not _check_coefficients(carried):
+        return carried
+    if carried is not model:
+        _refuse(
+            f"drift or diffusion depends on t with noise {type(model.sde.noise).__name__}; give "
+            "SDEPath scheme=Euler() to take its increments on the path's grid"
+        )
+    return model._replace(scheme=TimeVaryingLinear(), scheme_chosen=True, cache=None)
 
 
-def _refuse(reason: str) -> None:
+def _refuse(reason: str) -> NoReturn:
     raise ValueError(
-        f"Kalman is exact for linear-Gaussian models only: {reason}. Use ExtendedKalman(), "
-        "UnscentedKalman() or MomentMatching() for an approximation, or leave the path latent"
+        f"Kalman is exact for linear-Gaussian models only: {reason}. Approximations, each with an "
+        "error of its own: MomentMatching() integrates the moments over each step; "
+        "ExtendedKalman() and UnscentedKalman() go by the path's scheme, which is Euler() unless "
+        "one was chosen, and its error grows with the steps of the grid and stands in the "
+        "likelihood: give SDEPath scheme=LocalLinear() or a fine TimeGrid. Or leave the path "
+        "latent"
     )
 
 
-def _uses_scheme(model: StateSpaceModel) -> bool:
-    return model.scheme_chosen and isinstance(model.scheme, GaussianScheme)
-
-
-def _check_coefficients(model: StateSpaceModel, x: Any, t: Any) -> None:
+def _check_coefficients(model: StateSpaceModel) -> bool:
+    """Refuse coefficients that are not linear; return whether they change with time."""
+    x = jax.ShapeDtypeStruct((model.dim,), jnp.result_type(float))
+    t = jax.ShapeDtypeStruct((), jnp.result_type(float))
     zero = jnp.zeros(())
     (drift,) = degrees(lambda x: model.drift(zero, x), x)
     (noise,) = degrees(lambda x: model.factor(zero, x), x)
-    state = jnp.ones(x.shape, x.dtype)
-    (drift_time,) = degrees(lambda t: model.drift(t, state), t)
-    (noise_time,) = degrees(lambda t: model.factor(t, state), t)
     if drift > 1:
         _refuse("drift(t, x) is not affine in x")
     if noise > 0:
         _refuse("diffusion(t, x) depends on x")
-    if drift_time > 0 or noise_time > 0:
-        which = "drift" if drift_time > 0 else "diffusion"
-        _refuse(f"{which}(t, x) depends on t; give SDEPath a scheme to discretise it by")
+    state = jnp.ones(x.shape, x.dtype)
+    both = degrees(lambda t: (model.drift(t, state), model.factor(t, state)), t)
+    return max(both) > 0
 
 
 def _check_scheme(model: StateSpaceModel, x: Any) -> None:
@@ -162,14 +202,14 @@ def _check_emission(instrument: Instrument, number: int, x: Any) -> None:
 
 def _observed_rows(model: StateSpaceModel) -> np.ndarray:
     """Grid indices that matter: the start, and wherever something is observed."""
-    if _uses_scheme(model):
+    if model.scheme_chosen:
         return np.arange(model.num_times)
     return np.unique(np.concatenate([[0], *(i.rows for i in model.instruments)])).astype(int)
 
 
 def _assemble(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
     dtype = jnp.result_type(float)
-    F, c, Q = _transitions(model, rows)
+    F, c, Q, Q_factor = _transitions(model, rows)
     parts = [_emission(instrument, model.dim, rows) for instrument in model.instruments]
     C = jnp.concatenate(_aligned([p[0] for p in parts], 2), axis=-2)
     e = jnp.concatenate(_aligned([p[1] for p in parts], 1), axis=-1)
@@ -188,6 +228,7 @@ def _assemble(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
         C=C,
         R=R,
         e=e,
+        Q_factor=Q_factor,
         correlated=correlated,
     )
     y = jnp.concatenate([i.values for i in model.instruments], axis=-1)
@@ -200,15 +241,17 @@ def _assemble(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
     return _Arrays(linear, y.astype(dtype), None if nothing_missing else present, rows)
 
 
-def _transitions(model: StateSpaceModel, rows: np.ndarray) -> tuple[Array, Array, Array]:
+def _transitions(
+    model: StateSpaceModel, rows: np.ndarray
+) -> tuple[Array, Array, Array, Array | None]:
     origin = jnp.zeros(model.dim, jnp.result_type(float))
-    if _uses_scheme(model):
+    if model.scheme_chosen:
 
-        def one(now: Any) -> tuple[Array, Array, Array]:
+        def one(now: Any) -> tuple[Array, Array, Array, Array]:
             t, dt, cache = now
-            F = jax.jacfwd(lambda x: model.step_moments(t, dt, x, cache)[0])(origin)
-            c, Q = model.step_moments(t, dt, origin, cache)
-            return F, c, Q
+            F = jax.jacfwd(lambda x: model.step_law(t, dt, x, cache)[0])(origin)
+            c, factor = model.step_law(t, dt, origin, cache)
+            return F, c, factor @ factor.T, factor
 
         return jax.vmap(one)(model.step_inputs())
     zero = jnp.zeros(())
@@ -222,9 +265,8 @@ def _transitions(model: StateSpaceModel, rows: np.ndarray) -> tuple[Array, Array
         dt = jnp.diff(model.times[rows])
     if model.dim == 1:  # the closed form of a scalar process
         F, c, Q = discretize.transitions(A[0, 0], b[0], L[0], dt)
-        return F[:, None, None], c[:, None], Q[:, None, None]
-    F, c, Q = discretize.transitions(A, b, L, dt)
-    return F, c, Q
+        return F[:, None, None], c[:, None], Q[:, None, None], None
+    return *discretize.transitions(A, b, L, dt), None
 
 
 def _emission(instrument: Instrument, dim: int, rows: np.ndarray) -> tuple[Array, Array, Array]:

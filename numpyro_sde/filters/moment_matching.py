@@ -111,6 +111,12 @@ class MomentMatching(AbstractFilter):
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "MomentMatching()", continuous=True)
+        if model.scheme_chosen and not model.scheme.approximates_sde:
+            raise ValueError(
+                "MomentMatching() integrates the moments of the SDE's drift and diffusion and uses "
+                f"no scheme: what {type(model.scheme).__name__}() adds to them would be dropped. "
+                "Leave the scheme out, or use Particle() or EnsembleKalman(), which take its steps"
+            )
         self.rule(model.dim)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:

@@ -13,6 +13,8 @@ neither overflow nor lose definiteness, as the block exponential of Van Loan (19
 integrals involving the matrix exponential") does; A may be singular or zero; and for very short
 steps every element of Q is accurate relative to itself (the doubling is that of C. Moler and
 C. F. Van Loan, 2003, "Nineteen dubious ways to compute the exponential of a matrix", method 3).
+The states are first put into units in which |A| is small (balancing, powers of 2: no rounding),
+so that the number of halvings depends on the system and not on the units of measurement.
 
 The number of doublings depends on values, so it is a loop with a hand-written reverse
 derivative: reverse mode and forward-over-reverse (Hessians) work. For forward mode alone, or
@@ -31,6 +33,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.balance import balancing_units
 from numpyro_sde.linear.small import matmul, matvec, symmetrize, transpose, tria
 
 _LIMIT = 60  # doublings; beyond, h |A| > 1e18 and the answer is NaN
@@ -49,6 +52,20 @@ class Transition(NamedTuple):
     F: Array
     c: Array
     Q: Array
+
+
+class _State(NamedTuple):
+    """A transition that is being doubled.
+
+    With a ramp r, `g = int_0^h exp(A s) ds r` over the length h so far: what the second half adds
+    because the drift has grown by `h r` by then.
+    """
+
+    F: Array
+    c: Array
+    Q: Array
+    g: Array | None = None
+    h: Array | None = None
 
 
 # --- shapes -----------------------------------------------------------------------------------
@@ -143,50 +160,50 @@ def _sum_series(weights: Array, terms: Array) -> Array:
     return jnp.tensordot(weights, terms, axes=1, precision=lax.Precision.HIGHEST)
 
 
-def _double(state: Transition, sqrt: bool) -> Transition:
-    F, c, Q = state
+def _double(state: _State, sqrt: bool) -> _State:
+    F, c, Q, g, h = state
     if sqrt:
         Q = tria(jnp.concatenate([matmul(F, Q), Q], axis=-1))
     else:
         Q = Q + matmul(matmul(F, Q), transpose(F))
-    return Transition(matmul(F, F), matvec(F, c) + c, Q)
+    c = matvec(F, c) + c
+    if g is None or h is None:
+        return _State(matmul(F, F), c, Q)
+    return _State(matmul(F, F), c + h[..., None] * g, Q, matvec(F, g) + g, 2 * h)
 
 
-def _double_some(k: Array, halvings: Array, state: Transition, sqrt: bool) -> Transition:
+def _double_some(k: Array, halvings: Array, state: _State, sqrt: bool) -> _State:
     """Double the steps that were halved more than k times."""
     todo = halvings > k
-    return Transition(
-        *(
-            jnp.where(todo.reshape(todo.shape + (1,) * (new.ndim - todo.ndim)), new, old)
-            for new, old in zip(_double(state, sqrt), state, strict=True)
-        )
-    )
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(todo.reshape(todo.shape + (1,) * (new.ndim - todo.ndim)), new, old)
+
+    return jax.tree.map(choose, _double(state, sqrt), state)
 
 
-def _loop(bound: Array, halvings: Array, state: Transition, sqrt: bool) -> Transition:
+def _loop(bound: Array, halvings: Array, state: _State, sqrt: bool) -> _State:
     return lax.fori_loop(0, bound, lambda k, carry: _double_some(k, halvings, carry, sqrt), state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _doublings(state: Transition, halvings: Array, sqrt: bool) -> Transition:
+def _doublings(state: _State, halvings: Array, sqrt: bool) -> _State:
     return _loop(jnp.max(halvings), halvings, state, sqrt)
 
 
 def _doublings_fwd(
-    state: Transition, halvings: Array, sqrt: bool
-) -> tuple[Transition, tuple[Transition, Array]]:
+    state: _State, halvings: Array, sqrt: bool
+) -> tuple[_State, tuple[_State, Array]]:
     return _loop(jnp.max(halvings), halvings, state, sqrt), (state, halvings)
 
 
-def _doublings_bwd(
-    sqrt: bool, kept: tuple[Transition, Array], slope: Transition
-) -> tuple[Transition, None]:
+def _doublings_bwd(sqrt: bool, kept: tuple[_State, Array], slope: _State) -> tuple[_State, None]:
     # Each level is computed again from the start: doublings are few, and storing them all
     # would mean arrays of the largest possible number of levels.
     state, halvings = kept
     bound = jnp.max(halvings)
 
-    def back(i: Array, slope: Transition) -> Transition:
+    def back(i: Array, slope: _State) -> _State:
         k = bound - 1 - i
         level = _loop(k, halvings, state, sqrt)
         _, pull = jax.vjp(lambda s: _double_some(k, halvings, s, sqrt), level)
@@ -199,11 +216,19 @@ _doublings.defvjp(_doublings_fwd, _doublings_bwd)
 
 
 def _matrix(
-    A: Array, b: Array, L: Array, h: Array, *, sqrt: bool, max_doublings: int | None
+    A: Array,
+    b: Array,
+    L: Array,
+    h: Array,
+    ramp: Array | None,
+    *,
+    sqrt: bool,
+    max_doublings: int | None,
 ) -> Transition:
     """General A, for steps h of any batch shape."""
     d, (order_F, order_Q, nodes) = A.shape[0], _orders(A.dtype)
-    B = _noise_matrix(L, d)
+    unit = balancing_units(A)
+    A, b, B = A * (unit[None, :] / unit[:, None]), b / unit, _noise_matrix(L, d) / unit[:, None]
     # Work with A tau of norm one and x = h / tau; tau is a unit of time, without effect on the
     # result and so without a derivative.
     size = lax.stop_gradient(jnp.minimum(jnp.abs(A).sum(0).max(), jnp.abs(A).sum(1).max()))
@@ -219,7 +244,13 @@ def _matrix(
     powers = _powers(lambda X: matmul(A, X), jnp.eye(d, dtype=A.dtype), order_F)
     weights = _monomials(x, order_Q + 1)
     F = _sum_series(weights[..., :order_F], powers)
-    c = tau * matvec(_sum_series(weights[..., 1 : order_F + 1], powers), b)
+    C1 = tau * _sum_series(weights[..., 1 : order_F + 1], powers)
+    c = matvec(C1, b)
+    g = length = None
+    if ramp is not None:
+        ramp = ramp / unit
+        c = c + tau**2 * matvec(_sum_series(weights[..., 2 : order_F + 2], powers), ramp)
+        g, length = matvec(C1, ramp), tau * x
     if sqrt:
         points, mass = np.polynomial.legendre.leggauss(nodes)
         at = _monomials(x[..., None] * jnp.asarray((points + 1) / 2, A.dtype), order_F)
@@ -231,7 +262,7 @@ def _matrix(
     else:
         D = _powers(lambda X: matmul(A, X) + matmul(X, A.T), matmul(B, B.T), order_Q)
         Q = tau * _sum_series(weights[..., 1:], D)
-    state = Transition(F, c, Q)
+    state = _State(F, c, Q, g, length)
     if max_doublings is None:
         state = _doublings(state, halvings, sqrt)
     elif max_doublings > 0:
@@ -240,7 +271,8 @@ def _matrix(
             state,
             jnp.arange(max_doublings),
         )
-    return state if sqrt else state._replace(Q=symmetrize(state.Q))
+    Q = state.Q * unit[:, None] if sqrt else symmetrize(state.Q) * (unit[:, None] * unit)
+    return Transition(state.F * (unit[:, None] / unit), state.c * unit, Q)
 
 
 # --- the public functions ---------------------------------------------------------------------
@@ -248,7 +280,9 @@ def _matrix(
 
 # Compiled as one piece: outside jit, its many small operations would each be compiled alone.
 @partial(jax.jit, static_argnames=("sqrt", "bound"))
-def _steps(A: Array, b: Array, L: Array, h: Array, sqrt: bool, bound: int | None) -> Transition:
+def _steps(
+    A: Array, b: Array, L: Array, h: Array, ramp: Array | None, sqrt: bool, bound: int | None
+) -> Transition:
     """Transitions for steps h of any batch shape, by the form of A."""
     if A.ndim == 0:
         out = (_scalar_sqrt if sqrt else _scalar)(A, b, L, h)
@@ -256,7 +290,7 @@ def _steps(A: Array, b: Array, L: Array, h: Array, sqrt: bool, bound: int | None
         out = _diagonal(A, b, L, h)
     else:
         A = jnp.diag(A) if A.ndim == 1 else A
-        out = _matrix(A, b, L, h, sqrt=sqrt, max_doublings=bound)
+        out = _matrix(A, b, L, h, ramp, sqrt=sqrt, max_doublings=bound)
     # time does not run backward: NaN, since a traced step cannot be refused
     forward = h >= 0
     return Transition(
@@ -298,7 +332,7 @@ def transition(
         (1.0, 0.5, 2.0)
     """
     A, b, L, h = _coefficients(A, b, L, dt)
-    return _steps(A, b, L, h, False, max_doublings)
+    return _steps(A, b, L, h, None, False, max_doublings)
 
 
 def transition_sqrt(
@@ -307,6 +341,7 @@ def transition_sqrt(
     L: Array,
     dt: Float[Array, ""],
     *,
+    ramp: Float[Array, " d"] | None = None,
     max_doublings: int | None = None,
 ) -> Transition:
     """Exact transition with a lower triangular factor S of its covariance, `S S' = Q`.
@@ -322,6 +357,8 @@ def transition_sqrt(
         b: as in `transition`.
         L: as in `transition`.
         dt: as in `transition`.
+        ramp: change of `b` in a unit of time, `(d,)`, for a matrix `A`: the offset at time s of
+            the step is `b + ramp s`; None for a constant one.
         max_doublings: as in `transition`.
 
     Returns:
@@ -338,7 +375,13 @@ def transition_sqrt(
         True
     """
     A, b, L, h = _coefficients(A, b, L, dt)
-    return _steps(A, b, L, h, True, max_doublings)
+    if ramp is not None:
+        if A.ndim != 2 or jnp.shape(ramp) != A.shape[:1]:
+            raise ValueError(
+                f"ramp must have shape (d,) and A shape (d, d); got {jnp.shape(ramp)}, {A.shape}"
+            )
+        ramp = jnp.asarray(ramp, A.dtype)
+    return _steps(A, b, L, h, ramp, True, max_doublings)
 
 
 def distinct_steps(dt: np.ndarray, tolerance: float | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -430,7 +473,7 @@ def transitions(
         lengths, index = distinct_steps(dt, tolerance)
         dt = lengths if len(lengths) < n else dt
     A, b, L, h = _coefficients(A, b, L, dt)
-    out = _steps(A, b, L, h, sqrt, max_doublings)
+    out = _steps(A, b, L, h, None, sqrt, max_doublings)
     if index is None or h.shape[0] == n:
         return out
     if h.shape[0] == 1:

@@ -141,6 +141,8 @@ class LogNormalTransition(AbstractScheme):
         103.05
     """
 
+    approximates_sde: ClassVar[bool] = True
+
     keeps_positive: ClassVar[bool] = True
 
     def prepare(self, sde: SDE, times: Any, dt: Any) -> Any:

@@ -129,6 +129,8 @@ class NoncentralChiSquaredTransition(AbstractScheme):
         True
     """
 
+    approximates_sde: ClassVar[bool] = True
+
     has_innovations: ClassVar[bool] = False
     keeps_positive: ClassVar[bool] = True
 

@@ -31,6 +31,8 @@ class AbstractScheme(eqx.Module):
     Subclasses state what they can do: `has_density`, a transition density; `has_innovations`,
     the next state as a map of standard normal innovations. One of the two is always there.
     `has_memory`: the state of `step` carries more than the user's, which `visible` takes out.
+    `approximates_sde`: the step is that of drift and diffusion and adds nothing to them (jumps,
+    say), so that a method which works on the SDE itself may stand for it.
 
     Example:
         >>> from numpyro_sde import schemes
@@ -44,6 +46,7 @@ class AbstractScheme(eqx.Module):
     has_innovations: ClassVar[bool] = True
     keeps_positive: ClassVar[bool] = False
     has_memory: ClassVar[bool] = False
+    approximates_sde: ClassVar[bool] = False
 
     def resolve(self, sde: SDE) -> AbstractScheme:  # noqa: ARG002
         """Return the scheme to use for this SDE (itself, unless it delegates)."""
@@ -58,6 +61,17 @@ class AbstractScheme(eqx.Module):
         Filters and guides take the Jacobian of a step, and samplers the gradient through it.
         """
         return self
+
+    def gaussian_form(
+        self,
+        sde: SDE,  # noqa: ARG002
+        state_shape: tuple[int, ...],  # noqa: ARG002
+    ) -> GaussianScheme | None:
+        """The scheme by mean and covariance, where its transition is normal; None elsewhere.
+
+        Filters that carry two moments take a chosen scheme in this form or refuse it.
+        """
+        return None
 
     def prepare(self, sde: SDE, times: Any, dt: Any) -> Any:  # noqa: ARG002
         """Compute, for the whole grid, what the steps share: leaves with leading axis `T - 1`.
@@ -138,6 +152,15 @@ class GaussianScheme(AbstractScheme):
         >>> round(float(Heun().invert(sde, 0.0, 0.1, jnp.array(1.0), x_next)), 4)
         0.3
     """
+
+    approximates_sde: ClassVar[bool] = True
+
+    def gaussian_form(
+        self,
+        sde: SDE,  # noqa: ARG002
+        state_shape: tuple[int, ...],  # noqa: ARG002
+    ) -> GaussianScheme:
+        return self
 
     @abstractmethod
     def moments(

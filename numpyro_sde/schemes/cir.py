@@ -30,6 +30,8 @@ _ROOT_3 = math.sqrt(3.0)
 class _SquareRootStep(AbstractScheme):
     """What both steps share: they are made for one process."""
 
+    approximates_sde: ClassVar[bool] = True
+
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         # Imported here because the processes import the schemes.
         from numpyro_sde.processes import CoxIngersollRoss

@@ -52,6 +52,8 @@ class DiffraxSolver(AbstractScheme):
         ((2, 4), (3,))
     """
 
+    approximates_sde: ClassVar[bool] = True
+
     has_density: ClassVar[bool] = False
 
     solver: Any = eqx.field(static=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Array, Float
 
@@ -24,6 +24,8 @@ class Exact(AbstractScheme):
         >>> round(float(nsde.schemes.Exact().log_density(ou, 0.0, 0.5, 1.0, 0.6)), 4)
         -0.3431
     """
+
+    approximates_sde: ClassVar[bool] = True
 
     def resolve(self, sde: SDE) -> AbstractScheme:
         transition = sde.exact_transition()

@@ -70,6 +70,8 @@ class HermiteExpansion(AbstractScheme):
         3.4733
     """
 
+    approximates_sde: ClassVar[bool] = True
+
     has_innovations: ClassVar[bool] = False
 
     order: int = eqx.field(static=True)

@@ -123,16 +123,10 @@ def linear_step(
         if change is not None:
             mean = mean + change * dt**2 * _phi2(a)
         return mean, noise * jnp.sqrt(dt * _phi1(2.0 * a))
-    d = drift.shape[0]
-    if change is None:
-        _, mean, factor = transition_sqrt(jacobian, drift, noise, dt, max_doublings=max_doublings)
-        return mean, factor
-    # Time itself as one more state, without noise.
-    A = jnp.zeros((d + 1, d + 1), drift.dtype).at[:d, :d].set(jacobian).at[:d, d].set(change)
-    b = jnp.append(drift, jnp.ones((), drift.dtype))
-    L = jnp.concatenate([noise, jnp.zeros((1, noise.shape[1]), noise.dtype)])
-    _, mean, factor = transition_sqrt(A, b, L, dt, max_doublings=max_doublings)
-    return mean[:d], factor[:d, :d]
+    _, mean, factor = transition_sqrt(
+        jacobian, drift, noise, dt, ramp=change, max_doublings=max_doublings
+    )
+    return mean, factor
 
 
 def _phi1(a: Array) -> Array:

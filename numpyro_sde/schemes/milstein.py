@@ -9,14 +9,15 @@ cancellation as the derivative of the diffusion vanishes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_sde.schemes.base import _HALF_LOG_2PI, AbstractScheme
-from numpyro_sde.schemes.dependence import coupled_component
+from numpyro_sde.schemes.dependence import coupled_component, dependence
+from numpyro_sde.schemes.euler import Euler
 
 if TYPE_CHECKING:
     from numpyro_sde.sde import SDE
@@ -47,6 +48,8 @@ class Milstein(AbstractScheme):
         0.5003
     """
 
+    approximates_sde: ClassVar[bool] = True
+
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         """Refuse noise that needs Levy areas.
 
@@ -69,6 +72,9 @@ class Milstein(AbstractScheme):
                 f"diffusion[{coupled[0]}] depends on x[{coupled[1]}]: that needs Levy areas. Use "
                 "Euler() or DiffraxSolver()"
             )
+
+    def gaussian_form(self, sde: SDE, state_shape: tuple[int, ...]) -> Euler | None:
+        return None if dependence(sde, "diffusion", state_shape).state else Euler()
 
     def log_density(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None

@@ -14,7 +14,7 @@ and its density, which needs that inverse, is explicit and exact for the step as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,7 +23,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear import small
-from numpyro_sde.schemes.base import AbstractScheme, gaussian_log_density
+from numpyro_sde.linear.affine import degrees
+from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme, gaussian_log_density
 from numpyro_sde.schemes.dependence import require_additive
 from numpyro_sde.schemes.generator import as_point
 from numpyro_sde.schemes.local_linear import (
@@ -74,6 +75,8 @@ class Strang(AbstractScheme):
         0.8525
     """
 
+    approximates_sde: ClassVar[bool] = True
+
     linear: Code | None
     max_doublings: int | None = eqx.field(static=True)
 
@@ -112,6 +115,16 @@ class Strang(AbstractScheme):
                 f"linear must return (A, b) of shapes {state_shape * 2} and {state_shape} for a "
                 f"state of shape {state_shape}, got {shapes}"
             )
+
+    def gaussian_form(self, sde: SDE, state_shape: tuple[int, ...]) -> GaussianScheme | None:
+        """The step of a linear SDE, whose half flow is an affine map; None for other SDEs."""
+        form, real = _AffineStrang(self), jnp.result_type(float)
+        t, dt, x = jnp.zeros((), real), jnp.ones((), real), jnp.zeros(state_shape, real)
+        inner = self.linearizable()
+        degree_mean, degree_factor = degrees(lambda x: form.moments(sde, t, dt, x), x)
+        (degree_flow,) = degrees(lambda s: inner._split(sde, t, dt, x).backward(s), x)
+        affine = degree_mean <= 1 and degree_flow <= 1 and degree_factor == 0
+        return form if affine else None
 
     def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
         return state_shape
@@ -176,6 +189,27 @@ class Strang(AbstractScheme):
             lambda s: flow(s, 0.5 * dt),
             lambda s: flow(s, -0.5 * dt),
         )
+
+
+class _AffineStrang(GaussianScheme):
+    """A Strang step whose half flow is affine, `backward(s) = B s + a`, as a Gaussian one."""
+
+    scheme: Strang
+
+    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
+        return state_shape
+
+    def moments(
+        self, sde: SDE, t: Array, dt: Array, x: Array, cache: Any = None
+    ) -> tuple[Array, Array]:
+        del cache
+        parts = self.scheme.linearizable()._split(sde, t, dt, x)
+        origin = jnp.zeros_like(parts.mean)
+        B, away = jax.jacfwd(parts.backward)(origin), parts.mean - parts.backward(origin)
+        if origin.ndim == 0:
+            return away / B, parts.factor / B
+        inverse = small.solve(B, jnp.eye(origin.size, dtype=B.dtype))
+        return small.matvec(inverse, away), small.tria(small.matmul(inverse, parts.factor))
 
 
 class _Parts(NamedTuple):

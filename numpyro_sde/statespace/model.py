@@ -146,10 +146,10 @@ class StateSpaceModel(NamedTuple):
         columns = self.sde.diffusion_columns_at(t, self.to_state(x))
         return jnp.reshape(columns, (self.dim, columns.shape[-1]))
 
-    def step_moments(
+    def step_law(
         self, t: Any, dt: Any, x: Array, cache: Any = None
-    ) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
-        """Mean and covariance of the scheme's transition from a vector state.
+    ) -> tuple[Float[Array, " d"], Float[Array, "d m"]]:
+        """Mean of the scheme's transition from a vector state, and a factor of its covariance.
 
         Raises:
             ValueError: the scheme's transition is not Gaussian.
@@ -162,7 +162,18 @@ class StateSpaceModel(NamedTuple):
         mean, factor = self.scheme.moments(self.sde, t, dt, self.to_state(x), cache)
         mean = jnp.reshape(mean, (self.dim,))
         if jnp.ndim(factor) < 2:
-            return mean, jnp.diag(jnp.reshape(factor, (self.dim,)) ** 2)
+            return mean, jnp.diag(jnp.reshape(factor, (self.dim,)))
+        return mean, factor
+
+    def step_moments(
+        self, t: Any, dt: Any, x: Array, cache: Any = None
+    ) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+        """Mean and covariance of the scheme's transition from a vector state.
+
+        Raises:
+            ValueError: the scheme's transition is not Gaussian.
+        """
+        mean, factor = self.step_law(t, dt, x, cache)
         return mean, factor @ factor.T
 
     def step_inputs(self) -> Any:

@@ -227,7 +227,7 @@ def _random_function(rng: np.random.Generator) -> Any:
 def test_random_compositions_that_are_declared_affine_are(x64):
     rng = np.random.default_rng(3)
     seen = {0: 0, 1: 0, 2: 0}
-    for _ in range(60):
+    for _ in range(48):
         fn = _random_function(rng)
         (degree,) = degrees(fn, jnp.zeros(3))
         seen[degree] += 1
@@ -236,4 +236,4 @@ def test_random_compositions_that_are_declared_affine_are(x64):
         if degree == 0:
             u, v = _points()
             np.testing.assert_allclose(fn(jnp.asarray(u)), fn(jnp.asarray(v)))
-    assert min(seen[1], seen[2]) > 10  # the generator makes both kinds
+    assert min(seen[1], seen[2]) > 6  # the generator makes both kinds

@@ -21,7 +21,7 @@ from numpyro_sde.linear.discretize import (
 )
 
 step = jax.jit(transition)
-step_sqrt = jax.jit(transition_sqrt)
+step_sqrt = jax.jit(transition_sqrt, static_argnames="max_doublings")
 
 
 def system(d, seed=0):
@@ -292,3 +292,48 @@ def test_wrong_arguments_are_refused():
         distinct_steps(np.array([0.1, -0.1]))
     with pytest.raises(ValueError, match="vector of steps"):
         transitions(1.0, 0.0, 1.0, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("h", [0.05, 3.0])
+def test_ramp_equals_time_as_a_state(h, x64):
+    A, r = np.array([[-0.5, 1.2], [-0.9, 0.1]]), np.array([0.4, -0.7])
+    b, L = np.array([0.3, 0.2]), np.array([[0.5], [0.1]])
+    wide = np.zeros((3, 3))
+    wide[:2, :2], wide[:2, 2] = A, r
+    _, c, _ = van_loan(wide, np.append(b, 1.0), np.vstack([L, [[0.0]]]), h)
+    for bound in (None, 6):
+        got = transition_sqrt(A, b, L, h, ramp=r, max_doublings=bound)
+        np.testing.assert_allclose(got.c, c[:2], rtol=1e-12)
+    slope = jax.grad(lambda r: transition_sqrt(A, b, L, h, ramp=r).c[0])(r)
+    other = transition_sqrt(A, 0 * b, L, h, ramp=np.array([1.0, 0.0])).c[0]
+    np.testing.assert_allclose(slope[0], other, rtol=1e-12)  # linear in the ramp
+
+
+SYSTEMS = {
+    "oscillator": (np.array([[0.0, 1.0], [-4.0, -0.6]]), np.array([[0.0], [0.7]])),
+    "integrated": (np.array([[0.0, 1.0], [0.0, -0.5]]), np.array([[0.0], [0.7]])),
+    "chain": (np.diag([1.0, 1.0], 1), np.array([[0.0], [0.0], [1.0]])),
+    "cascade": (np.diag([-1.0, -2.0, -3.0]) + np.diag([2.0, 0.1], -1), 0.3 * np.eye(3)),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_units_of_time_and_state_change_nothing(name, unit):
+    """In float32, with the bound on doublings that filters use; 4e-6 is 32 roundings."""
+    A, L = SYSTEMS[name]
+    d, h = len(A), 2.5
+    F, c, Q = van_loan(A, np.ones(d), L, h)
+    # A derivative has the unit state / time: positions in one unit, velocities in another.
+    state = {"oscillator": [0, 1], "integrated": [0, 1], "chain": [0, 1, 2]}.get(name, [0] * d)
+    scale = unit ** -np.array(state, float) * 1e3
+    T = np.diag(scale)
+    rates = T @ A @ np.linalg.inv(T) / unit
+    noise = T @ L / np.sqrt(unit)
+    got = step_sqrt(rates, scale / unit, noise, h * unit, max_doublings=10)
+    S = np.asarray(got.Q, np.float64)
+    sd = np.sqrt(np.diag(Q))
+    np.testing.assert_allclose(got.F / np.outer(scale, 1 / scale), F, rtol=4e-6, atol=4e-6)
+    np.testing.assert_allclose(got.c / scale, c, rtol=4e-6, atol=4e-6)
+    correlation = (S @ S.T) / np.outer(scale * sd, scale * sd)
+    np.testing.assert_allclose(correlation, Q / np.outer(sd, sd), atol=4e-6)
