@@ -9,9 +9,11 @@ from numpyro_sde.diagnostics.compare.guide_quality import GuideQuality, guide_qu
 from numpyro_sde.diagnostics.compare.plots import plot_fits, plot_paths
 from numpyro_sde.diagnostics.compare.refine import refine_fit
 from numpyro_sde.diagnostics.compare.timing import Timing, timed
+from numpyro_sde.diagnostics.prediction.leave_future import LeaveFutureOut, lfo
 from numpyro_sde.diagnostics.prediction.one_step import Predictions, k_step
 from numpyro_sde.diagnostics.prediction.residuals import Residuals, residuals
 from numpyro_sde.diagnostics.prediction.rules import crps, energy_score
+from numpyro_sde.diagnostics.prediction.scores import Scores, score
 from numpyro_sde.diagnostics.scales.averaged import AveragedDrift, averaged_drift
 from numpyro_sde.diagnostics.scales.filtered import FilteredEstimate, filtered_estimate
 from numpyro_sde.diagnostics.scales.scan import ScaleScan, sampling_scale_scan
@@ -21,12 +23,14 @@ __all__ = [
     "FilteredEstimate",
     "FitComparison",
     "GuideQuality",
+    "LeaveFutureOut",
     "Predictions",
     "RefinedFit",
     "Residuals",
     "SBCResult",
     "SVIFit",
     "ScaleScan",
+    "Scores",
     "Timing",
     "averaged_drift",
     "compare_fits",
@@ -36,12 +40,14 @@ __all__ = [
     "filtered_estimate",
     "guide_quality",
     "k_step",
+    "lfo",
     "plot_fits",
     "plot_paths",
     "refine_fit",
     "residuals",
     "sampling_scale_scan",
     "sbc",
+    "score",
     "timed",
     "to_arviz",
 ]

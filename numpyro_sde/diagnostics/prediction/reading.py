@@ -63,6 +63,9 @@ class DirectPath(NamedTuple):
     value: Any
 
 
+PerDraw = Callable[[list[SeenPath | DirectPath], PRNGKeyArray], Any]
+
+
 class _Reader(marginalize):
     """Collects the stand-ins of the paths."""
 
@@ -88,6 +91,7 @@ class Reading(NamedTuple):
         method: The filter; None where every path is observed directly.
         integrated: Names of the paths that it integrates out.
         direct: Names of the paths that are observed directly.
+        fitted_model: The model as it was fitted, with whatever treats its paths.
     """
 
     samples: dict[str, np.ndarray]
@@ -98,6 +102,7 @@ class Reading(NamedTuple):
     method: AbstractFilter | None
     integrated: frozenset[str]
     direct: tuple[str, ...]
+    fitted_model: Callable[..., Any]
 
     @property
     def num_draws(self) -> int:
@@ -127,23 +132,28 @@ class Reading(NamedTuple):
             *(_direct(name, trace[name]) for name in self.direct),
         ]
 
-    def map(
-        self,
-        function: Callable[[list[SeenPath | DirectPath], PRNGKeyArray], Any],
-        rng_key: PRNGKeyArray,
-        batch_size: int = 32,
-    ) -> Any:
-        """Apply a function to what each draw says, leading axis the draws; compiled as one."""
+    def map(self, function: PerDraw, rng_key: PRNGKeyArray, batch_size: int = 32) -> Any:
+        """Apply a function to what each draw says, leading axis the draws."""
+        return self.mapper(function, batch_size)(self.samples, rng_key)
+
+    def mapper(
+        self, function: PerDraw, batch_size: int = 32
+    ) -> Callable[[Mapping[str, Any], PRNGKeyArray], Any]:
+        """The same as a function of draws and key, compiled once for draws of a shape."""
 
         def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> Any:
             draw, key = inputs
             model_key, own_key = jax.random.split(key)
             return function(self.run(draw, model_key), own_key)
 
-        samples = {name: jnp.asarray(value) for name, value in self.samples.items()}
-        keys = jax.random.split(rng_key, self.num_draws)
-        found = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=batch_size))((samples, keys))
-        return jax.tree.map(np.asarray, found)
+        over_draws = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=batch_size))
+
+        def call(samples: Mapping[str, Any], rng_key: PRNGKeyArray) -> Any:
+            values = {name: jnp.asarray(samples[name]) for name in self.samples}
+            keys = jax.random.split(rng_key, len(next(iter(values.values()))))
+            return jax.tree.map(np.asarray, over_draws((values, keys)))
+
+        return call
 
 
 def _seen(stand_in: IntegratedPath, trace: Mapping[str, Any]) -> SeenPath:
@@ -236,6 +246,7 @@ def read_predictive(
         method=method if integrated else None,
         integrated=integrated,
         direct=direct,
+        fitted_model=draws.model,
     )
 
 
