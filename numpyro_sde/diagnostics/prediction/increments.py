@@ -102,11 +102,9 @@ def _recorded(
     for statement, y in path.data:
         value = np.asarray(y)
         size = len(statement.event_shape)
-        known: np.ndarray = np.ones(value.shape, bool)
-        if value.dtype.kind == "f":
-            known = ~np.isnan(value)
-        known = known.reshape(*known.shape[: known.ndim - size + 1], -1).any(axis=-1)
-        known = np.broadcast_to(known, (*path.lead, known.shape[-1]))
+        there = np.ones(value.shape, bool) if value.dtype.kind != "f" else ~np.isnan(value)
+        any_there = np.any(there.reshape(*there.shape[: there.ndim - size + 1], -1), axis=-1)
+        known = np.broadcast_to(any_there, (*path.lead, len(statement.rows)))
         for column, row in enumerate(statement.rows.index % path.path.num_times):
             found[..., row] |= known[..., column]
     return times, found
