@@ -26,7 +26,8 @@ def lv_data(seed):
     p, x, seen = LV_TRUTH, np.zeros(2), []
     for _ in range(40):
         for _ in range(LV_SUBSTEPS):
-            drift = [p["birth"] - p["predation"] * np.exp(x[1]), p["growth"] * np.exp(x[0]) - p["death"]]
+            prey, predators = np.exp(x)
+            drift = [p["birth"] - p["predation"] * predators, p["growth"] * prey - p["death"]]
             x = x + LV_STEP * np.array(drift) + p["scale"] * np.sqrt(LV_STEP) * rng.normal(size=2)
         seen.append(x + LV_NOISE * rng.normal(size=2))
     return np.array(seen)
@@ -52,4 +53,5 @@ def lv_model(y=None):
     sde = nsde.SDE(lv_drift, lv_diffusion, params=lv_parameters())
     init = dist.Normal(np.zeros(2), 0.3).to_event(1)
     x = numpyro.sample("x", nsde.SDEPath(sde, grid, init))
-    nsde.observe("y", x, lambda t, x: dist.Normal(x, LV_NOISE).to_event(1), obs=y, at=grid.index[1:])
+    law = lambda t, x: dist.Normal(x, LV_NOISE).to_event(1)  # noqa: E731
+    nsde.observe("y", x, law, obs=y, at=grid.index[1:])

@@ -8,11 +8,13 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from numpyro_sde.runtime.constants import pass_closed_over_arrays
+
 
 def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path:
     """Keep compiled programs on disk, so that the next process need not compile them.
 
-    What a model is compiled for is its structure and the shapes of its data: new data of the same
+    Data are arguments of these programs, also where a kernel closes over them: new data of the same
     shape find the programs too. Programs are kept whatever their size, for a posterior is some
     large ones and many small ones. The folder grows; delete it at will, or bound it by
     `jax.config.update("jax_compilation_cache_max_size", num_bytes)`.
@@ -32,10 +34,8 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
         OSError: the folder cannot be made.
 
     Example:
-        >>> import tempfile, numpyro_sde as nsde
-        >>> folder = nsde.enable_compilation_cache(tempfile.mkdtemp())
-        >>> folder.is_dir()
-        True
+        >>> import numpyro_sde as nsde
+        >>> nsde.enable_compilation_cache("compiled")  # doctest: +SKIP
     """
     chosen = path or getattr(jax.config, "jax_compilation_cache_dir", None)
     if not chosen:
@@ -50,4 +50,5 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # JAX decides at its first compilation whether there is a cache, and where.
     compilation_cache.reset_cache()
+    pass_closed_over_arrays()
     return folder
