@@ -10,6 +10,7 @@ from numpyro_sde.diagnostics.compare.plots import plot_fits, plot_paths
 from numpyro_sde.diagnostics.compare.refine import refine_fit
 from numpyro_sde.diagnostics.compare.timing import Timing, timed
 from numpyro_sde.diagnostics.prediction.leave_future import LeaveFutureOut, lfo
+from numpyro_sde.diagnostics.prediction.models_compared import ModelComparison, compare_models
 from numpyro_sde.diagnostics.prediction.one_step import Predictions, k_step
 from numpyro_sde.diagnostics.prediction.residuals import Residuals, residuals
 from numpyro_sde.diagnostics.prediction.rules import crps, energy_score
@@ -24,6 +25,7 @@ __all__ = [
     "FitComparison",
     "GuideQuality",
     "LeaveFutureOut",
+    "ModelComparison",
     "Predictions",
     "RefinedFit",
     "Residuals",
@@ -34,6 +36,7 @@ __all__ = [
     "Timing",
     "averaged_drift",
     "compare_fits",
+    "compare_models",
     "compiled_chain",
     "crps",
     "energy_score",

@@ -218,3 +218,77 @@ def smooth_log_weights(
     else:
         smoothed, khat = arviz.psislw(log_weights, reff=relative_efficiency)
     return np.asarray(smoothed), np.asarray(khat)
+
+
+def stacking_weights(
+    elpd: Mapping[str, Float[np.ndarray, " n"]],
+) -> dict[str, float]:
+    """Weights of models whose mixture predicts best, by ArviZ's stacking.
+
+    Source: Yao, Vehtari, Simpson and Gelman (2018), "Using stacking to average Bayesian
+    predictive distributions", Bayesian Analysis 13, 917-1007.
+
+    Args:
+        elpd: For each model its log predictive density of every data point.
+
+    Example:
+        >>> import numpy as np
+        >>> points = np.linspace(-2.0, -1.0, 50)
+        >>> weights = stacking_weights({"good": points, "bad": points - 3.0})
+        >>> {name: round(weight, 3) for name, weight in weights.items()}
+        {'good': 1.0, 'bad': 0.0}
+    """
+    if len(elpd) == 1:
+        return dict.fromkeys(elpd, 1.0)
+    # Weights do not change with a shift of a point that all models share; exp() might vanish.
+    top = np.max(list(elpd.values()), axis=0)
+    data = {name: _elpd_data(values - top) for name, values in elpd.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the number of points: told by the caller
+        if is_modern():
+            table = load_arviz().compare(data, method="stacking", round_to="none")
+        else:
+            table = load_arviz().compare(data, ic="loo", method="stacking", scale="log")
+    return {name: float(table.loc[name, "weight"]) for name in elpd}
+
+
+def _elpd_data(points: Float[np.ndarray, " n"]) -> Any:
+    """ArviZ's container of a pointwise predictive density."""
+    import xarray
+
+    number = points.size
+    values = {
+        "elpd": float(points.sum()),
+        "se": float(np.sqrt(number * points.var())),
+        "p": float("nan"),
+        "n_samples": 1,
+        "n_data_points": number,
+        "warning": False,
+        "scale": "log",
+        "good_k": 0.7,
+    }
+    pointwise = xarray.DataArray(points, dims=("point",))
+    khat = xarray.zeros_like(pointwise)
+    if is_modern():
+        from dataclasses import fields
+
+        from arviz_stats.utils import ELPDData
+
+        every = {**values, "kind": "loo", "elpd_i": pointwise, "pareto_k": khat}
+        known = {field.name for field in fields(ELPDData) if field.init}
+        return ELPDData(**{name: value for name, value in every.items() if name in known})
+    from arviz.stats.stats_utils import ELPDData
+
+    entries = {
+        "elpd_loo": values["elpd"],
+        "se": values["se"],
+        "p_loo": values["p"],
+        "n_samples": 1,
+        "n_data_points": number,
+        "warning": False,
+        "loo_i": pointwise,
+        "pareto_k": khat,
+        "scale": "log",
+        "good_k": 0.7,
+    }
+    return ELPDData(data=list(entries.values()), index=list(entries))

@@ -19,6 +19,7 @@ from numpyro_sde.diagnostics.compare.draws import (
     flatten_draws,
     read_fit,
 )
+from numpyro_sde.diagnostics.compare.model_names import describe_model
 from numpyro_sde.diagnostics.compare.parameter_weights import NUM_PATHS
 from numpyro_sde.diagnostics.compare.sites import (
     Layout,
@@ -194,6 +195,8 @@ def _attributes(draws: Draws, timing: Timing | None) -> dict[str, Any]:
         "engine": draws.engine,
         **draws.attributes,
     }
+    if draws.model is not None:
+        attrs["model"] = describe_model(draws.model, draws.model_args, draws.model_kwargs)
     if timing is not None:
         attrs |= timing.attributes()
     return attrs

@@ -32,6 +32,10 @@ from numpyro_sde.diagnostics.compare.verdicts import (
     variational_verdict,
 )
 
+_COMPARISONS = (
+    *("distance", "mean_distance", "difference", "in_errors"),
+    *("mean_difference", "sd_difference"),
+)
 _MAX_SIZE = 50  # more scalars than this in one site are summarised in a row
 _MAX_ROWS = 200  # of a printed table; the data frames hold all
 _HEADINGS = {
@@ -91,7 +95,7 @@ class FitComparison:
             table = getattr(self, name).drop(columns="num_elements", errors="ignore")
             table = table.dropna(axis=1, how="all")
             if len(table):
-                text = table.map(_format)
+                text = table.map(format_number)
                 shown.append((heading.format(reference=self.reference), text))
         heading, fits = shown[-1]
         return [*shown[:-1], (heading, fits.T.rename_axis(columns=None))]
@@ -153,7 +157,10 @@ def compare_fits(
     parameters", with their names. Chains are judged by R-hat (1.01; above 1.05 not to be
     trusted), effective sizes (400; 100) and divergences (1 %); guides by `khat` and
     efficiency; and all by differences from the reference of more than 0.1 posterior sds and
-    more than four Monte Carlo errors, where the reference can be trusted itself.
+    more than four Monte Carlo errors, where the reference can be trusted itself. Bad k-hats of LOO
+    are told in every verdict. Of fits of different models (as `to_arviz` knew them) like-named
+    parameters are not set against each other, unless `var_names` asks for it:
+    :func:`compare_models` is for those.
 
     Args:
         fits: Name to fit: results of :func:`to_arviz`, or anything that it converts.
@@ -222,7 +229,31 @@ def compare_fits(
         reference=reference,
         over_time=over_time(summaries, reference, large),
     )
-    return replace(table, verdicts=_verdicts(summaries, table))
+    strangers = _other_models(summaries, reference)
+    if var_names is None:
+        table = _without_comparisons(table, strangers)
+    return replace(table, verdicts=_verdicts(summaries, table, strangers))
+
+
+def _other_models(summaries: Mapping[str, Summary], reference: str) -> frozenset[str]:
+    """Fits of a model that is known not to be the reference's."""
+    first = summaries[reference].attrs.get("model")
+    models = {name: summary.attrs.get("model") for name, summary in summaries.items()}
+    return frozenset(name for name, own in models.items() if first and own and own != first)
+
+
+def _without_comparisons(table: FitComparison, strangers: frozenset[str]) -> FitComparison:
+    """Numbers that set a fit against a reference of another model, taken out."""
+    tables = {}
+    for name in ("parameters", "paths"):
+        frame = getattr(table, name)
+        if len(frame):
+            rows = frame.index.get_level_values("fit").isin(list(strangers))
+            columns = [c for c in _COMPARISONS if c in frame.columns]
+            frame = frame.copy()
+            frame.loc[rows, columns] = np.nan
+        tables[name] = frame
+    return replace(table, **tables)
 
 
 def _summarise(tree: Any, name: str, timing: Timing | None) -> Summary:
@@ -261,16 +292,20 @@ def _is_small(variable: Any, max_size: int) -> bool:
     return not has_time(variable) and int(np.prod(variable.shape[2:])) <= max_size
 
 
-def _verdicts(summaries: Mapping[str, Summary], table: FitComparison) -> dict[str, str]:
+def _verdicts(
+    summaries: Mapping[str, Summary], table: FitComparison, strangers: frozenset[str]
+) -> dict[str, str]:
     """A verdict on each fit, the reference first: others are held against it if it is sound."""
     sound = False
     verdicts: dict[str, str] = {}
-    for name in (table.reference, *(other for other in summaries if other != table.reference)):
+    for name in (table.reference, *(one for one in summaries if one != table.reference)):
         summary, row = summaries[name], table.fits.loc[name]
         known = _evidence(table, name)
-        against = table.reference if sound and name != table.reference else None
+        other = name in strangers
+        against = table.reference if sound and name != table.reference and not other else None
         if summary.method == "variational":
-            verdicts[name] = variational_verdict(known, row, against)
+            text = variational_verdict(known, row, against)
+            verdicts[name] = _with_notes(text, row, table.reference if other else None)
             continue
         if summary.method == "psis":
             ess = float(summary.attrs["importance_ess"])
@@ -282,8 +317,45 @@ def _verdicts(summaries: Mapping[str, Summary], table: FitComparison) -> dict[st
         if usable and against is not None:
             text = disagreement(known, against) or text
         sound = sound or (usable and name == table.reference)
-        verdicts[name] = text
+        verdicts[name] = _with_notes(text, row, table.reference if other else None)
     return {name: verdicts[name] for name in summaries}
+
+
+def _with_notes(text: str, row: Any, stranger_to: str | None) -> str:
+    """A verdict with what is to be said of the fit's elpd and of another model."""
+    notes = [text]
+    if stranger_to is not None:
+        notes.append(
+            f"another model than {stranger_to}, so like-named parameters are not compared: "
+            "compare_models judges it by prediction"
+        )
+    lost = row["bad_khat"]
+    bad = 0 if str(lost) == "<NA>" else int(lost)
+    if bad:
+        notes.append(f"not its elpd ({bad} of {int(row['num_points'])} k-hats of LOO are bad)")
+    return "; ".join(notes)
+
+
+def fit_problems(name: str, summary: Summary) -> str:
+    """Why the draws of a fit are not to be trusted; empty if they are.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_sde.diagnostics import to_arviz
+        >>> tree = to_arviz({"a": np.random.default_rng(0).normal(size=2000)})
+        >>> fit_problems("NUTS", Summary(tree, get_group(tree, "posterior"), {}))
+        ''
+    """
+    small = [str(v) for v in summary.posterior.data_vars if _is_small(summary.posterior[v], 50)]
+    alone = {name: summary}
+    table = FitComparison(
+        parameters=parameter_table(alone, name, small),
+        paths=path_table(alone, name, {}),
+        fits=fit_table(alone, name),
+        reference=name,
+    )
+    text = _verdicts(alone, table, frozenset())[name]
+    return text.split("; not its elpd")[0] if text.startswith("do not trust") else ""
 
 
 def _evidence(table: FitComparison, name: str) -> dict[str, Evidence]:
@@ -304,8 +376,13 @@ def _rows(table: Any, fit: str) -> Iterable[tuple[Any, Any]]:
     return table.xs(fit, level="fit").iterrows() if len(table) else ()
 
 
-def _format(value: Any) -> str:
-    """Three significant digits of a number, all of its whole digits, a dash for none."""
+def format_number(value: Any) -> str:
+    """Three significant digits of a number, all of its whole digits, a dash for none.
+
+    Example:
+        >>> format_number(0.123456), format_number(1234.5), format_number(float("nan"))
+        ('0.123', '1234', '-')
+    """
     if not isinstance(value, float | np.floating):
         return "-" if str(value) in ("<NA>", "nan") else str(value)
     number = float(value)

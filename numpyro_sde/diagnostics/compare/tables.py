@@ -281,7 +281,7 @@ def path_table(
     return pd.DataFrame(rows, columns=columns, index=pd.MultiIndex.from_tuples(index, names=names))
 
 
-def _pointwise(summary: Summary) -> Float[np.ndarray, "draw n"] | None:
+def pointwise_log_likelihood(summary: Summary) -> Float[np.ndarray, "draw n"] | None:
     """Log likelihood of all data points of all observation sites, side by side."""
     group = get_group(summary.tree, "log_likelihood")
     if group is None or not group.data_vars:
@@ -290,7 +290,7 @@ def _pointwise(summary: Summary) -> Float[np.ndarray, "draw n"] | None:
     return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
-def _relative_efficiency(summary: Summary) -> float:
+def relative_efficiency(summary: Summary) -> float:
     """Effective over actual draws, averaged over all variables as `arviz.loo` has it.
 
     Of more than a thousand scalars (long paths) an even choice stands for all. One chain alone,
@@ -309,7 +309,7 @@ def _relative_efficiency(summary: Summary) -> float:
     return float(np.nanmean(sizes) / (posterior.sizes["chain"] * posterior.sizes["draw"]))
 
 
-def _sum_error(points: Float[np.ndarray, " n"]) -> float:
+def sum_error(points: Float[np.ndarray, " n"]) -> float:
     """Standard error of a sum over data points, from their spread; NaN for a single point."""
     if points.size < 2:
         return float("nan")
@@ -338,13 +338,13 @@ def _fit_row(summary: Summary) -> tuple[dict[str, Any], Float[np.ndarray, " n"] 
         attrs = summary.attrs
         row["khat"], row["log_evidence"] = attrs["khat"], attrs["log_evidence"]
         row["efficiency"] = attrs["importance_ess"] / attrs["num_guide_draws"]
-    log_likelihood = _pointwise(summary)
+    log_likelihood = pointwise_log_likelihood(summary)
     if log_likelihood is None:
         return row, None
-    loo = leave_one_out(log_likelihood, _relative_efficiency(summary))
+    loo = leave_one_out(log_likelihood, relative_efficiency(summary))
     row |= {
         "elpd": loo.elpd.sum(),
-        "elpd_se": _sum_error(loo.elpd),
+        "elpd_se": sum_error(loo.elpd),
         "p_loo": loo.num_effective,
         "num_points": loo.elpd.size,
         "bad_khat": int(np.sum(~(loo.khat <= loo.threshold))),
@@ -362,7 +362,7 @@ def fit_table(summaries: Mapping[str, Summary], reference: str) -> Any:
         if first is not None and elpd is not None and elpd.shape == first.shape:
             difference = elpd - first
             row["elpd_diff"] = difference.sum()
-            row["diff_se"] = _sum_error(difference)
+            row["diff_se"] = sum_error(difference)
     columns = list(_FIT_COLUMNS)
     index = pd.Index(list(rows), name="fit")
     table = pd.DataFrame([row for row, _ in rows.values()], columns=columns, index=index)
