@@ -20,7 +20,9 @@ from numpyro_sde import (
     schemes,
 )
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.events import Events, doses
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.inputs import Input
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "SDE",
     "ConditionalFlow",
+    "Events",
+    "Input",
     "MarkovJumpProcess",
     "SDEPath",
     "SlowFastSDE",
@@ -46,6 +50,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "distributions",
+    "doses",
     "enable_compilation_cache",
     "filter_additive",
     "filter_path",

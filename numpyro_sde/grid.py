@@ -6,6 +6,7 @@ taken before any cast: in float32 the differences of calendar times lose most of
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 # A quotient such as 0.3 / 0.1 exceeds 3 by rounding alone; it must still give three steps.
 _ROUNDING = 1e-9
+# Times closer than this, against the largest, are the same.
+_SAME = 1e-12
 # Indices are 32-bit integers by default in JAX.
 _MOST_STEPS = 2**31 - 2
 
@@ -58,6 +61,22 @@ def check_times(times: Any, *, name: str = "times") -> NDArray[np.float64]:
     return array
 
 
+def resolution(*times: Any) -> float:
+    """Differences of times below this are rounding: one time computed in two ways."""
+    arrays = [np.asarray(t) for t in times]
+    single = any(a.dtype == np.float32 for a in arrays)
+    most = max((float(np.nanmax(np.abs(a), initial=0.0)) for a in arrays), default=0.0)
+    return (1e-6 if single else _SAME) * most
+
+
+def broadcast_rows(*arrays: NDArray[Any]) -> tuple[Any, ...]:
+    """Batch shape of arrays `(*batch, n)`, and each as `(series, n)`."""
+    lead = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
+    return lead, *(
+        np.broadcast_to(a, (*lead, a.shape[-1])).reshape(-1, a.shape[-1]) for a in arrays
+    )
+
+
 def _check_max_step(max_step: Any) -> float:
     traced = isinstance(max_step, jax.core.Tracer)
     number = not traced and np.ndim(max_step) == 0 and np.asarray(max_step).dtype.kind in "fiu"
@@ -78,6 +97,94 @@ def _steps_in_each_gap(gaps: NDArray[np.float64], max_step: float) -> NDArray[np
     return counts.astype(np.int64)
 
 
+def _equal_steps(
+    observed: NDArray[np.float64], max_step: Any
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Starts, lengths and number of the steps in each gap, all of one gap equal."""
+    gaps = np.diff(observed, axis=-1)
+    if max_step is None:
+        counts = np.ones(gaps.shape[-1], dtype=np.int64)
+    else:
+        counts = _steps_in_each_gap(gaps, _check_max_step(max_step))
+    step = np.repeat(gaps / counts, counts, axis=-1)
+    before = np.cumsum(counts) - counts
+    within = np.arange(counts.sum()) - np.repeat(before, counts)
+    return np.repeat(observed[..., :-1], counts, axis=-1) + within * step, step, counts
+
+
+def included(include: Any) -> NDArray[np.float64] | None:
+    """Further grid times, `(*batch, M)`, NaN where a series has fewer; None for none.
+
+    Raises:
+        ValueError: times that are no numbers or infinite.
+        TypeError: traced times.
+    """
+    if include is None:
+        return None
+    parts = list(include) if isinstance(include, list | tuple) else [include]
+    if any(isinstance(part, jax.core.Tracer) for part in parts):
+        raise TypeError(
+            "include must be known before tracing (NumPy or a list), got a traced array"
+        )
+    if all(np.ndim(part) == 0 for part in parts):
+        parts = [parts]
+    arrays = [np.asarray(part) for part in parts]
+    if any(a.dtype.kind not in "fiu" or a.ndim == 0 or np.any(np.isinf(a)) for a in arrays):
+        raise ValueError(
+            "include must hold finite times, shape (M,) or (*batch, M), NaN as padding, or a list "
+            f"of such arrays; got {include!r}"
+        )
+    lead = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
+    wide = [np.broadcast_to(a, (*lead, a.shape[-1])).astype(np.float64) for a in arrays]
+    return np.concatenate(wide, axis=-1)
+
+
+class _Gap:
+    """One interval between two observation times of one series, cut at the times included."""
+
+    def __init__(self, left: float, right: float, within: Any, tolerance: float, max_step: Any):
+        edges = [left]
+        for t in np.sort(within[(within > left + tolerance) & (within < right - tolerance)]):
+            if t > edges[-1] + tolerance:
+                edges.append(float(t))
+        self.edges = np.array([*edges, right])
+        lengths = np.diff(self.edges)
+        self.counts = np.ones(lengths.size, np.int64)
+        if max_step is not None:
+            self.counts = _steps_in_each_gap(lengths, max_step)
+
+    def steps(self, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Starts and lengths of `count` steps, the longest ones cut further."""
+        lengths, counts = np.diff(self.edges), self.counts.copy()
+        while counts.sum() < count:
+            counts[np.argmax(lengths / counts)] += 1
+        step = np.repeat(lengths / counts, counts)
+        within = np.concatenate([np.arange(n) for n in counts])
+        return np.repeat(self.edges[:-1], counts) + within * step, step
+
+
+def _cut(
+    observed: NDArray[np.float64], more: NDArray[np.float64], max_step: float | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Starts, lengths and number of the steps in each gap, further times being on the grid."""
+    tolerance = resolution(observed, more)
+    lead, rows, inner = broadcast_rows(observed, more)
+    gaps = [
+        [_Gap(a, b, within, tolerance, max_step) for a, b in itertools.pairwise(row)]
+        for row, within in zip(rows, inner, strict=True)
+    ]
+    counts = [max(gap.counts.sum() for gap in same) for same in zip(*gaps, strict=True)]
+    steps = [
+        [gap.steps(count) for gap, count in zip(series, counts, strict=True)] for series in gaps
+    ]
+
+    def joined(part: int) -> NDArray[np.float64]:
+        each = [np.concatenate([np.zeros(0), *(gap[part] for gap in series)]) for series in steps]
+        return np.stack(each).reshape(*lead, -1)
+
+    return joined(0), joined(1), np.asarray(counts, np.int64)
+
+
 class TimeGrid:
     """Observation times refined so that no step exceeds `max_step`.
 
@@ -88,6 +195,9 @@ class TimeGrid:
     Args:
         times: strictly increasing times, shape `(*batch, T)`, in the user's unit.
         max_step: longest step allowed, in the same unit; None keeps the times as they are.
+        include: further times that must be on the grid, shape `(M,)` or `(*batch, M)`, NaN as
+            padding, or a list of such arrays: an input's breakpoints (`sde.breakpoints`), times
+            of doses (`doses.breakpoints`). Those outside the observation times are left out.
 
     Attributes:
         times: all grid times, float64, shape `(*batch, N)`.
@@ -95,8 +205,9 @@ class TimeGrid:
         index: where the observation times stand in the grid, shape `(T,)`.
 
     Raises:
-        ValueError: times that are unsorted, repeated or not finite, or a `max_step` that is
-            not a positive number.
+        ValueError: times that are unsorted, repeated or not finite, a `max_step` that is
+            not a positive number, or times to include that are no finite numbers.
+        TypeError: traced times to include.
 
     Example:
         >>> from numpyro_sde import TimeGrid
@@ -105,13 +216,15 @@ class TimeGrid:
         [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
         >>> grid.index.tolist()
         [0, 4, 6]
+        >>> TimeGrid([0.0, 1.0, 1.5], include=[0.4]).times.tolist()
+        [0.0, 0.4, 1.0, 1.5]
     """
 
     times: NDArray[np.float64]
     dt: NDArray[np.float64]
     index: NDArray[np.int64]
 
-    def __init__(self, times: Any, max_step: float | None = None) -> None:
+    def __init__(self, times: Any, max_step: float | None = None, *, include: Any = None) -> None:
         if isinstance(times, TimeGrid):
             # Refining a refined grid keeps the observation times of the first one.
             times = times.observation_times
@@ -121,15 +234,14 @@ class TimeGrid:
                 "traced array: build the grid outside jit and vmap"
             )
         observed = check_times(times)
-        gaps = np.diff(observed, axis=-1)
-        if max_step is None:
-            counts = np.ones(gaps.shape[-1], dtype=np.int64)
+        more = included(include)
+        if more is not None:
+            step_bound = None if max_step is None else _check_max_step(max_step)
+            inner, step, counts = _cut(observed, more, step_bound)
+            observed = np.broadcast_to(observed, (*inner.shape[:-1], observed.shape[-1]))
         else:
-            counts = _steps_in_each_gap(gaps, _check_max_step(max_step))
-        step = np.repeat(gaps / counts, counts, axis=-1)
+            inner, step, counts = _equal_steps(observed, max_step)
         self.index = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        within = np.arange(self.index[-1]) - np.repeat(self.index[:-1], counts)
-        inner = np.repeat(observed[..., :-1], counts, axis=-1) + within * step
         self.times = np.concatenate([inner, observed[..., -1:]], axis=-1)
         self.dt = step
         if not np.all(np.diff(self.times, axis=-1) > 0):

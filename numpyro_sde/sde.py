@@ -8,7 +8,6 @@ object with longer leaves; code is static. A path law maps over both (`distribut
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -18,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_sde.inputs import Input, Inputs, StepInputs
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.noise import AbstractNoise, Brownian
+from numpyro_sde.parameters import Code, Parameters, as_function, broadcast_batch
 
 if TYPE_CHECKING:
     from numpyro_sde.schemes.base import AbstractScheme
-
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 class Structure(NamedTuple):
@@ -44,211 +43,6 @@ class Structure(NamedTuple):
     innovation_shape: tuple[int, ...]
 
 
-class Code(eqx.Module):
-    """A user's function: array leaves are data, everything else is static.
-
-    Plain functions are static, compared by identity. Callable pytrees (an Equinox network, a
-    `jax.tree_util.Partial`) keep their arrays traced, shared by all series.
-    """
-
-    arrays: tuple[Any, ...]
-    static: Any = eqx.field(static=True)
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        arrays, static = eqx.partition(fn, eqx.is_array)
-        leaves, treedef = jax.tree_util.tree_flatten(arrays, is_leaf=lambda x: x is None)
-        self.arrays = tuple(leaves)
-        rest, rest_def = jax.tree_util.tree_flatten(static, is_leaf=lambda x: x is None)
-        self.static = (treedef, tuple(rest), rest_def)
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The callable, with its current arrays."""
-        treedef, rest, rest_def = self.static
-        arrays = jax.tree_util.tree_unflatten(treedef, self.arrays)
-        static = jax.tree_util.tree_unflatten(rest_def, rest)
-        return cast("Callable[..., Any]", eqx.combine(arrays, static))
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-class Parameters(eqx.Module):
-    """A pytree of parameters with declared event dimensions.
-
-    Leaves of plain containers have 0 event dimensions unless `event_dims` says otherwise;
-    arrays inside an Equinox module (network weights) are one event each. Leading dimensions
-    are batch dimensions.
-
-    Args:
-        tree: arrays and numbers in dicts, lists, tuples or Equinox modules; None for none.
-        event_dims: an int for all leaves, or a mapping from a key of `tree` to an int (or to
-            None: the whole array is the event, whatever its rank) or to a nested mapping.
-        owner: what to call the argument in errors.
-
-    Raises:
-        TypeError: a leaf that is neither an array nor a number.
-        ValueError: an unknown key in `event_dims`, or a leaf of too few dimensions.
-    """
-
-    leaves: tuple[Any, ...]
-    event_dims: tuple[int, ...] = eqx.field(static=True)
-    names: tuple[str, ...] = eqx.field(static=True)
-    static: Any = eqx.field(static=True)
-
-    def __init__(self, tree: Any, event_dims: Any = None, owner: str = "params") -> None:
-        flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        _check_keys(tree, event_dims, owner)
-        leaves, dims, names, rest = [], [], [], []
-        for path, leaf in flat:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            if not isinstance(leaf, (*_ARRAYS, bool, int, float)):
-                if any(isinstance(k, jax.tree_util.GetAttrKey) for k in path):
-                    rest.append(leaf)  # an activation function inside a network
-                    continue
-                raise TypeError(
-                    f"{owner}[{name!r}] must be an array or a number, got {type(leaf).__name__}; "
-                    "functions belong in drift and diffusion"
-                )
-            rest.append(None)
-            array = leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.asarray(leaf)
-            declared = _declared_event_dim(path, event_dims)
-            dim = array.ndim if declared is None else declared
-            if dim > array.ndim:
-                raise ValueError(
-                    f"event_dims of {owner}[{name!r}] is {dim} but the array has shape "
-                    f"{array.shape}: give it at least {dim} dimension(s)"
-                )
-            leaves.append(array)
-            dims.append(int(dim))
-            names.append(name)
-        self.leaves, self.event_dims, self.names = tuple(leaves), tuple(dims), tuple(names)
-        self.static = (treedef, tuple(rest))
-
-    @property
-    def tree(self) -> Any:
-        """The parameters in the structure in which they were given."""
-        treedef, rest = self.static
-        arrays = iter(self.leaves)
-        return jax.tree_util.tree_unflatten(
-            treedef, [next(arrays) if r is None else r for r in rest]
-        )
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """Broadcast of the leading dimensions of all leaves."""
-        shapes = {
-            name: jnp.shape(leaf)[: jnp.ndim(leaf) - dim]
-            for name, leaf, dim in zip(self.names, self.leaves, self.event_dims, strict=True)
-        }
-        return broadcast_batch(shapes)
-
-    @property
-    def batch_hint(self) -> str:
-        """What to add to an error that undeclared event dimensions may have caused."""
-        leaves = zip(self.names, self.leaves, self.event_dims, strict=True)
-        batched = [f"{n!r} of shape {jnp.shape(a)}" for n, a, dim in leaves if jnp.ndim(a) > dim]
-        if not batched:
-            return ""
-        return (
-            f" (leading dimensions of params {', '.join(batched)} are read as batch "
-            "dimensions; declare those of one process in event_dims)"
-        )
-
-
-def _declared_event_dim(path: tuple[Any, ...], event_dims: Any) -> int | None:
-    inside_module = any(isinstance(k, jax.tree_util.GetAttrKey) for k in path)
-    declared = event_dims
-    for key in path:
-        if not isinstance(declared, Mapping):
-            break
-        # A module declares as a whole; a container's leaf defaults to no event dimension.
-        name = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
-        declared = declared.get(name, "default")
-    if declared is None and event_dims is not None:
-        return None
-    if isinstance(declared, int) and not isinstance(declared, bool):
-        if declared < 0:
-            raise ValueError(f"event_dims must be >= 0, got {declared}")
-        return declared
-    return None if inside_module else 0
-
-
-def _check_keys(tree: Any, event_dims: Any, owner: str) -> None:
-    if event_dims is None or isinstance(event_dims, int):
-        return
-    if not isinstance(event_dims, Mapping):
-        raise TypeError(
-            f"event_dims must be an int or a mapping from keys of {owner} to ints, got "
-            f"{type(event_dims).__name__}"
-        )
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"event_dims names {sorted(map(str, event_dims))} but {owner} has no keys")
-    for key, value in event_dims.items():
-        if key not in tree:
-            raise ValueError(
-                f"event_dims names {key!r}, which is not in {owner} "
-                f"(it has {sorted(map(str, tree))})"
-            )
-        if isinstance(value, Mapping):
-            _check_keys(tree[key], value, f"{owner}[{key!r}]")
-        elif value is not None and not isinstance(value, int):
-            raise TypeError(f"event_dims[{key!r}] must be an int, got {type(value).__name__}")
-
-
-def broadcast_batch(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Broadcast named batch shapes, or name the two that do not fit together."""
-    total: tuple[int, ...] = ()
-    so_far: list[str] = []
-    for name, shape in shapes.items():
-        try:
-            total = jnp.broadcast_shapes(total, shape)
-        except ValueError as error:
-            raise ValueError(
-                f"batch shape {shape} of {name} does not broadcast with {total} of "
-                f"{', '.join(so_far)}. Dimensions that belong to one process (a matrix, a "
-                "vector) must be declared in event_dims, or with to_event on a distribution"
-            ) from error
-        if shape:
-            so_far.append(name)
-    return total
-
-
-def as_function(
-    fn: Any, role: str, arguments: str, optional: Mapping[str, tuple[str, bool]]
-) -> Code:
-    """Check that `fn` can be called with the arguments that it will get.
-
-    Args:
-        fn: the user's function.
-        role: what to call it in errors.
-        arguments: the arguments it always gets, such as "t, x".
-        optional: for each further argument its letter: the name of the keyword that brings it,
-            and whether that was given.
-
-    Raises:
-        TypeError: not a callable, or a callable of other arguments.
-    """
-    wanted = ", ".join([arguments, *(letter for letter, (_, given) in optional.items() if given)])
-    if not callable(fn):
-        raise TypeError(f"{role} must be a function of ({wanted}), got {type(fn).__name__}")
-    try:
-        signature = inspect.signature(fn)
-    except ValueError:  # a builtin without a signature
-        return Code(fn)
-    try:
-        signature.bind(*(None,) * len(wanted.split(",")))
-    except TypeError:
-        why = " and ".join(
-            f"{keyword} was {'given' if given else 'not given'}"
-            for keyword, given in optional.values()
-        )
-        raise TypeError(
-            f"{role} must take ({wanted}) because {why}, got a function of {signature}"
-        ) from None
-    return Code(fn)
-
-
 class SDE(eqx.Module):
     """A stochastic differential equation `dX = drift dt + diffusion dW`.
 
@@ -262,6 +56,8 @@ class SDE(eqx.Module):
             or the shape of `x` (independent noise for each component), or shape
             `(*state, m)` for m Brownian motions that all components share.
         params: pytree of arrays, handed to both functions as `p`.
+        inputs: known functions of time by name, each an `nsde.Input`; both functions get their
+            values at the time as a dict `u`, last: `drift(t, x, p, u)`.
         event_dims: dimensions of each parameter that belong to one process, by key (default 0
             each; `{"A": 2}` for a matrix). Leading dimensions are the batch.
         noise: the driving noise.
@@ -288,6 +84,9 @@ class SDE(eqx.Module):
     diffusion: Code
     noise: AbstractNoise
     interpretation: str = eqx.field(static=True)
+    inputs: Inputs | StepInputs | None
+    # Inside one step: a constant added to the drift (an infusion). Never given by a user.
+    push: Any
 
     def __init__(
         self,
@@ -296,6 +95,7 @@ class SDE(eqx.Module):
         *,
         params: Any = None,
         event_dims: Any = None,
+        inputs: Mapping[str, Input] | None = None,
         noise: AbstractNoise | None = None,
         interpretation: str = "ito",
     ) -> None:
@@ -310,7 +110,11 @@ class SDE(eqx.Module):
                 f"{type(noise).__name__}"
             )
         self.parameters = Parameters(params, event_dims)
+        self.inputs = None if inputs is None else Inputs(inputs)
+        self.push = None
         optional = {"p": ("params", params is not None)}
+        if inputs is not None:
+            optional["u"] = ("inputs", True)
         self.drift = as_function(drift, "drift", "t, x", optional)
         self.diffusion = as_function(diffusion, "diffusion", "t, x", optional)
         self.noise = noise
@@ -323,10 +127,18 @@ class SDE(eqx.Module):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Batch shape of the parameters and of the noise."""
-        return broadcast_batch(
-            {"params": self.parameters.batch_shape, "noise": self.noise.batch_shape}
-        )
+        """Batch shape of the parameters, of the noise and of the inputs."""
+        own = {"params": self.parameters.batch_shape, "noise": self.noise.batch_shape}
+        given = self.inputs.batch_shapes if isinstance(self.inputs, Inputs) else {}
+        return broadcast_batch({**own, **given})
+
+    @property
+    def breakpoints(self) -> Any:
+        """Times at which an input may bend or jump, for `TimeGrid(..., include=)`.
+
+        Shape `(M,)`, or `(*batch, M)` where series have clocks of their own.
+        """
+        return self.inputs.breakpoints if isinstance(self.inputs, Inputs) else np.zeros(0)
 
     def driven_by(self, noise: AbstractNoise) -> SDE:
         """The same equation with another driving noise.
@@ -339,17 +151,32 @@ class SDE(eqx.Module):
                 f"noise must be a driving noise such as nsde.noise.Brownian(), got "
                 f"{type(noise).__name__}"
             )
+        return self._with(noise=noise)
+
+    def _with(self, **changes: Any) -> SDE:
+        """A copy with some fields changed, of whatever subclass this is."""
         new = object.__new__(type(self))
         for field in dataclasses.fields(self):
-            value = noise if field.name == "noise" else getattr(self, field.name)
+            value = changes.get(field.name, getattr(self, field.name))
             object.__setattr__(new, field.name, value)
         return new
+
+    def during(self, inputs: StepInputs | None, push: Array | None) -> SDE:
+        """This equation inside one step of a grid.
+
+        Args:
+            inputs: the inputs there; None where it has none.
+            push: a constant added to the drift; None for none.
+        """
+        return self._with(inputs=inputs, push=push)
 
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each array leaf of this object, in flattening order."""
         leaves = jax.tree_util.tree_leaves(self)
         dims = list(self.parameters.event_dims)
         last = self.noise.leaf_event_dims()
+        if isinstance(self.inputs, Inputs):
+            last = last + self.inputs.leaf_event_dims()
         # Arrays of callables (network weights) are shared by all series: all event.
         whole = leaves[len(dims) : len(leaves) - len(last)]
         return dims + [jnp.ndim(leaf) for leaf in whole] + last
@@ -369,11 +196,14 @@ class SDE(eqx.Module):
 
     def _call(self, fn: Code, t: Any, x: Any) -> Any:
         args = () if self.params is None else (self.params,)
+        if self.inputs is not None:
+            args = (*args, self.inputs.at(t))
         return fn(t, x, *args)
 
     def drift_at(self, t: Any, x: Any) -> Array:
         """Drift of an unbatched process at one state, as given (no Ito correction)."""
-        return jnp.asarray(self._call(self.drift, t, x))
+        drift = jnp.asarray(self._call(self.drift, t, x))
+        return drift if self.push is None else drift + self.push
 
     def diffusion_at(self, t: Any, x: Any) -> Array:
         """Diffusion of an unbatched process at one state, shape as `diffusion` returns it."""

@@ -20,10 +20,11 @@ from numpyro.primitives import _PYRO_STACK
 
 
 class Clock(NamedTuple):
-    """Times of a path, shape `(*batch, T)`, and the shape of its states."""
+    """Times of a path, shape `(*batch, T)`, the shape of its states, and its law, if known."""
 
     times: Any
     state_shape: tuple[int, ...]
+    law: Any = None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of this shape can hold states on this clock."""
@@ -61,7 +62,7 @@ def remember_clock(clock: Clock) -> None:
     """
     run = _run()
     if run is not None and not isinstance(clock.times, jax.core.Tracer):
-        _memory.recent.append((weakref.ref(run), clock))
+        _memory.recent.append((weakref.ref(run), clock._replace(law=None)))
 
 
 def remember_value(value: Any, clock: Clock, source: Any = None, index: Any = None) -> None:

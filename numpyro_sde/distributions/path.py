@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import jax
@@ -18,6 +18,13 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.closures import refuse_closures
+from numpyro_sde.distributions.arguments import (
+    as_events,
+    as_init,
+    check_forced,
+    resolve_scheme,
+    with_flow,
+)
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,
@@ -27,9 +34,10 @@ from numpyro_sde.distributions.batching import (
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
 from numpyro_sde.distributions.fixed_start import FixedStart
+from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
-from numpyro_sde.schemes import AbstractScheme, Euler, Exact
-from numpyro_sde.schemes.fractional import driven_scheme
+from numpyro_sde.schemes import AbstractScheme
+from numpyro_sde.schemes.events import Forcing
 from numpyro_sde.sde import SDE, Structure, broadcast_batch
 
 
@@ -47,12 +55,15 @@ class SDEPath(dist.Distribution):
             `(d,)`; for a batch of fixed states use `dist.Delta(states, event_dim=...)`).
         scheme: transition density; None takes the process's exact one if it has one, else
             `Euler()`.
+        events: known jumps of the state (`nsde.doses`, `nsde.Events`); those of one time act in
+            the order of the list. A state at an event's time is the one before it.
         validate_args: as for every NumPyro distribution.
 
     Raises:
         ValueError: unsorted, repeated or non-finite times; coefficients whose shape does not
             fit the state; batch shapes that do not broadcast; in a batched law, coefficients
-            that close over arrays.
+            that close over arrays; inputs that do not cover the times, a breakpoint of theirs or
+            an event that is not on the grid.
         TypeError: arguments of the wrong kind.
 
     Example:
@@ -65,7 +76,7 @@ class SDEPath(dist.Distribution):
 
     arg_constraints: ClassVar = {"times": constraints.ordered_vector}
     reparametrized_params: ClassVar = ["times"]
-    pytree_data_fields = ("sde", "times", "dt", "init", "scheme")
+    pytree_data_fields = ("sde", "times", "dt", "init", "scheme", "forcing", "events")
     pytree_aux_fields = ("structure", "grid", "scheme_chosen", "leaf_dims", "lead_dims")
 
     sde: SDE
@@ -73,10 +84,12 @@ class SDEPath(dist.Distribution):
     dt: Any
     init: dist.Distribution
     scheme: AbstractScheme
+    forcing: Forcing | None
+    events: tuple[Events, ...]
     structure: Structure
     grid: TimeGrid | None
     scheme_chosen: bool
-    # Event and batch dimensions of the leaves of (sde, scheme, times, dt) as constructed: a
+    # Event and batch dimensions of the leaves of `_leaves` as constructed: a
     # transformation that stacks laws adds axes, and they must be told from the leaves' own.
     leaf_dims: tuple[int, ...]
     lead_dims: tuple[int, ...]
@@ -88,23 +101,28 @@ class SDEPath(dist.Distribution):
         init: dist.Distribution | ArrayLike,
         *,
         scheme: AbstractScheme | None = None,
+        events: Events | Sequence[Events] = (),
         validate_args: bool | None = None,
     ) -> None:
         if not isinstance(sde, SDE):
             raise TypeError(f"sde must be an nsde.SDE, got {type(sde).__name__}")
         self.sde = sde
         self._set_clock(times)
-        self.init = _as_init(init)
+        self.init = as_init(init)
         state_shape = self.init.event_shape
         if len(state_shape) > 1:
             raise ValueError(f"init must have event shape () or (d,), got {state_shape}")
-        self.scheme = _resolve_scheme(sde, scheme, self.init.event_shape)
+        self.events = as_events(events)
+        self.scheme = resolve_scheme(sde, scheme, state_shape)
+        if scheme is None and any(one.flows for one in self.events):
+            self.scheme = with_flow(self.scheme)
         self.scheme_chosen = scheme is not None
         batch_shape = broadcast_batch(
             {
                 "params of the SDE": sde.batch_shape,
                 "times": jnp.shape(self.times)[:-1],
                 "init": self.init.batch_shape,
+                **{f"events[{i}]": one.batch_shape for i, one in enumerate(self.events)},
             }
         )
         batch = describe_batch(batch_shape)
@@ -112,8 +130,13 @@ class SDEPath(dist.Distribution):
         refuse_closures(sde.diffusion.function, "diffusion", batch)
         self.structure = sde.structure(state_shape)
         self.scheme.check(sde, state_shape)
+        self.forcing = None
+        if sde.inputs is not None or self.events:
+            check_forced(sde, self.scheme, self.events)
+            self.forcing = Forcing(sde, self.events, self.times, self.dt, state_shape)
         whole = [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(self.scheme)]
-        self.leaf_dims = (*sde.leaf_event_dims(), *whole, 1, 1)
+        forced = [] if self.forcing is None else self.forcing.leaf_event_dims()
+        self.leaf_dims = (*sde.leaf_event_dims(), *whole, 1, 1, *forced)
         self.lead_dims = leading_dims(self._leaves, self.leaf_dims)
         super().__init__(
             batch_shape, (jnp.shape(self.times)[-1], *state_shape), validate_args=validate_args
@@ -134,8 +157,8 @@ class SDEPath(dist.Distribution):
             self.dt = np.diff(self.times, axis=-1)
 
     @property
-    def _leaves(self) -> tuple[SDE, AbstractScheme, Any, Any]:
-        return self.sde, self.scheme, self.times, self.dt
+    def _leaves(self) -> tuple[SDE, AbstractScheme, Any, Any, Forcing | None]:
+        return self.sde, self.scheme, self.times, self.dt, self.forcing
 
     @property
     def num_times(self) -> int:
@@ -150,7 +173,7 @@ class SDEPath(dist.Distribution):
     @property
     def clock(self) -> Clock:
         """Times and state shape, for observation statements."""
-        return Clock(self.times, self.state_shape)
+        return Clock(self.times, self.state_shape, self)
 
     @property
     def fixed_start(self) -> Array | None:
@@ -188,19 +211,25 @@ class SDEPath(dist.Distribution):
         """Map `fn(sde, scheme, times, dt, cache, *arrays)`, unbatched, over `lead`."""
         clock_is_shared = jnp.ndim(self.times) == 1
 
-        def one(sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, *rest: Any) -> Any:
+        def one(
+            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, forcing: Any, *rest: Any
+        ) -> Any:
             if clock_is_shared:  # stays a host array, outside every vmap
                 times, dt = self.times, self.dt
             cache = scheme.prepare(sde, times, dt) if np.shape(dt)[0] else None
+            if forcing is not None:
+                scheme, cache = forcing.force(sde, scheme, cache)
             return fn(sde, scheme, times, dt, cache, *rest)
 
         clock = ((), ()) if clock_is_shared else (self.times, self.dt)
         num_sde = len(jax.tree_util.tree_leaves(self.sde))
+        num_core = num_sde + len(jax.tree_util.tree_leaves(self.scheme))
+        inside, forced = self.leaf_dims[num_sde:num_core], self.leaf_dims[num_core + 2 :]
         return map_batch(
             one,
             lead,
-            (self.sde, self.scheme, *clock, *arrays),
-            (self.leaf_dims[:num_sde], self.leaf_dims[num_sde:-2], 1, 1, *dims),
+            (self.sde, self.scheme, *clock, self.forcing, *arrays),
+            (self.leaf_dims[:num_sde], inside, 1, 1, forced, *dims),
         )
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
@@ -387,6 +416,7 @@ class SDEPath(dist.Distribution):
         times: ArrayLike | TimeGrid | None = None,
         init: dist.Distribution | None = None,
         scheme: AbstractScheme | None = None,
+        events: Sequence[Events] | None = None,
     ) -> SDEPath:
         """The same law with some arguments changed."""
         if scheme is None and self.scheme_chosen:
@@ -396,11 +426,12 @@ class SDEPath(dist.Distribution):
             (self.grid or self.times) if times is None else times,
             self.init if init is None else init,
             scheme=scheme,
+            events=self.events if events is None else events,
         )
 
     @staticmethod
     def infer_shapes(
-        sde: Any, times: tuple[int, ...], init: Any, scheme: Any = None
+        sde: Any, times: tuple[int, ...], init: Any, scheme: Any = None, events: Any = ()
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Batch and event shape from the shapes of the arguments.
 
@@ -409,9 +440,11 @@ class SDEPath(dist.Distribution):
             times: shape of the times.
             init: a distribution, or the shape of one (unbatched) first state.
             scheme: not used.
+            events: events of the path.
         """
         del scheme
         batch = sde.batch_shape if isinstance(sde, SDE) else tuple(sde)
+        batch = jnp.broadcast_shapes(batch, *(one.batch_shape for one in as_events(events)))
         if isinstance(init, dist.Distribution):
             init_batch, state = init.batch_shape, init.event_shape
         else:
@@ -419,46 +452,18 @@ class SDEPath(dist.Distribution):
         return jnp.broadcast_shapes(batch, times[:-1], init_batch), (times[-1], *state)
 
 
-def _as_init(init: Any) -> dist.Distribution:
-    if isinstance(init, dist.Distribution):
-        if init.is_discrete:
-            raise TypeError(
-                f"init must be a continuous distribution, got {type(init).__name__}: the states of "
-                "an SDE are real numbers"
-            )
-        return init
-    try:
-        state = jnp.asarray(init)
-    except (TypeError, ValueError):
-        raise TypeError(
-            "init must be a NumPyro distribution over the first state, or one fixed state, got "
-            f"{type(init).__name__}"
-        ) from None
-    if not jnp.issubdtype(state.dtype, jnp.floating):
-        state = state.astype(jnp.result_type(float))
-    if not isinstance(state, jax.core.Tracer) and not np.all(np.isfinite(state)):
-        raise ValueError(f"init must be finite, got {init}")
-    return dist.Delta(state, event_dim=state.ndim)
-
-
-def _resolve_scheme(sde: SDE, scheme: Any, state_shape: tuple[int, ...]) -> AbstractScheme:
-    if scheme is None or isinstance(scheme, AbstractScheme):
-        scheme = driven_scheme(sde, scheme, state_shape)
-    if scheme is None:
-        default = sde.default_transition()
-        return Euler() if default is None else default
-    if not isinstance(scheme, AbstractScheme):
-        hint = f"; call it, scheme={scheme.__name__}()" if isinstance(scheme, type) else ""
-        raise TypeError(f"scheme must be one of nsde.schemes, got {scheme!r}{hint}")
-    return scheme.resolve(sde) if isinstance(scheme, Exact) else scheme
-
-
 @vmap_over.register
 def _vmap_over_path(
-    path: SDEPath, sde: Any = None, times: Any = None, init: Any = None, scheme: Any = None
+    path: SDEPath,
+    sde: Any = None,
+    times: Any = None,
+    init: Any = None,
+    scheme: Any = None,
+    events: Any = None,
 ) -> SDEPath:
     axes: Any = copy.copy(path)
     axes.sde, axes.times, axes.dt, axes.init, axes.scheme = sde, times, times, init, scheme
+    axes.forcing, axes.events = (times if times is not None else events), events
     return cast("SDEPath", axes)
 
 
@@ -466,7 +471,7 @@ def _vmap_over_path(
 def _promote_path(path: SDEPath) -> SDEPath:
     new, rank = copy.copy(path), len(path.batch_shape)
     leaves, new.lead_dims = align_new_axes(path._leaves, path.leaf_dims, path.lead_dims, rank)
-    new.sde, new.scheme, new.times, new.dt = leaves
+    new.sde, new.scheme, new.times, new.dt, new.forcing = leaves
     new.init = promote_inner(path.init, rank)
     shapes = [
         jnp.shape(leaf)[:lead]

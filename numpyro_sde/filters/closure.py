@@ -217,15 +217,17 @@ def _simulate(
         return mean + matmul(z, transpose(psd_factor(cov)))
 
     def step(x: Array, inputs: Any) -> tuple[Array, Any]:
-        key, t, dt, redraw, mean, cov = inputs
+        key, (t, dt, cache), redraw, mean, cov = inputs
         h = dt / substeps
+        inside = model.in_step(t, cache)
+        x = jax.vmap(lambda x: model.open_step(x, cache))(x)
 
         def small(x: Array, sub: Any) -> tuple[Array, None]:
             i, key = sub
             s = t + i * h
-            L = jax.vmap(lambda x: model.factor(s, x))(x)
+            L = jax.vmap(lambda x: inside.factor(s, x))(x)
             z = jax.random.normal(key, (num_paths, L.shape[-1]), x.dtype)
-            drift = jax.vmap(lambda x: model.drift(s, x))(x)
+            drift = jax.vmap(lambda x: inside.drift(s, x))(x)
             return x + h * drift + jnp.sqrt(h) * jnp.einsum("nij,nj->ni", L, z), None
 
         keys = jax.random.split(key, substeps + 1)
@@ -235,8 +237,7 @@ def _simulate(
 
     key, start_key = jax.random.split(key)
     keys = jax.random.split(key, model.num_times - 1)
-    t, dt, _ = model.step_inputs()
-    inputs = (keys, t, dt, observed[1:], result.mean[1:], result.cov[1:])
+    inputs = (keys, model.step_inputs(), observed[1:], result.mean[1:], result.cov[1:])
     start = draw(start_key, result.mean[0], result.cov[0])
     return lax.scan(step, start, inputs)[1]
 

@@ -10,6 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from numpyro_sde.filters.forced import (
+    forced_rows,
+    forced_transitions,
+    is_forced,
+    path_varies_inside,
+    varies_inside,
+    why_not_linear,
+)
 from numpyro_sde.linear import discretize, kalman
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.smoothing import backward_kernels
@@ -78,6 +86,9 @@ class Kalman(AbstractFilter):
     def simulator(self, path: Any) -> Any:
         if path.scheme_chosen:
             return path
+        if path.forcing is not None:
+            smooth = path_varies_inside(path)
+            return path.replace(scheme=TimeVaryingLinear() if smooth else LocalLinear())
         brownian = isinstance(path.sde.noise, Brownian)
         if brownian and path.sde.exact_transition() is not None:
             return path
@@ -134,6 +145,13 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
                 "LocalLinear()"
             )
         return model._replace(scheme=form.linearizable())
+    if is_forced(model):
+        reason = why_not_linear(model)
+        if reason:
+            _refuse(reason)
+        if not varies_inside(model):
+            return model
+        return model.with_scheme(TimeVaryingLinear())._replace(scheme_chosen=True)
     carried = model if model.markovian is None else model.markovian
     noise = carried.sde.noise
     if not isinstance(noise, Brownian):
@@ -204,7 +222,10 @@ def _observed_rows(model: StateSpaceModel) -> np.ndarray:
     """Grid indices that matter: the start, and wherever something is observed."""
     if model.scheme_chosen:
         return np.arange(model.num_times)
-    return np.unique(np.concatenate([[0], *(i.rows for i in model.instruments)])).astype(int)
+    rows = [[0], *(i.rows for i in model.instruments)]
+    if is_forced(model):
+        rows.append(forced_rows(model))
+    return np.unique(np.concatenate(rows)).astype(int)
 
 
 def _assemble(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
@@ -254,6 +275,8 @@ def _transitions(
             return F, c, factor @ factor.T, factor
 
         return jax.vmap(one)(model.step_inputs())
+    if is_forced(model):
+        return *forced_transitions(model, rows), None
     zero = jnp.zeros(())
     A = jax.jacfwd(lambda x: model.drift(zero, x))(origin)
     b, L = model.drift(zero, origin), model.factor(zero, origin)

@@ -34,7 +34,12 @@ from numpyro_sde.statespace.checks import EMISSIONS, check_brownian, check_choic
 from numpyro_sde.statespace.gaussian import run_gaussian
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.statespace.quadrature import QuadratureRule, cubature, gauss_hermite, unscented
-from numpyro_sde.statespace.updates import choose_update, sigma_point_update, with_valid_inputs
+from numpyro_sde.statespace.updates import (
+    choose_update,
+    regress,
+    sigma_point_update,
+    with_valid_inputs,
+)
 
 QUADRATURES = ("auto", "cubature", "unscented", "gauss_hermite")
 
@@ -125,11 +130,22 @@ class MomentMatching(AbstractFilter):
         rule = self.rule(model.dim)
 
         def predict(mean: Array, cov: Array, now: Any) -> tuple[Array, Array, Array]:
-            t, dt, _ = now
-            return matched_moments(model, rule, t, dt, mean, cov, self.substeps)
+            t, dt, cache = now
+            inside = model.in_step(t, cache)
+            if not model.has_events:
+                return matched_moments(inside, rule, t, dt, mean, cov, self.substeps)
+            S = psd_factor(cov)
+            mean, G, rest = regress(rule, lambda x: _opened(model, x, cache), mean, S)
+            cov, shared = matmul(G, transpose(G)) + rest, matmul(S, transpose(G))
+            return matched_moments(inside, rule, t, dt, mean, cov, self.substeps, shared)
 
         update = choose_update(sigma_point_update(rule), self.emission, self.newton_steps)
         return run_gaussian(model, predict, update)
+
+
+def _opened(model: StateSpaceModel, x: Array, cache: Any) -> tuple[Array, Array]:
+    """State after the events that open a step, and its covariance given the one before: none."""
+    return model.open_step(x, cache), jnp.zeros((model.dim, model.dim), x.dtype)
 
 
 def matched_moments(
@@ -140,6 +156,7 @@ def matched_moments(
     mean: Float[Array, " d"],
     cov: Float[Array, "d d"],
     substeps: int,
+    shared: Float[Array, "d d"] | None = None,
 ) -> tuple[Float[Array, " d"], Float[Array, "d d"], Float[Array, "d d"]]:
     """Integrate the moment equations over one grid step.
 
@@ -151,9 +168,11 @@ def matched_moments(
         mean: mean at the start.
         cov: covariance at the start; may be singular.
         substeps: number of Runge-Kutta steps.
+        shared: covariance of an earlier state with that at the start; None for `cov`.
 
     Returns:
-        Mean and covariance at the end, and the covariance of the states at start and end.
+        Mean and covariance at the end, and the covariance of the earlier state, or that at the
+        start, with the one at the end.
     """
     eye = jnp.eye(mean.shape[0], dtype=cov.dtype)
     h = dt / substeps
@@ -169,7 +188,8 @@ def matched_moments(
     else:
         index = jnp.arange(substeps, dtype=cov.dtype)
         (mean, S, transition), _ = lax.scan(jax.checkpoint(one), start, index)
-    return mean, matmul(S, transpose(S)), matmul(cov, transpose(transition))
+    earlier = cov if shared is None else shared
+    return mean, matmul(S, transpose(S)), matmul(earlier, transpose(transition))
 
 
 def _runge_kutta(

@@ -119,22 +119,22 @@ def linear_step(
     """
     if drift.ndim == 0:
         a = jacobian * dt
-        mean = drift * dt * _phi1(a)
+        mean = drift * dt * phi1(a)
         if change is not None:
-            mean = mean + change * dt**2 * _phi2(a)
-        return mean, noise * jnp.sqrt(dt * _phi1(2.0 * a))
+            mean = mean + change * dt**2 * phi2(a)
+        return mean, noise * jnp.sqrt(dt * phi1(2.0 * a))
     _, mean, factor = transition_sqrt(
         jacobian, drift, noise, dt, ramp=change, max_doublings=max_doublings
     )
     return mean, factor
 
 
-def _phi1(a: Array) -> Array:
+def phi1(a: Array) -> Array:
     """`(e^a - 1) / a`, by its series near zero."""
     return _phi(a, 1, lambda big: jnp.expm1(big) / big)
 
 
-def _phi2(a: Array) -> Array:
+def phi2(a: Array) -> Array:
     """`(e^a - 1 - a) / a^2`, by its series near zero."""
     return _phi(a, 2, lambda big: (jnp.expm1(big) - big) / big**2)
 

@@ -7,7 +7,7 @@ vectors `(d,)` here, scalar processes included. Batches are mapped by the caller
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from numpyro_sde.linear.small import matvec
 from numpyro_sde.linear.smoothing import BackwardKernel, draw_backward, moments_backward
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
+from numpyro_sde.schemes.events import ForcedScheme
 from numpyro_sde.sde import SDE
 
 
@@ -175,6 +176,31 @@ class StateSpaceModel(NamedTuple):
         """
         mean, factor = self.step_law(t, dt, x, cache)
         return mean, factor @ factor.T
+
+    def in_step(self, t: Any, cache: Any) -> StateSpaceModel:
+        """The model inside the step that starts at t: drift and diffusion see its inputs there."""
+        if not isinstance(self.scheme, ForcedScheme):
+            return self
+        return self._replace(sde=self.scheme.during(self.sde, t, cache))
+
+    def open_step(self, x: Array, cache: Any) -> Array:
+        """State after the events that open a step, from the one before; the same without any."""
+        if not self.has_events:
+            return x
+        opened = cast("ForcedScheme", self.scheme).open(self.sde, self.to_state(x), cache)
+        return jnp.reshape(opened, (self.dim,)).astype(x.dtype)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether events may open steps."""
+        return isinstance(self.scheme, ForcedScheme) and bool(self.scheme.rules)
+
+    def with_scheme(self, scheme: AbstractScheme) -> StateSpaceModel:
+        """The same model, inputs and events included, moved by another scheme."""
+        cache = scheme.prepare(self.sde, self.times, self.dt) if self.num_times > 1 else None
+        if isinstance(self.scheme, ForcedScheme):
+            scheme, cache = self.scheme.around(scheme), self.cache._replace(inner=cache)
+        return self._replace(scheme=scheme, cache=cache)
 
     def step_inputs(self) -> Any:
         """Time, length and cache of each step, leading axis `N - 1`, for a scan."""

@@ -63,9 +63,7 @@ def kalman_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
     a large one its score points far beyond any likely state.
     """
     gaussian = isinstance(model.scheme, GaussianScheme)
-    scheme = model.scheme if gaussian else Euler()
-    cache = model.cache if gaussian else scheme.prepare(model.sde, model.times, model.dt)
-    linearised = model._replace(scheme=scheme, cache=cache)
+    linearised = model if gaussian else model.with_scheme(Euler())
     by_variance = [i.gaussian and speaks_by_variance(model, i) for i in model.instruments]
     if any(by_variance):
         pairs = zip(model.instruments, by_variance, strict=True)

@@ -1,0 +1,86 @@
+"""Arguments of a path law: its start, its scheme and its events, checked and completed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from numpyro_sde.events import Events
+from numpyro_sde.schemes import AbstractScheme, Euler, Exact, HermiteExpansion, LocalLinear
+from numpyro_sde.schemes.fractional import driven_scheme
+from numpyro_sde.sde import SDE
+
+
+def as_init(init: Any) -> dist.Distribution:
+    """A start as a distribution; a fixed state as a point mass."""
+    if isinstance(init, dist.Distribution):
+        if init.is_discrete:
+            raise TypeError(
+                f"init must be a continuous distribution, got {type(init).__name__}: the states of "
+                "an SDE are real numbers"
+            )
+        return init
+    try:
+        state = jnp.asarray(init)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "init must be a NumPyro distribution over the first state, or one fixed state, got "
+            f"{type(init).__name__}"
+        ) from None
+    if not jnp.issubdtype(state.dtype, jnp.floating):
+        state = state.astype(jnp.result_type(float))
+    if not isinstance(state, jax.core.Tracer) and not np.all(np.isfinite(state)):
+        raise ValueError(f"init must be finite, got {init}")
+    return dist.Delta(state, event_dim=state.ndim)
+
+
+def resolve_scheme(sde: SDE, scheme: Any, state_shape: tuple[int, ...]) -> AbstractScheme:
+    """The scheme to use: that named, else the process's own, else Euler's."""
+    if scheme is None or isinstance(scheme, AbstractScheme):
+        scheme = driven_scheme(sde, scheme, state_shape)
+    if scheme is None:
+        default = sde.default_transition()
+        return Euler() if default is None else default
+    if not isinstance(scheme, AbstractScheme):
+        hint = f"; call it, scheme={scheme.__name__}()" if isinstance(scheme, type) else ""
+        raise TypeError(f"scheme must be one of nsde.schemes, got {scheme!r}{hint}")
+    return scheme.resolve(sde) if isinstance(scheme, Exact) else scheme
+
+
+def as_events(events: Any) -> tuple[Events, ...]:
+    """Events as a tuple."""
+    listed = (events,) if isinstance(events, Events) else tuple(events or ())
+    for one in listed:
+        if not isinstance(one, Events):
+            raise TypeError(
+                "events must be a list of nsde.Events or nsde.doses(...), got one of type "
+                f"{type(one).__name__}"
+            )
+    return listed
+
+
+def with_flow(scheme: AbstractScheme) -> AbstractScheme:
+    """The default scheme where an infusion adds to the drift, which exact laws do not know of."""
+    return scheme if isinstance(scheme, Euler) else LocalLinear()
+
+
+def check_forced(sde: SDE, scheme: AbstractScheme, events: tuple[Events, ...]) -> None:
+    """Raise a `ValueError` where inputs or events do not fit the noise or the scheme."""
+    if scheme.has_memory:
+        raise ValueError(
+            f"inputs and events need an SDE driven by Brownian motion, got noise "
+            f"{type(sde.noise).__name__}, whose memory they would have to pass through"
+        )
+    exact = sde.exact_transition()
+    knows_drift = exact is None or not isinstance(scheme, type(exact))
+    if any(one.flows for one in events) and not (
+        knows_drift and not isinstance(scheme, HermiteExpansion)
+    ):
+        raise ValueError(
+            f"infusions add to the drift, which {type(scheme).__name__} does not use: take "
+            "scheme=LocalLinear() (exact for linear SDEs)"
+        )
