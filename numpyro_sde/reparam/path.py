@@ -248,6 +248,11 @@ def _check_bridgeable(name: str, path: SDEPath) -> None:
             "remembers: its bridges need all known states. Use GuidedReparam with precise "
             "observations, or the exact bridges of distributions.FractionalBrownianMotion"
         )
+    if path.events:
+        raise ValueError(
+            f"BridgeReparam: site {name!r} has events, and a bridge between two known states would "
+            "miss those in between: use GuidedReparam with precise observations"
+        )
     width = path.structure.innovation_shape
     if not path.scheme.has_density or width != path.state_shape:
         raise ValueError(

@@ -374,8 +374,8 @@ class _TowardsNext(Proposal):
         now, data, left, after, seen = step
         J, s = information_at(model, data, end)
         J, s = jnp.where(seen, J, 0.0), jnp.where(seen, s, 0.0)
-        opened = model.open_step(x, now[2])
-        L = model.in_step(now[0], now[2]).factor(now[0], opened)
+        opened, inside = model.enter(now, x)
+        L = inside.factor(now[0], opened)
         rest = matmul(L, transpose(L)) * after
         M = solve(
             jnp.eye(model.dim, dtype=x.dtype) + matmul(J, rest),
@@ -399,9 +399,8 @@ class ModifiedBridge(_TowardsNext):
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        t, _, cache = step[0]
-        opened = model.open_step(x, cache)
-        end = opened + model.in_step(t, cache).drift(t, opened) * step[2]
+        opened, inside = model.enter(step[0], x)
+        end = opened + inside.drift(step[0][0], opened) * step[2]
         new, ratio = self._bridge(model, step, x, end, z)
         return new, memo, ratio
 
@@ -412,9 +411,9 @@ def _drift_only(model: StateSpaceModel, node: Any, x: Array) -> Array:
     steps = model.step_inputs()
 
     def one(k: Any, x: Array) -> Array:
-        t, dt, cache = jax.tree.map(lambda a: a[k], steps)
-        x = model.open_step(x, cache)
-        return (x + model.in_step(t, cache).drift(t, x) * dt).astype(x.dtype)
+        now = jax.tree.map(lambda a: a[k], steps)
+        x, inside = model.enter(now, x)
+        return (x + inside.drift(now[0], x) * now[1]).astype(x.dtype)
 
     return lax.fori_loop(first, first + count, one, x)
 
@@ -437,8 +436,8 @@ class ResidualBridge(_TowardsNext):
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         along, target = memo
         (t, dt, cache), left = step[0], step[2]
-        inside = model.in_step(t, cache)
-        along, opened = model.open_step(along, cache), model.open_step(x, cache)
+        opened, inside = model.enter(step[0], x)
+        along = model.open_step(along, cache)
         slope = inside.drift(t, along)
         end = target + (opened - along) + (inside.drift(t, opened) - slope) * left
         new, ratio = self._bridge(model, step, x, end, z)
@@ -459,10 +458,9 @@ class Auxiliary(_TowardsNext):
         _, _, data, left, seen = node
         p = _drift_only(model, node, x)
         J, s = information_at(model, data, p)
-        # The last time's node stands for the step before: it is never used.
-        k = jnp.minimum(node[0], model.num_times - 2)
-        t, _, cache = jax.tree.map(lambda a: a[k], model.step_inputs())
-        L = model.in_step(t, cache).factor(t, model.open_step(x, cache)) * jnp.sqrt(left)
+        now = jax.tree.map(lambda a: a[node[0]], model.step_inputs())
+        opened, inside = model.enter(now, x)
+        L = inside.factor(now[0], opened) * jnp.sqrt(left)
         gain = cholesky(jnp.eye(L.shape[-1], dtype=x.dtype) + matmul(transpose(L), matmul(J, L)))
         white = solve_lower(gain, matvec(transpose(L), s)[:, None])[:, 0]
         fit = 0.5 * jnp.sum(white**2) - jnp.sum(jnp.log(diagonal(gain)))

@@ -190,6 +190,11 @@ class StateSpaceModel(NamedTuple):
         opened = cast("ForcedScheme", self.scheme).open(self.sde, self.to_state(x), cache)
         return jnp.reshape(opened, (self.dim,)).astype(x.dtype)
 
+    def enter(self, step: Any, x: Array) -> tuple[Array, StateSpaceModel]:
+        """State after the events that open a step, and the model inside it."""
+        t, _, cache = step
+        return self.open_step(x, cache), self.in_step(t, cache)
+
     @property
     def has_events(self) -> bool:
         """Whether events may open steps."""
