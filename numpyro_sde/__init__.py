@@ -24,6 +24,7 @@ from numpyro_sde.events import Events, doses
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.inputs import Input
 from numpyro_sde.jumps.chain import MarkovJumpProcess
+from numpyro_sde.jumps.reactions import ReactionNetwork
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
 from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
@@ -41,6 +42,7 @@ __all__ = [
     "Events",
     "Input",
     "MarkovJumpProcess",
+    "ReactionNetwork",
     "SDEPath",
     "SlowFastSDE",
     "TimeGrid",

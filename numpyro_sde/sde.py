@@ -189,6 +189,19 @@ class SDE(eqx.Module):
         """The transition law where none is named; None for `Euler()`."""
         return self.exact_transition()
 
+    def check_scheme(self, scheme: AbstractScheme) -> None:
+        """Raise a `ValueError` for a scheme that would leave out part of this equation."""
+
+    def restart(self, x: Array) -> Array:
+        """A state at the beginning of a step: accumulators, where there are any, at zero."""
+        return x
+
+    def noise_covariance_at(self, t: Any, x: Any) -> Array:
+        """Instantaneous covariance `L L'` of an unbatched process, `(d, d)`."""
+        x = jnp.asarray(x)
+        columns = self.diffusion_columns_at(t, x).reshape(x.size, -1)
+        return columns @ columns.T
+
     @property
     def positive(self) -> bool:
         """Whether the state of the exact process stays above zero."""

@@ -130,6 +130,7 @@ class SDEPath(dist.Distribution):
         refuse_closures(sde.diffusion.function, "diffusion", batch)
         self.structure = sde.structure(state_shape)
         self.scheme.check(sde, state_shape)
+        sde.check_scheme(self.scheme)
         self.forcing = None
         if sde.inputs is not None or self.events:
             check_forced(sde, self.scheme, self.events)

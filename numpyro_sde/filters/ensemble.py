@@ -98,6 +98,7 @@ class EnsembleKalman(AbstractFilter):
                 f"EnsembleKalman() moves members by the scheme's innovations, which "
                 f"{type(model.scheme).__name__} has not: use Euler(), Milstein() or Exact()"
             )
+        model.scheme.require_smooth("EnsembleKalman()")
         if self.num_members < model.dim + 2:
             raise ValueError(
                 f"num_members must be at least d + 2 = {model.dim + 2} for {model.dim} states "

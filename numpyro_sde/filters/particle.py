@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.smc.backward import Dynamics, invertible
+from numpyro_sde.smc.conditional import bridge_reference
 from numpyro_sde.smc.online import OnlineSums, additive_online
 from numpyro_sde.smc.particle_filter import (
     History,
@@ -29,7 +30,6 @@ from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
 from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
 from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
-from numpyro_sde.statespace.reference import smoothed_reference
 
 SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
 
@@ -179,6 +179,8 @@ class Particle(AbstractFilter):
                 f"Particle() moves particles by the scheme's innovations, which "
                 f"{type(model.scheme).__name__} has not: use Euler(), Milstein() or Exact()"
             )
+        if self.proposal not in ("bootstrap", "auxiliary"):
+            model.scheme.require_smooth(f"Particle(proposal={self.proposal!r})")
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
         run = run_filter(model, self.setting, self.random_key)
@@ -250,7 +252,7 @@ class Particle(AbstractFilter):
             variance = jnp.full((), jnp.nan, model.init_mean.dtype)
         law = guide = None
         if self.history:
-            reference = smoothed_reference(model) if plan.guide is None else plan.guide.reference
+            reference = bridge_reference(model, plan)
             law = Dynamics.of(model, reference)
             guide = plan.nodes if isinstance(setting.proposal, Guided) else None
         return _result(model, run, variance, law, guide)

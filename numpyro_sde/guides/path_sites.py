@@ -154,6 +154,7 @@ def look(
 def check_site(name: str, path: SDEPath) -> None:
     """Raise where a path cannot be guided."""
     scheme = path.scheme
+    scheme.require_smooth(f"AutoPathGuide: path {name!r}")
     if not (scheme.has_density and scheme.has_innovations) or isinstance(scheme, Milstein):
         raise ValueError(
             f"AutoPathGuide: path {name!r} has scheme {type(scheme).__name__}, whose step is not "

@@ -18,6 +18,7 @@ from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
 from numpyro_sde.smc.particle_filter import Setting, make_setting
+from numpyro_sde.smc.proposals import Bootstrap
 from numpyro_sde.statespace.checks import check_brownian, check_choice
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -228,6 +229,12 @@ class ConditionalSMC(MCMCKernel):
                 "past of its path, so other ancestors cannot be weighed one step at a time: give "
                 "renewal='none', or use PMMH, or reparam.GuidedReparam with NUTS"
             )
+        if not model.scheme.smooth:
+            if self.renewal != "none" or not isinstance(self.setting.proposal, Bootstrap):
+                model.scheme.require_smooth(
+                    f"ConditionalSMC(proposal='guided' or renewal={self.renewal!r})"
+                )
+            return
         reason = invertible(model)
         if reason:
             raise ValueError(

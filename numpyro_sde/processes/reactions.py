@@ -28,7 +28,7 @@ from numpyro_sde.sde import SDE, as_function
 _Stoichiometry = tuple[tuple[int, ...], ...]
 
 
-def _stoichiometry(value: Any) -> _Stoichiometry:
+def whole_numbers(value: Any) -> _Stoichiometry:
     """Check a stoichiometry matrix; tuples of integers are static and hashable."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError("stoichiometry must be known integers, got a traced array")
@@ -70,7 +70,7 @@ def _rates(
     return rates
 
 
-def _root(rates: Array) -> Array:
+def root_of_rates(rates: Array) -> Array:
     """Square root of rates; zero, with derivative zero, for a reaction that cannot fire."""
     idle = rates == 0.0
     return jnp.where(idle, 0.0, jnp.sqrt(jnp.where(idle, 1.0, rates)))
@@ -96,7 +96,7 @@ def _reaction_diffusion(
     x: Any,
     p: Any = None,
 ) -> Array:
-    root = _root(_rates(propensities, stoichiometry, floor, x, p))
+    root = root_of_rates(_rates(propensities, stoichiometry, floor, x, p))
     return jnp.asarray(stoichiometry, root.dtype) * root
 
 
@@ -121,7 +121,7 @@ def mass_action(reactants: ArrayLike) -> Callable[[Array, Array], Array]:
         >>> rate(jnp.array([3.0, 2.0]), jnp.array([1.0, 0.5, 0.25])).tolist()
         [3.0, 3.0, 0.5]
     """
-    orders = _stoichiometry(reactants)
+    orders = whole_numbers(reactants)
     if min(min(row) for row in orders) < 0:
         raise ValueError("reactants must not be negative: molecules used up by a reaction")
     return Partial(_mass_action_rates, orders)
@@ -186,7 +186,7 @@ class ChemicalLangevin(SDE):
         floor: float = 1e-3,
     ) -> None:
         as_function(propensities, "propensities", "x", {"p": ("params", params is not None)})
-        code = (propensities, _stoichiometry(stoichiometry), _floor(floor))
+        code = (propensities, whole_numbers(stoichiometry), _floor(floor))
         super().__init__(
             Partial(_reaction_drift, *code),
             Partial(_reaction_diffusion, *code),
@@ -229,7 +229,7 @@ def _population_drift(floor: Any, t: Any, x: Any, p: Any) -> Array:
 
 
 def _population_diffusion(floor: Any, t: Any, x: Any, p: Any) -> Array:
-    root = _root(_floored_hazards(floor, x, p))
+    root = root_of_rates(_floored_hazards(floor, x, p))
     return jnp.asarray(_LOTKA_VOLTERRA, root.dtype) * root
 
 
@@ -246,7 +246,7 @@ def _log_population_drift(t: Any, x: Any, p: Any) -> Array:
 
 def _log_population_diffusion(t: Any, x: Any, p: Any) -> Array:
     prey, predators = jnp.exp(x[0]), jnp.exp(x[1])
-    root = _root(_hazards(prey, predators, p))
+    root = root_of_rates(_hazards(prey, predators, p))
     scaled = jnp.asarray(_LOTKA_VOLTERRA, root.dtype) * root
     return scaled / jnp.stack([prey, predators])[:, None]
 

@@ -75,7 +75,7 @@ class auto:  # noqa: N801
                 path = path_law(site.get("fn"))
                 if path is None:
                     continue
-                innovations[name] = path.scheme.has_innovations
+                innovations[name] = path.scheme.has_innovations and path.scheme.smooth
                 found[name] = "observed" if site["is_observed"] else "whitened"
             return 0
 

@@ -219,6 +219,7 @@ def _guided_site(
     """Make the auxiliary sites and the factor of a path; give it, the guide and the states used."""
     path = site.path
     path._require_innovations()
+    path.scheme.require_smooth("GuidedReparam")
     start = path.fixed_start
     normal = start is None and is_gaussian(path.init)
     if normal:

@@ -114,6 +114,7 @@ class InnovationReparam(Reparam):
         refuse_conditioning(name, obs, self)
         unwrapped = unwrap(name, fn, self)
         path = unwrapped.path
+        path.scheme.require_smooth("InnovationReparam")
         start = path.fixed_start
         if start is None:
             start = latent(f"{name}_init", path.init, unwrapped)

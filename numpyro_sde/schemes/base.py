@@ -33,6 +33,9 @@ class AbstractScheme(eqx.Module):
     `has_memory`: the state of `step` carries more than the user's, which `visible` takes out.
     `approximates_sde`: the step is that of drift and diffusion and adds nothing to them (jumps,
     say), so that a method which works on the SDE itself may stand for it.
+    `smooth`: the next state is a smooth map of the innovations, so that what differentiates a step
+    may take it. `restarts`: accumulators in the state start again at zero in each step. `counts`:
+    states are whole numbers.
 
     Example:
         >>> from numpyro_sde import schemes
@@ -47,6 +50,9 @@ class AbstractScheme(eqx.Module):
     keeps_positive: ClassVar[bool] = False
     has_memory: ClassVar[bool] = False
     approximates_sde: ClassVar[bool] = False
+    smooth: ClassVar[bool] = True
+    restarts: ClassVar[bool] = False
+    counts: ClassVar[bool] = False
 
     def resolve(self, sde: SDE) -> AbstractScheme:  # noqa: ARG002
         """Return the scheme to use for this SDE (itself, unless it delegates)."""
@@ -54,6 +60,19 @@ class AbstractScheme(eqx.Module):
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         """Raise a `ValueError` if the scheme cannot treat this SDE."""
+
+    def require_smooth(self, user: str) -> None:
+        """Refuse what differentiates a step, or replaces its innovations by others.
+
+        Raises:
+            ValueError: the innovations of this scheme are not smooth.
+        """
+        if not self.smooth:
+            raise ValueError(
+                f"{user} needs steps that are smooth maps of their innovations, which those of "
+                f"{type(self).__name__} are not: use filters.Particle(proposal='bootstrap') or "
+                "'auxiliary', infer.PMMH, or ConditionalSMC(proposal='bootstrap', renewal='none')"
+            )
 
     def linearizable(self) -> AbstractScheme:
         """Return the scheme in a form that is differentiable in both modes, twice.

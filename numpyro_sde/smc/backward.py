@@ -121,6 +121,8 @@ def invertible(model: StateSpaceModel) -> str:
     shape = model.scheme.innovation_shape(model.sde, state_shape)
     if not model.scheme.has_density:
         return f"{type(model.scheme).__name__} has no transition density"
+    if not model.scheme.smooth:
+        return f"the innovations of {type(model.scheme).__name__} cannot be read off its ends"
     if int(np.prod(shape, dtype=int)) != model.dim:
         return (
             f"a step of {type(model.scheme).__name__} has {int(np.prod(shape, dtype=int))} "

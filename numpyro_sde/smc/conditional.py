@@ -90,6 +90,13 @@ def first_path(model: StateSpaceModel, setting: Setting, key: PRNGKeyArray) -> F
     return genealogy(run.history)[jax.random.categorical(choice_key, scores)]
 
 
+def bridge_reference(model: StateSpaceModel, plan: Plan) -> Float[Array, "N d"]:
+    """Path along which bridges are linearised; nothing to linearise where steps are not smooth."""
+    if not model.scheme.smooth:
+        return jnp.broadcast_to(model.init_mean, (model.num_times, model.dim))
+    return smoothed_reference(model) if plan.guide is None else plan.guide.reference
+
+
 def conditional_smc(
     model: StateSpaceModel,
     setting: Setting,
@@ -126,8 +133,7 @@ def conditional_smc(
     )
     history = run.history
     assert history is not None
-    reference = smoothed_reference(model) if plan.guide is None else plan.guide.reference
-    law = Dynamics.of(model, reference)
+    law = Dynamics.of(model, bridge_reference(model, plan))
     scores = history.log_weights[-1]
     usable = jnp.isfinite(jnp.max(scores))
     last = jax.random.categorical(last_key, jnp.where(usable, scores, 0.0))
