@@ -13,6 +13,7 @@ from numpyro_sde import (
     handlers,
     infer,
     jumps,
+    laws,
     multiscale,
     noise,
     processes,
@@ -21,6 +22,7 @@ from numpyro_sde import (
 )
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.events import Events, doses
+from numpyro_sde.distributions.reactions import ReactionPath
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.inputs import Input
 from numpyro_sde.jumps.chain import MarkovJumpProcess
@@ -43,6 +45,7 @@ __all__ = [
     "Input",
     "MarkovJumpProcess",
     "ReactionNetwork",
+    "ReactionPath",
     "SDEPath",
     "SlowFastSDE",
     "TimeGrid",
@@ -62,6 +65,7 @@ __all__ = [
     "homogenize",
     "infer",
     "jumps",
+    "laws",
     "multiscale",
     "noise",
     "observe",

@@ -18,6 +18,7 @@ ROOT = Path(numpyro_sde.__file__).parent
 PUBLIC_MODULES = [
     *("datasets", "diagnostics", "distributions", "filters", "guides", "handlers", "infer"),
     "jumps",
+    "laws",
     *("multiscale", "noise", "processes", "reparam", "schemes", "testing"),
 ]
 NEEDS = {

@@ -10,15 +10,22 @@ import numpy as np
 import numpyro.distributions as dist
 
 from numpyro_sde.events import Events
-from numpyro_sde.schemes import AbstractScheme, Euler, Exact, HermiteExpansion, LocalLinear
+from numpyro_sde.schemes import (
+    AbstractScheme,
+    Euler,
+    Exact,
+    HermiteExpansion,
+    LocalLinear,
+    MomentClosure,
+)
 from numpyro_sde.schemes.fractional import driven_scheme
 from numpyro_sde.sde import SDE
 
 
-def as_init(init: Any) -> dist.Distribution:
+def as_init(init: Any, *, counts: bool = False) -> dist.Distribution:
     """A start as a distribution; a fixed state as a point mass."""
     if isinstance(init, dist.Distribution):
-        if init.is_discrete:
+        if init.is_discrete and not counts:
             raise TypeError(
                 f"init must be a continuous distribution, got {type(init).__name__}: the states of "
                 "an SDE are real numbers"
@@ -75,10 +82,12 @@ def check_forced(sde: SDE, scheme: AbstractScheme, events: tuple[Events, ...]) -
             f"inputs and events need an SDE driven by Brownian motion, got noise "
             f"{type(sde.noise).__name__}, whose memory they would have to pass through"
         )
+    if events and isinstance(scheme, MomentClosure):
+        raise ValueError("moment closure takes no events: use laws.LinearNoise()")
     exact = sde.exact_transition()
     knows_drift = exact is None or not isinstance(scheme, type(exact))
     if any(one.flows for one in events) and not (
-        knows_drift and not isinstance(scheme, HermiteExpansion)
+        knows_drift and not isinstance(scheme, HermiteExpansion) and not scheme.restarts
     ):
         raise ValueError(
             f"infusions add to the drift, which {type(scheme).__name__} does not use: take "

@@ -108,7 +108,7 @@ class SDEPath(dist.Distribution):
             raise TypeError(f"sde must be an nsde.SDE, got {type(sde).__name__}")
         self.sde = sde
         self._set_clock(times)
-        self.init = as_init(init)
+        self.init = as_init(init, counts=getattr(scheme, "counts", False))
         state_shape = self.init.event_shape
         if len(state_shape) > 1:
             raise ValueError(f"init must have event shape () or (d,), got {state_shape}")

@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.small import matmul, psd_factor, solve_lower, transpose, tria
+from numpyro_sde.schemes import MomentClosure
 from numpyro_sde.statespace.checks import EMISSIONS, check_brownian, check_choice, check_count
 from numpyro_sde.statespace.gaussian import run_gaussian
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
@@ -122,6 +123,11 @@ class MomentMatching(AbstractFilter):
                 f"no scheme: what {type(model.scheme).__name__}() adds to them would be dropped. "
                 "Leave the scheme out, or use Particle() or EnsembleKalman(), which take its steps"
             )
+        if getattr(model.sde, "accumulated", ()):
+            raise ValueError(
+                "MomentMatching() would accumulate fluxes without end: use laws.LinearNoise() with "
+                "ExtendedKalman(), which counts since the last time of the path"
+            )
         self.rule(model.dim)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
@@ -131,6 +137,8 @@ class MomentMatching(AbstractFilter):
 
         def predict(mean: Array, cov: Array, now: Any) -> tuple[Array, Array, Array]:
             t, dt, cache = now
+            if isinstance(model.scheme, MomentClosure):
+                return model.scheme.propagate(model.sde, dt, mean, cov)
             inside = model.in_step(t, cache)
             if not model.has_events:
                 return matched_moments(inside, rule, t, dt, mean, cov, self.substeps)

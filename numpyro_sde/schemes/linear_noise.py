@@ -80,9 +80,7 @@ class LinearNoise(GaussianScheme):
         return mean, cholesky(cov + jitter * jnp.eye(x.size, dtype=cov.dtype))
 
 
-def mean_and_covariance(
-    sde: SDE, t: Any, dt: Any, x: Array, substeps: int
-) -> tuple[Array, Array]:
+def mean_and_covariance(sde: SDE, t: Any, dt: Any, x: Array, substeps: int) -> tuple[Array, Array]:
     """Solve the two equations over one step, from no uncertainty.
 
     Returns:
