@@ -21,8 +21,8 @@ from numpyro_sde import (
     schemes,
 )
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.events import Events, doses
 from numpyro_sde.distributions.reactions import ReactionPath
+from numpyro_sde.events import Events, doses
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.inputs import Input
 from numpyro_sde.jumps.chain import MarkovJumpProcess

@@ -21,8 +21,8 @@ class MomentClosure(AbstractScheme):
     """Closed equations of the first two moments of a reaction network, for `MomentMatching`.
 
     They say nothing about paths: a path with this scheme can only be integrated out, by
-    `filters.MomentMatching()`; draws of it are those of the exact jumps. See `jumps.moment_closure` for the equations and for what can be
-    wrong with them.
+    `filters.MomentMatching()`; draws of it are those of the exact jumps. See
+    `jumps.moment_closure` for the equations and for what can be wrong with them.
 
     Args:
         substeps: Runge-Kutta steps (order 4) in each step of the grid.
