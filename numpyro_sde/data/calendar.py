@@ -87,6 +87,10 @@ class Times:
         """What to write on an axis: calendar times where there is an origin, else the numbers."""
         return self.values if self.origin is None else self.to_dates()
 
+    def labels_of(self, times: Any) -> np.ndarray:
+        """The same for any numbers on this clock."""
+        return np.asarray(times, np.float64) if self.origin is None else self.to_dates(times)
+
     def __len__(self) -> int:
         return len(self.values)
 

@@ -78,6 +78,21 @@ class Panel:
         """Calendar times where the table had them, else numbers; shape of `times`."""
         return self.times if self.origins is None else self.to_dates(self.times)
 
+    def labels_of(self, times: Any) -> np.ndarray:
+        """What to write on an axis for numbers on the series' clocks; filling is at no time.
+
+        Args:
+            times: Shape `(series, F)`, or `(F,)`. What lies behind the last real time of a series
+                becomes NaN or NaT.
+        """
+        times = np.asarray(times, np.float64)
+        last = np.take_along_axis(
+            self.times, np.reshape(self.lengths, (*self.ids.shape, 1)) - 1, -1
+        )
+        slack = 1e-6 * (np.ptp(self.times) or 1.0)  # of a clock that went through float32
+        real = np.where(times <= last + slack, times, np.nan)
+        return real if self.origins is None else self.to_dates(real)
+
     def to_dates(self, times: Any) -> np.ndarray:
         """Numbers on the series' clocks as calendar times, UTC where the table had zones.
 

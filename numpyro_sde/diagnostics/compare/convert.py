@@ -21,6 +21,7 @@ from numpyro_sde.diagnostics.compare.draws import (
 )
 from numpyro_sde.diagnostics.compare.model_names import describe_model
 from numpyro_sde.diagnostics.compare.parameter_weights import NUM_PATHS
+from numpyro_sde.diagnostics.compare.path_places import find_paths
 from numpyro_sde.diagnostics.compare.sites import (
     Layout,
     is_latent,
@@ -75,9 +76,9 @@ def to_arviz(
             :class:`SVIFit`; a :class:`RefinedFit`; or a dictionary of draws, shape
             `(draw, ...)`, or `(chain, draw, ...)` with `group_by_chain=True`. A fit by
             `AutoDelta` or `AutoLaplaceApproximation` has no `log_p` and `log_q`.
-        times: Labels of the time axis, shape `(T,)` or `(*batch, T)`, numbers or dates, or a
-            `TimeGrid`. None takes the times of the model's first path. Give them for a
-            reparametrised path that is not observed at all its times.
+        times: Labels of the time axis, shape `(T,)` or `(*batch, T)`, numbers or dates, a
+            `TimeGrid`, or what `nsde.data.as_times` or `from_long` gave, whose unit and calendar
+            then label every time axis. None takes the times of the model's paths.
         model: The model; known from an `MCMC` or an `SVI`. A dictionary of draws without one
             gives `posterior` alone; with one it gains the deterministic sites that it lacks.
         model_args: Positional arguments of the fit; known from an `MCMC`.
@@ -124,7 +125,8 @@ def to_arviz(
         group_by_chain=group_by_chain,
     )
     trace = _trace(draws, key_trace)
-    layout = Layout(trace, times=times, dims=dims, coords=coords)
+    paths = find_paths(draws.model, draws.model_args, draws.model_kwargs)
+    layout = Layout(trace, times=times, dims=dims, coords=coords, paths=paths)
     draws = complete_draws(
         draws,
         num_samples=num_samples,
@@ -269,7 +271,12 @@ class _Builder:
             shape = next(iter(variables.values()))[1].shape
             coords |= {"chain": np.arange(shape[0])}
             coords |= {"draw": np.arange(shape[1]) if draw is None else draw}
-        return make_dataset(variables, coords, self.attrs)
+        dataset = make_dataset(variables, coords, self.attrs)
+        for name, coordinate in dataset.coords.items():
+            if str(name).startswith("time") and coordinate.dtype.kind == "f" and self.layout.unit:
+                # Not `units`: xarray would read "hour" back from file as a span of time.
+                coordinate.attrs["unit"] = self.layout.unit
+        return dataset
 
 
 def _drop_missing(

@@ -7,7 +7,7 @@ styles differ too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -55,12 +55,15 @@ def plot_paths(
     draws: int = 0,
     series: Any = None,
     state: Any = None,
+    data_state: Any = None,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
     color: str = COLOURS[0],
     label: str | None = None,
 ) -> Any:
     """Draw the posterior bands of a path, with data on top.
 
-    One panel for each series and component of the state.
+    One panel for each series and component of the state, each over its own times: hours where the
+    model has hours. Panels and data are matched by series; a plate's coordinates name them.
 
     Args:
         fit: A result of :func:`to_arviz`, or a fit that it converts.
@@ -77,6 +80,10 @@ def plot_paths(
         series: Which series to draw: position or positions along the batch dimensions joined
             together. None draws the first 12 panels.
         state: Which components of the state: position or positions. None draws all.
+        data_state: Which components of the state the data measure, one for each component of the
+            data; None takes `state` if it names as many, else the first ones.
+        transform: Applied to the draws before quantiles are taken, elementwise, such as `np.exp`
+            for a state in logs; data are drawn as they are.
         color: Colour of bands and lines.
         label: Legend label; None is the variable's name.
 
@@ -102,10 +109,12 @@ def plot_paths(
         raise ValueError(f"intervals must lie in (0, 1), got {tuple(intervals)}")
     tree = fit if is_tree(fit) else to_arviz(fit, times=times, log_likelihood=False)
     path = _Panels(_variable(tree, group, var), series, state)
-    observed = _data_panels(tree, data, data_times, path)
+    observed = _data_panels(tree, data, data_times, path, _measured(state, data_state))
     axes = make_axes(ax, len(path), names=[path.title(k) for k in range(len(path))])
     for k, axis in enumerate(axes):
-        at, values = path.times(k), path.values(k)
+        at, values = path.known(k)
+        if transform is not None:
+            values = np.asarray(transform(values))
         for depth, level in enumerate(sorted(intervals, reverse=True)):
             low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
             style = {"color": color, "alpha": min(0.2 + 0.2 * depth, 0.8), "linewidth": 0}
@@ -118,10 +127,21 @@ def plot_paths(
             lines[0].set_label("draws")
         if observed is not None:
             axis.plot(*observed[k], "o", color="black", markersize=3, label="data", zorder=3)
-        axis.set_xlabel("time")
+        axis.set_xlabel(path.time_label)
         axis.set_ylabel(name)
+        if at.dtype.kind == "M":
+            _write_dates(axis)
     axes[0].legend(frameon=False, fontsize="small")
     return axes[0] if len(axes) == 1 else axes
+
+
+def _write_dates(axis: Any) -> None:
+    """Dates on the time axis, each told as shortly as its neighbours allow."""
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(maxticks=6)
+    axis.xaxis.set_major_locator(locator)
+    axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
 def plot_fits(
@@ -291,6 +311,21 @@ class _Panels:
         """Times of one panel."""
         return self.clock_of(self.chosen[panel][0])
 
+    def known(self, panel: int) -> tuple[np.ndarray, Float[np.ndarray, "draw time"]]:
+        """Times and draws of one panel, without the times that only fill a series up."""
+        at = self.times(panel)
+        real = ~(np.isnat(at) if at.dtype.kind == "M" else np.isnan(at.astype(float)))
+        return at[real], self.values(panel)[:, real]
+
+    @property
+    def time_label(self) -> str:
+        """What to write on the time axis: with the unit, where it is known."""
+        for name in (f"{self.clock}_value", self.clock):
+            if name in self.variable.coords:
+                unit = self.variable.coords[name].attrs.get("unit")
+                return f"time ({unit}s)" if unit else "time"
+        return "time"
+
     def clock_of(self, series: int) -> np.ndarray:
         """Times of one series."""
         own = f"{self.clock}_value"
@@ -332,8 +367,14 @@ def _variable(tree: Any, group: str, var: str) -> Any:
     return dataset[var]
 
 
+def _measured(state: Any, data_state: Any) -> list[int] | None:
+    """Components of the state that data measure, as far as the caller says."""
+    chosen = state if data_state is None else data_state
+    return None if chosen is None else [int(i) for i in np.atleast_1d(chosen)]
+
+
 def _data_panels(
-    tree: Any, data: Any, data_times: Any, path: _Panels
+    tree: Any, data: Any, data_times: Any, path: _Panels, measured: list[int] | None
 ) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """Times and values of the data for each panel, missing ones left out."""
     if data is None:
@@ -351,9 +392,12 @@ def _data_panels(
     panels = []
     for series, state in path.chosen:
         row = series if array.shape[0] > 1 else 0
-        # Fewer measured components than states: they belong to the first states.
-        known = state < array.shape[2]
-        column = array[row, :, state] if known else np.full(array.shape[1], np.nan)
+        # Fewer measured components than states: without a word they belong to the first states.
+        owners = list(range(array.shape[2]))
+        if measured is not None and array.shape[2] < path.array.shape[3]:
+            owners = measured[: array.shape[2]]
+        known = state in owners
+        column = array[row, :, owners.index(state)] if known else np.full(array.shape[1], np.nan)
         seen = ~np.isnan(column)
         own = isinstance(data, str) or data_times is None
         clock = clocks.clock_of(row) if own else np.asarray(data_times)

@@ -213,6 +213,8 @@ class Layout:
             the first path.
         dims: The user's names, for each site those of all its dimensions but chain and draw.
         coords: The user's coordinates.
+        paths: Where the model's paths live, by site (`path_places.find_paths`): what a path that
+            is reparametrised or integrated out does not say itself.
 
     Raises:
         ValueError: If `times` fits no site.
@@ -230,8 +232,12 @@ class Layout:
         times: Any = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
+        paths: Mapping[str, Any] | None = None,
     ) -> None:
         self.trace = dict(trace or {})
+        self.unit: str | None = getattr(times, "unit", None)
+        self._labels_of = getattr(times, "labels_of", lambda numbers: numbers)
+        self._paths = dict(paths or {})
         self.coords: dict[str, Any] = {}
         self._user_dims = {name: tuple(names) for name, names in (dims or {}).items()}
         self._user_coords = dict(coords or {})
@@ -244,10 +250,12 @@ class Layout:
             self._clocks.append(Clock("time", _as_labels(times), None))
             if getattr(times, "id_name", None) is not None:  # a plate called as the table's column
                 self._user_coords.setdefault(times.id_name, times.ids)
+        for name, place in self._paths.items():
+            self._site_clock[name] = self._clock_for(name, place.times)
         sites = [site for site in self.trace.values() if site["type"] == "sample"]
         for site in sorted(sites, key=lambda site: bool(site["is_observed"])):
             model_times = law_times(site["fn"])
-            if model_times is not None:
+            if model_times is not None and site["name"] not in self._paths:
                 self._site_clock[site["name"]] = self._clock_for(site["name"], model_times)
 
     @property
@@ -262,7 +270,7 @@ class Layout:
                 return self._clocks[index]
             if clock.model is not None and _same_times(clock.model, model_times):
                 return clock
-        labels = model_times
+        labels = self._labels_of(model_times)
         for clock in self._clocks:  # a subset of labelled times keeps their labels
             if clock.model is None or clock.model.ndim > 1 or model_times.ndim > 1:
                 continue
@@ -300,10 +308,10 @@ class Layout:
         clock, event_dim = self._event(name, shape)
         batch_dim = len(shape) - event_dim
         names: list[str | None] = [None] * len(shape)
-        for frame in self.trace.get(name, {}).get("cond_indep_stack", ()):
-            position = batch_dim + frame.dim
-            if position >= 0 and shape[position] == frame.size:
-                names[position] = frame.name
+        for plate, dim, size in self._plates(name):
+            position = batch_dim + dim
+            if position >= 0 and shape[position] == size:
+                names[position] = plate
         if clock is not None:
             names[batch_dim] = clock.dim
             if event_dim == 2 and not self._is_observed(name):
@@ -316,9 +324,18 @@ class Layout:
             self._note_clock(clock, dims[:batch_dim], shape[:batch_dim])
         return dims
 
+    def _plates(self, name: str) -> list[tuple[str, int, int]]:
+        """Name, position and size of the plates around a site."""
+        if name in self._paths and name not in self.trace:
+            return list(self._paths[name].plates)
+        frames = self.trace.get(name, {}).get("cond_indep_stack", ())
+        return [(frame.name, frame.dim, frame.size) for frame in frames]
+
     def _event(self, name: str, shape: tuple[int, ...]) -> tuple[Clock | None, int]:
         """The clock that a site runs on, and how many trailing dimensions are its event."""
         site = self.trace.get(name)
+        if name in self._paths and self._fits(name, shape):
+            return self._site_clock[name], self._paths[name].event_dim
         if site is not None and site["type"] == "sample":
             event_dim = site["fn"].event_dim
             clock = self._site_clock.get(name)
@@ -336,6 +353,12 @@ class Layout:
                 return clock, event_dim
         return None, max(likely, 0)
 
+    def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a value has the path's own times (`refine` makes more of them)."""
+        event_dim = self._paths[name].event_dim
+        position = len(shape) - event_dim
+        return position >= 0 and shape[position] == self._site_clock[name].length
+
     def _match(self, length: int) -> Clock | None:
         return next((clock for clock in self._clocks if clock.length == length), None)
 
@@ -343,6 +366,10 @@ class Layout:
         """Innovations of a path have one step less than it: label them by the later time."""
         owner = name.rpartition("_")[0]
         is_path = self.trace.get(owner, {}).get("type") == "deterministic"
+        if owner in self._paths and is_path:
+            own = self._site_clock[owner]
+            fits = own.length == shape[len(shape) - event_dim] + 1
+            return Clock(f"{own.dim}_step", own.labels[..., 1:], None) if fits else None
         clock = self._match(shape[len(shape) - event_dim] + 1) if is_path else None
         return clock and Clock(f"{clock.dim}_step", clock.labels[..., 1:], None)
 
@@ -395,10 +422,8 @@ class Layout:
 
 
 def _as_labels(times: Any) -> np.ndarray:
-    labels = np.asarray(getattr(times, "labels", getattr(times, "times", times)))
-    if hasattr(times, "inside"):  # a panel's filling is at no time
-        nothing = np.array("NaT", labels.dtype) if labels.dtype.kind == "M" else np.nan
-        labels = np.where(times.inside, labels, nothing)
+    numbers = getattr(times, "times", getattr(times, "values", times))
+    labels = np.asarray(times.labels_of(numbers) if hasattr(times, "labels_of") else numbers)
     if labels.ndim == 0 or labels.dtype == object:
         raise ValueError(f"times must be an array of shape (*batch, T), got {times!r}")
     rows = labels.reshape(-1, labels.shape[-1])

@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro import handlers as numpyro_handlers
 
 from numpyro_sde.diagnostics.compare.draws import complete_draws, flatten_draws, read_fit
+from numpyro_sde.diagnostics.compare.path_places import strip_treatments
 from numpyro_sde.diagnostics.compare.sites import (
     hold_values,
     is_latent,
@@ -248,31 +249,6 @@ def read_predictive(
         direct=direct,
         fitted_model=draws.model,
     )
-
-
-def strip_treatments(
-    model: Callable[..., Any],
-) -> tuple[Callable[..., Any], AbstractFilter | None]:
-    """The model without `marginalize` and `reparam` around it, and the filter of the former.
-
-    Draws hold the values that a reparametrised site had, so the plain model can be run on them.
-
-    Example:
-        >>> import numpyro_sde as nsde
-        >>> model = lambda: None
-        >>> inner, method = strip_treatments(
-        ...     nsde.handlers.marginalize(model, method=nsde.filters.Kalman()))
-        >>> inner is model, type(method).__name__
-        (True, 'Kalman')
-    """
-    method = None
-    while isinstance(model, marginalize | numpyro_handlers.reparam):
-        if model.fn is None:
-            break
-        if isinstance(model, marginalize):
-            method = method or model.method
-        model = model.fn
-    return model, method
 
 
 def _check(
