@@ -20,8 +20,10 @@ from numpyro_sde import (
     reparam,
     schemes,
 )
+from numpyro_sde.accumulate import accumulate
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.reactions import ReactionPath
+from numpyro_sde.distributions.steady_state import steady_state
 from numpyro_sde.events import Events, doses
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.inputs import Input
@@ -49,6 +51,7 @@ __all__ = [
     "SDEPath",
     "SlowFastSDE",
     "TimeGrid",
+    "accumulate",
     "average",
     "configure_cpu",
     "data",
@@ -73,5 +76,6 @@ __all__ = [
     "reparam",
     "schemes",
     "smooth",
+    "steady_state",
     "two_filter",
 ]

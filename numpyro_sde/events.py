@@ -133,7 +133,7 @@ class Events(eqx.Module):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Broadcast of the leading dimensions of times and amounts."""
-        amounts = jnp.shape(self.amounts)
+        amounts = () if self.amounts is None else jnp.shape(self.amounts)
         lead = amounts[: max(len(amounts) - 1 - self.event_dim, 0)]
         return jnp.broadcast_shapes(np.shape(self.times)[:-1], lead)
 

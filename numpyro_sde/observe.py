@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,16 @@ from jaxtyping import Array, ArrayLike
 from numpyro.handlers import trace
 from numpyro.primitives import _PYRO_STACK
 
+from numpyro_sde.accumulate import Accumulated
 from numpyro_sde.distributions.clocks import Clock, clock_of_value, clocks_of_this_run, distinct
 from numpyro_sde.distributions.marginal import IntegratedPath
-from numpyro_sde.distributions.observation import Emission, EmissionPath, EmissionStructure
+from numpyro_sde.distributions.observation import (
+    Emission,
+    EmissionPath,
+    EmissionStructure,
+    Opening,
+    Openings,
+)
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import make_statement
 from numpyro_sde.grid import check_times
@@ -33,6 +40,8 @@ def observe(
     obs: ArrayLike | None = None,
     at: ArrayLike | None = None,
     times: ArrayLike | None = None,
+    side: Literal["before", "after"] = "before",
+    accumulated: Accumulated | None = None,
 ) -> Array:
     """State that a path was observed with noise.
 
@@ -54,6 +63,11 @@ def observe(
         at: indices into the path of the K times observed (a grid's `.index`); None for all.
         times: the path's times, shape `(*batch, T)`; only needed where `x` was transformed
             after sampling, so that its path cannot be found.
+        side: whether an observation at the time of an event (a dose) sees the state before it,
+            as a trough does, or after it.
+        accumulated: the `nsde.accumulate` whose path `x` is: the emission then gets the integrals
+            since the last reset as a dict, `emission(t, x, acc, ...)`; without `at`, the readings
+            are at all times of reset but the first, and at the last time.
 
     Returns:
         The data, observed or drawn.
@@ -79,8 +93,15 @@ def observe(
         clock = _find_clock(name, x, given) if times is None else _given_clock(name, x, times)
         batch_shape = x.shape[: x.ndim - 1 - len(clock.state_shape)]
     length = np.shape(clock.times)[-1]
+    split = None
+    if accumulated is not None:
+        law_of_x = _law_of(name, x, clock)
+        at, split = accumulated.readings(name, law_of_x, at), accumulated.split(law_of_x)
     rows = np.arange(length) if at is None else check_indices(name, at, length)
-    emissions = Emission(emission, params, event_dims, inputs, len(rows), batch_shape)
+    openings = _openings(name, x, clock, rows, side)
+    emissions = Emission(
+        emission, params, event_dims, inputs, len(rows), batch_shape, openings, split
+    )
     if isinstance(x, IntegratedPath):
         statement = make_statement(emissions, x.index[rows], clock.state_shape, batch_shape)
         marginal = x.law_of(statement)
@@ -98,6 +119,32 @@ def observe(
     if obs is not None:
         check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
     return numpyro.sample(name, law, obs=obs)
+
+
+def _law_of(name: str, x: Any, clock: Clock) -> SDEPath:
+    if isinstance(x, IntegratedPath):
+        return x.path
+    if clock.law is None:
+        raise ValueError(
+            f"observe({name!r}): which events act on x is not known, because it is not the value "
+            "of an SDEPath site as it was drawn: pass the path itself and transform it in the "
+            "emission"
+        )
+    return cast("SDEPath", clock.law)
+
+
+def _openings(name: str, x: Any, clock: Clock, rows: Any, side: str) -> Openings | None:
+    """The events after which the states at these rows are seen."""
+    if side not in ("before", "after"):
+        raise ValueError(f"observe({name!r}): side must be 'before' or 'after', got {side!r}")
+    if side == "before":
+        return None
+    law = _law_of(name, x, clock)
+    if not law.events or law.forcing is None:
+        return None
+    place = x.index[rows] if isinstance(x, IntegratedPath) else rows
+    shown, dims = law.forcing.openings(place)
+    return Openings(Opening(law.forcing.rules, law.sde.parameters), shown, dims)
 
 
 def _find_clock(name: str, x: Array, given: Any) -> Clock:

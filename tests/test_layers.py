@@ -37,7 +37,7 @@ LAYERS = [
     ["smc"],
     ["filters"],
     ["distributions"],
-    ["observe", "handlers", "reparam", "states"],
+    ["observe", "accumulate", "handlers", "reparam", "states"],
     ["guides", "infer", "multiscale"],
     ["diagnostics", "datasets", "testing"],
 ]

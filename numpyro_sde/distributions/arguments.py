@@ -72,7 +72,7 @@ def as_events(events: Any) -> tuple[Events, ...]:
 
 def with_flow(scheme: AbstractScheme) -> AbstractScheme:
     """The default scheme where an infusion adds to the drift, which exact laws do not know of."""
-    return scheme if isinstance(scheme, Euler) else LocalLinear()
+    return scheme if isinstance(scheme, Euler) or scheme.has_memory else LocalLinear()
 
 
 def check_forced(sde: SDE, scheme: AbstractScheme, events: tuple[Events, ...]) -> None:

@@ -24,6 +24,8 @@ from numpyro_sde.distributions.batching import (
 )
 from numpyro_sde.distributions.missing import log_prob_of_present, tolerates_partial
 from numpyro_sde.distributions.moments import has_independent_components, is_gaussian
+from numpyro_sde.events import Rule
+from numpyro_sde.schemes.events import open_state
 from numpyro_sde.sde import (
     Code,
     Parameters,
@@ -57,6 +59,35 @@ class EmissionStructure(NamedTuple):
     family: str
 
 
+class Opening(eqx.Module):
+    """Events after which states are observed.
+
+    Attributes:
+        rules: what each kind of event does.
+        parameters: parameters of the SDE.
+    """
+
+    rules: tuple[Rule, ...]
+    parameters: Parameters
+
+    def leaf_event_dims(self) -> list[int]:
+        """Event dimensions of each array leaf."""
+        whole = [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(self.rules)]
+        return [*whole, *self.parameters.event_dims]
+
+    def open(self, x: Array, shown: Any) -> Array:
+        """State after the events of one time."""
+        return open_state(self.rules, self.parameters.tree, x, shown)
+
+
+class Openings(NamedTuple):
+    """Events at the times observed: what they do, which there are, and their event dimensions."""
+
+    opening: Opening
+    shown: Any
+    dims: tuple[int, ...]
+
+
 class _NotADistributionError(TypeError):
     """Told apart from errors that an emission itself raises."""
 
@@ -72,6 +103,8 @@ class Emission(eqx.Module):
             `(T, ...)`, handed over as `u`, last; None for none.
         num_times: number of observation times T.
         batch_shape: batch shape of the states.
+        openings: the events after which the states are seen; None for before.
+        split: parts a state into the process and its integrals, or None.
 
     Raises:
         TypeError: `fn` is no function of these arguments.
@@ -83,6 +116,9 @@ class Emission(eqx.Module):
     inputs: Any
     input_dims: tuple[int, ...] = eqx.field(static=True)
     has_params: bool = eqx.field(static=True)
+    has_inputs: bool = eqx.field(static=True)
+    opening: Opening | None
+    split: Any = eqx.field(static=True)
 
     def __init__(
         self,
@@ -92,9 +128,14 @@ class Emission(eqx.Module):
         inputs: Any,
         num_times: int,
         batch_shape: tuple[int, ...],
+        openings: Openings | None = None,
+        split: Callable[[Array], tuple[Array, Any]] | None = None,
     ) -> None:
-        self.has_params = params is not None
-        optional = {"p": ("params", self.has_params), "u": ("inputs", inputs is not None)}
+        self.has_params, self.has_inputs = params is not None, inputs is not None
+        self.opening = None if openings is None else openings.opening
+        self.split = split
+        optional = {"p": ("params", self.has_params), "u": ("inputs", self.has_inputs)}
+        arguments = "t, x" if split is None else "t, x, acc"
         if isinstance(fn, dist.Distribution) or _is_law_class(fn):
             # Both can be called with two arguments, to another end.
             name = fn.__name__ if isinstance(fn, type) else type(fn).__name__
@@ -102,13 +143,16 @@ class Emission(eqx.Module):
                 f"emission must be a function of (t, x) that returns a distribution, got {name} "
                 f"itself: write lambda t, x: {name}(...)"
             )
-        self.fn = as_function(fn, "emission", "t, x", optional)
+        self.fn = as_function(fn, "emission", arguments, optional)
         self.parameters = Parameters(params, event_dims, owner="params of observe")
         self.inputs = None if inputs is None else jax.tree.map(jnp.asarray, inputs)
         self.input_dims = tuple(
             _input_event_dim(leaf, num_times, batch_shape)
             for leaf in jax.tree_util.tree_leaves(self.inputs)
         )
+        if openings is not None:
+            self.inputs = (self.inputs, openings.shown)
+            self.input_dims = (*self.input_dims, *openings.dims)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -117,19 +161,25 @@ class Emission(eqx.Module):
         leaves = jax.tree_util.tree_leaves(self.inputs)
         for i, (leaf, dim) in enumerate(zip(leaves, self.input_dims, strict=True)):
             shapes[f"inputs (leaf {i})"] = leaf.shape[: leaf.ndim - dim]
+        if self.opening is not None:
+            shapes["params of the SDE"] = self.opening.parameters.batch_shape
         return broadcast_batch(shapes)
 
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each array leaf of this object, in flattening order."""
         whole = [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(self.fn)]
-        return [*whole, *self.parameters.event_dims, *self.input_dims]
+        opening = [] if self.opening is None else self.opening.leaf_event_dims()
+        return [*whole, *self.parameters.event_dims, *self.input_dims, *opening]
 
     def at(self, t: Any, x: Any, u: Any) -> dist.Distribution:
         """The law of the observation at one time of one process."""
-        args = [t, x]
+        if self.opening is not None:
+            u, shown = u
+            x = self.opening.open(x, shown)
+        args = [t, x] if self.split is None else [t, *self.split(x)]
         if self.has_params:
             args.append(self.parameters.tree)
-        if self.inputs is not None:
+        if self.has_inputs:
             args.append(u)
         law = self.fn(*args)
         if not isinstance(law, dist.Distribution):

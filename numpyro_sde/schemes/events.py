@@ -39,6 +39,14 @@ class StepCache(NamedTuple):
     jumps: tuple[tuple[Any, Any], ...]
 
 
+def open_state(rules: tuple[Rule, ...], p: Any, x: Any, jumps: tuple[Any, ...]) -> Array:
+    """State after the events of one time, each of which may stand there or not."""
+    x = jnp.asarray(x)
+    for rule, (active, amount) in zip(rules, jumps, strict=True):
+        x = jnp.where(active, rule(x, amount, p).astype(x.dtype), x)
+    return x
+
+
 class ForcedScheme(AbstractScheme):
     """A scheme whose steps open with events and see inputs as straight lines.
 
@@ -88,10 +96,7 @@ class ForcedScheme(AbstractScheme):
 
     def open(self, sde: SDE, x: Array, cache: StepCache) -> Array:
         """State after the events that open a step, from the one before."""
-        x = jnp.asarray(x)
-        for rule, (active, amount) in zip(self.rules, cache.jumps, strict=True):
-            x = jnp.where(active, rule(x, amount, sde.params).astype(x.dtype), x)
-        return x
+        return open_state(self.rules, sde.params, x, cache.jumps)
 
     def _inside(self, sde: SDE, t: Any, x: Array, cache: StepCache) -> tuple[SDE, Array]:
         return self.during(sde, t, cache), self.open(sde, x, cache)
@@ -256,27 +261,31 @@ class Forcing(eqx.Module):
             total = rate if total is None else total + rate
         return total
 
-    def openings(self, index: np.ndarray) -> tuple[tuple[Any, Any], ...]:
-        """For each rule whether an event stands at the given times, and its amount there.
+    def openings(self, rows: np.ndarray) -> tuple[Any, tuple[int, ...]]:
+        """For each rule whether an event stands at some times, and its amount; no event at the end.
 
-        No event stands at the last time.
+        Args:
+            rows: indices into the path's times.
+
+        Returns:
+            Flags and amounts with a leading axis of times, and event dimensions of their leaves.
         """
+        last = self.num_steps
+        rows = rows % (last + 1)
+        place = np.minimum(rows, last - 1)
 
         def at(leaf: Any, dim: int) -> Any:
-            axis = jnp.ndim(leaf) - dim
             xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-            return xp.concatenate([leaf, xp.take(leaf, np.array([-1]), axis)], axis).take(
-                index, axis
-            )
+            return xp.take(leaf, place, axis=jnp.ndim(leaf) - dim)
 
-        num_steps = self.num_steps
-        shown = []
+        shown, dims = [], []
         for placed, dim in zip(self.placed, self.amount_dims, strict=True):
-            active = at(placed.active, 1) & (index % (num_steps + 1) < num_steps)
-            shown.append((active, None if placed.amount is None else at(placed.amount, 1 + dim)))
-        return tuple(shown)
+            amount = None if placed.amount is None else jnp.asarray(at(placed.amount, 1 + dim))
+            shown.append((jnp.asarray(at(placed.active, 1) & (rows < last)), amount))
+            dims += [1] if amount is None else [1, 1 + dim]
+        return tuple(shown), tuple(dims)
 
     @property
     def num_steps(self) -> int:
         """Number of steps of the grid."""
-        return int(jnp.shape(self.placed[0].active)[-1])
+        return int(np.shape(self.placed[0].active)[-1])
