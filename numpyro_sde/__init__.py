@@ -24,6 +24,7 @@ from numpyro_sde.accumulate import accumulate
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.reactions import ReactionPath
 from numpyro_sde.distributions.steady_state import steady_state
+from numpyro_sde.effects import random_effects
 from numpyro_sde.events import Events, doses
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.inputs import Input
@@ -73,6 +74,7 @@ __all__ = [
     "noise",
     "observe",
     "processes",
+    "random_effects",
     "reparam",
     "schemes",
     "smooth",

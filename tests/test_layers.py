@@ -37,7 +37,7 @@ LAYERS = [
     ["smc"],
     ["filters"],
     ["distributions"],
-    ["observe", "accumulate", "handlers", "reparam", "states"],
+    ["observe", "accumulate", "handlers", "reparam", "states", "effects"],
     ["guides", "infer", "multiscale"],
     ["diagnostics", "datasets", "testing"],
 ]

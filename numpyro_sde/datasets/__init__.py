@@ -5,11 +5,15 @@ Each ``load_*`` function reads a CSV file that ships with the package and return
 """
 
 from numpyro_sde.datasets.biology import (
+    HareLynx,
     LotkaVolterraCounts,
     Lynx,
+    RepeatedDoses,
     Theophylline,
+    load_hare_lynx,
     load_lotka_volterra,
     load_lynx,
+    load_repeated_doses,
     load_theophylline,
 )
 from numpyro_sde.datasets.climate import (
@@ -29,18 +33,22 @@ from numpyro_sde.datasets.finance import (
 
 __all__ = [
     "ElNino",
+    "HareLynx",
     "LotkaVolterraCounts",
     "Lynx",
     "NileFlow",
     "NileMinima",
+    "RepeatedDoses",
     "Theophylline",
     "Treasury",
     "TreasuryBill",
     "load_elnino_sst",
+    "load_hare_lynx",
     "load_lotka_volterra",
     "load_lynx",
     "load_nile_flow",
     "load_nile_minima",
+    "load_repeated_doses",
     "load_theophylline",
     "load_us_tbill",
     "load_us_treasury",

@@ -33,6 +33,48 @@ class LotkaVolterraCounts(NamedTuple):
     noise_scale: Float[np.ndarray, ""]
 
 
+class HareLynx(NamedTuple):
+    """Snowshoe hares and Canadian lynx, see :func:`load_hare_lynx`.
+
+    Attributes:
+        times: Calendar years 1900 to 1920, shape ``(21,)``.
+        pelts: Hare and lynx, thousands of pelts a year, shape ``(21, 2)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_hare_lynx
+        >>> times, pelts = load_hare_lynx()
+        >>> times[pelts.argmax(axis=0)].astype(int).tolist()  # hares first, lynx a year later
+        [1903, 1904]
+    """
+
+    times: Float[np.ndarray, " time"]
+    pelts: Float[np.ndarray, "time 2"]
+
+
+class RepeatedDoses(NamedTuple):
+    """A simulated drug given every twelve hours, see :func:`load_repeated_doses`.
+
+    Attributes:
+        times: Hours since the first dose, each subject's own clock, shape ``(24, 10)``.
+        concentration: Plasma concentration in mg/l, shape ``(24, 10)``.
+        weight: Body weight in kg, shape ``(24,)``.
+        dose_times: Hours of the doses, the same for all, shape ``(6,)``.
+        doses: Amounts in mg, shape ``(6,)``.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_repeated_doses
+        >>> data = load_repeated_doses()
+        >>> data.dose_times.tolist(), float(data.doses[0])
+        ([0.0, 12.0, 24.0, 36.0, 48.0, 60.0], 300.0)
+    """
+
+    times: Float[np.ndarray, "subject time"]
+    concentration: Float[np.ndarray, "subject time"]
+    weight: Float[np.ndarray, " subject"]
+    dose_times: Float[np.ndarray, " dose"]
+    doses: Float[np.ndarray, " dose"]
+
+
 class Lynx(NamedTuple):
     """Canadian lynx trappings, see :func:`load_lynx`.
 
@@ -130,6 +172,63 @@ def load_lynx() -> Lynx:
     """
     times, trappings = read_columns("lynx_1821_1934.csv", "t", "x")
     return Lynx(times=times, trappings=trappings)
+
+
+def load_hare_lynx() -> HareLynx:
+    """Hares and lynx of the Hudson's Bay Company, thousands of pelts a year, 1900 to 1920.
+
+    21 years of both, nothing missing; two cycles of about ten years, the lynx a year or two behind.
+
+    Source: records of the Hudson's Bay Company as tabulated by Howard (2009), Modeling Basics,
+    after Elton and Nicholson (1942), Journal of Animal Ecology 11, 215-244. The Lotka-Volterra
+    ordinary differential equation with log-normal noise gives births 0.55 a year, predation 0.028,
+    lynx deaths 0.80 and growth 0.024, with noise sds of 0.25 (posterior means of Carpenter 2018,
+    Predator-Prey Population Dynamics: the Lotka-Volterra model in Stan).
+
+    Returns:
+        A :class:`HareLynx` of float64 NumPy arrays.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_hare_lynx
+        >>> load_hare_lynx().pelts[0].tolist()
+        [30.0, 4.0]
+    """
+    columns = ("year", "hare_thousands", "lynx_thousands")
+    times, *both = read_columns("hare_lynx_1900_1920.csv", *columns)
+    return HareLynx(times=times, pelts=np.stack(both, axis=-1))
+
+
+def load_repeated_doses() -> RepeatedDoses:
+    """Plasma concentrations under a dose every twelve hours: simulated, with system noise.
+
+    24 subjects, six doses of 300 mg by mouth, ten samples each at times of their own, some of
+    them just before a dose. Not measured on anybody: simulated exactly from one-compartment
+    kinetics with first-order absorption and white noise on the concentration, so that a model
+    without system noise is wrong here. Truth: absorption 1.2/h, elimination 0.10/h, volume 30 l for
+    70 kg and in proportion to weight (medians); sds of their logs 0.30, 0.25, 0.15; system noise
+    0.35 mg/l per root hour; measurement noise 0.20 mg/l. A sample at a dose's time comes before it.
+
+    Source: ``tests/datasets/repeated_doses.py`` of this package, which writes the file anew.
+
+    Returns:
+        A :class:`RepeatedDoses` of float64 NumPy arrays.
+
+    Example:
+        >>> from numpyro_sde.datasets import load_repeated_doses
+        >>> load_repeated_doses().concentration.shape
+        (24, 10)
+    """
+    subject, weight, times, concentration = read_columns(
+        "repeated_doses.csv", "subject", "weight", "time", "conc"
+    )
+    panel = np.argsort(subject, kind="stable").reshape(24, 10)
+    return RepeatedDoses(
+        times=times[panel],
+        concentration=concentration[panel],
+        weight=weight[panel[:, 0]],
+        dose_times=12.0 * np.arange(6),
+        doses=np.full(6, 300.0),
+    )
 
 
 def load_theophylline() -> Theophylline:

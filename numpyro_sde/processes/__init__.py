@@ -16,6 +16,7 @@ from numpyro_sde.processes.lorenz import Lorenz63, Lorenz96TwoScale
 from numpyro_sde.processes.neuron import FitzHughNagumo
 from numpyro_sde.processes.reactions import ChemicalLangevin, LotkaVolterra, mass_action
 from numpyro_sde.processes.square_root import CKLS, CoxIngersollRoss
+from numpyro_sde.processes.volatility import Heston, StochasticVolatility
 
 __all__ = [
     "CKLS",
@@ -25,12 +26,14 @@ __all__ = [
     "DoubleWell",
     "FitzHughNagumo",
     "GeometricBrownianMotion",
+    "Heston",
     "LinearSDE",
     "Lorenz63",
     "Lorenz96TwoScale",
     "LotkaVolterra",
     "OrnsteinUhlenbeck",
     "OverdampedLangevin",
+    "StochasticVolatility",
     "UnderdampedLangevin",
     "mass_action",
 ]

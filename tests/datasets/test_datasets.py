@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from repeated_doses import simulate
+from scipy.integrate import solve_ivp
 from scipy.linalg import cho_factor, cho_solve, toeplitz
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import least_squares, minimize, minimize_scalar
 from scipy.stats import ncx2, norm
 
 from numpyro_sde import datasets
@@ -30,6 +32,7 @@ def test_arrays_are_float64_finite_and_fresh(load):
         (datasets.load_us_treasury, 1953 + 3 / 12, 1999 + 8 / 12, (558,)),
         (datasets.load_lotka_volterra, 0, 30, (16,)),
         (datasets.load_lynx, 1821, 1934, (114,)),
+        (datasets.load_hare_lynx, 1900, 1920, (21,)),
         (datasets.load_us_tbill, 1959, 2009.5, (203,)),
         (datasets.load_nile_flow, 1871, 1970, (100,)),
         (datasets.load_elnino_sst, 1950, 2010 + 11 / 12, (732,)),
@@ -144,3 +147,33 @@ def test_nile_flow_published_local_level_likelihood():
 def test_unknown_column_is_named():
     with pytest.raises(ValueError, match=r"volumes.*nile_flow\.csv"):
         read_columns("nile_flow.csv", "year", "volumes")
+
+
+def test_hare_and_lynx_give_the_published_fit():
+    """Least squares of logs under the ODE; published means and posterior sds by Carpenter 2018."""
+    data = datasets.load_hare_lynx()
+    logs, years = np.log(data.pelts), data.times - 1900.0
+
+    def residuals(q):
+        birth, predation, death, growth = np.exp(q[:4])
+
+        def drift(_, z):
+            return [birth - predation * np.exp(z[1]), growth * np.exp(z[0]) - death]
+
+        found = solve_ivp(drift, (0.0, 20.0), q[4:], t_eval=years, rtol=1e-6, atol=1e-8)
+        return (found.y.T - logs).ravel() if found.success else np.full(42, 10.0)
+
+    start = np.concatenate([np.log([0.5, 0.03, 0.9, 0.03]), logs[0]])
+    fit = least_squares(residuals, start)
+    published = [0.55, 0.028, 0.80, 0.024]
+    np.testing.assert_allclose(np.exp(fit.x[:4]), published, atol=0.0, rtol=0.12)
+    # The published sds, 0.06 to 0.09 of 0.55 and 0.80, allow 12 %.
+    assert 0.2 < np.sqrt(np.mean(fit.fun**2)) < 0.3
+
+
+def test_repeated_doses_are_the_simulation_that_they_are_said_to_be():
+    data = datasets.load_repeated_doses()
+    rows = np.array(simulate())
+    np.testing.assert_allclose(data.times, rows[:, 2].reshape(24, 10), atol=1e-9)
+    np.testing.assert_allclose(data.concentration, rows[:, 3].reshape(24, 10), atol=1e-3)
+    np.testing.assert_allclose(data.weight, rows[::10, 1], atol=1e-9)

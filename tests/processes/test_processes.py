@@ -67,6 +67,12 @@ MAKERS = {
         (0.4, 0.3),
     ),
     "UnderdampedLangevin": (lambda v: UnderdampedLangevin(spring, v), "friction", (0.4, 0.3)),
+    "StochasticVolatility": (
+        lambda v: processes.StochasticVolatility(5.0, -3.0, v, leverage=-0.6),
+        "scale",
+        (0.0, -3.0),
+    ),
+    "Heston": (lambda v: processes.Heston(v, 0.04, 0.3, leverage=-0.7), "rate", (0.0, 0.05)),
     "Lorenz63": (lambda v: Lorenz63(scale=v), "scale", (1.0, 2.0, 3.0)),
     "Lorenz96TwoScale": (
         lambda v: Lorenz96TwoScale(3, 1, time_ratio=v),
@@ -327,3 +333,30 @@ def test_wrong_reaction_networks_are_refused():
         LotkaVolterra(floor="low")
     with pytest.raises(ValueError, match="reactants must not be negative"):
         mass_action([[-1]])
+
+
+def test_volatility_with_leverage():
+    sde = processes.StochasticVolatility(2.0, -3.0, 0.8, leverage=-0.6, drift=0.1)
+    x = jnp.array([1.0, -2.5])
+    expected = [0.1 - 0.5 * np.exp(-2.5), 2.0 * (-3.0 + 2.5)]
+    np.testing.assert_allclose(sde.drift_at(0.0, x), expected, rtol=1e-6)
+    B = sde.diffusion_at(0.0, x)
+    spread = np.exp(-1.25)
+    covariance = [[spread**2, -0.6 * 0.8 * spread], [-0.6 * 0.8 * spread, 0.64]]
+    np.testing.assert_allclose(B @ B.T, covariance, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^leverage must lie between -1 and 1"):
+        processes.StochasticVolatility(2.0, -3.0, 0.8, leverage=-1.0)
+
+
+def test_heston():
+    sde = processes.Heston(3.0, 0.04, 0.5, leverage=-0.7, drift=0.02)
+    x = jnp.array([0.0, 0.09])
+    np.testing.assert_allclose(sde.drift_at(0.0, x), [0.02 - 0.045, 3.0 * -0.05], rtol=1e-5)
+    B = sde.diffusion_at(0.0, x)
+    covariance = [[0.09, -0.7 * 0.5 * 0.09], [-0.7 * 0.5 * 0.09, 0.25 * 0.09]]
+    np.testing.assert_allclose(B @ B.T, covariance, rtol=1e-5)
+    below = jnp.array([0.0, -0.01])
+    np.testing.assert_allclose(sde.drift_at(0.0, below), [0.02, 0.12], rtol=1e-5)
+    assert np.all(np.asarray(sde.diffusion_at(0.0, below)) == 0.0)
+    gradient = jax.jacobian(lambda x: sde.diffusion_at(0.0, x))(below)
+    assert np.all(np.isfinite(gradient))
