@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
+from numpyro.distributions import constraints
 
 from numpyro_sde.distributions.missing import peel
+
+_WIDTH = 1e3  # of a guide's start where nothing tells a scale
 
 
 def _core(d: Any) -> Any:
@@ -24,6 +29,88 @@ def is_gaussian(d: dist.Distribution) -> bool:
         core,
         dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal | dist.Delta,
     )
+
+
+def is_flat(d: dist.Distribution) -> bool:
+    """Whether `d` is the improper law of density 1 on all of space."""
+    core, support = _core(d), d.support
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    return isinstance(core, dist.ImproperUniform) and support in (
+        constraints.real,
+        constraints.real_vector,
+    )
+
+
+def draw_start(
+    d: dist.Distribution, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()
+) -> Array:
+    """Draw first states. A flat law has none: an error, or NaN where the key is traced.
+
+    A traced run may only look at shapes, as the search for a model's paths does.
+
+    Raises:
+        ValueError: a flat law.
+    """
+    if not is_flat(d):
+        return jnp.asarray(d.sample(key, sample_shape))
+    if not isinstance(key, jax.core.Tracer):
+        raise ValueError(
+            "init is flat (ImproperUniform), so no path can be drawn from it: give init a proper "
+            "law to simulate, or draw the path given data"
+        )
+    return jnp.full(sample_shape + d.batch_shape + d.event_shape, jnp.nan)
+
+
+def has_moments(d: dist.Distribution) -> bool | None:
+    """Whether `d` has a mean and a variance: None where parameters that are traced decide it."""
+    core = _core(d)
+    if is_gaussian(d):
+        return True
+    if isinstance(core, dist.Cauchy | dist.HalfCauchy | dist.ImproperUniform):
+        return False
+    with jax.ensure_compile_time_eval():
+        try:
+            found = [core.mean, core.variance]
+        except (NotImplementedError, AttributeError):
+            return False
+        freedom: Any = getattr(core, "df", 3.0)  # Student's t has a variance above two degrees
+        if isinstance(freedom, jax.core.Tracer):
+            return None
+        known = [v for v in found if not isinstance(v, jax.core.Tracer)]
+        return bool(np.all(freedom > 2)) and all(bool(np.all(np.isfinite(v))) for v in known)
+
+
+class StartMoments(NamedTuple):
+    """Mean and covariance of a first state, and what they are worth.
+
+    Attributes:
+        kind: "normal", with a fixed state among these; "flat", all states alike; "moments", a law
+            that has these two; "none", a law without moments.
+        mean: shape `(*batch, p)`; where there is none, a place for a guide to start from.
+        cov: shape `(*batch, p, p)`; where there is none, a width for a guide.
+    """
+
+    kind: Literal["normal", "flat", "moments", "none"]
+    mean: Array
+    cov: Array
+
+
+def start_moments(d: dist.Distribution, event_dim: int) -> StartMoments:
+    """Moments of the law of a first state, and of what kind it is."""
+    if is_gaussian(d):
+        return StartMoments("normal", *mean_and_cov(d, event_dim))
+    if has_moments(d) is not False:
+        return StartMoments("moments", *mean_and_cov(d, event_dim))
+    shape = d.batch_shape + d.event_shape
+    center, width = jnp.zeros(shape), jnp.full(shape, _WIDTH)
+    core: Any = _core(d)
+    if hasattr(core, "loc") and hasattr(core, "scale"):
+        center, width = (jnp.broadcast_to(v, shape) for v in (core.loc, core.scale))
+    vector = center if event_dim else center[..., None]
+    sd = width if event_dim else width[..., None]
+    cov = sd[..., :, None] ** 2 * jnp.eye(sd.shape[-1])
+    return StartMoments("flat" if is_flat(d) else "none", vector, cov)
 
 
 def has_independent_components(d: dist.Distribution) -> bool:

@@ -23,7 +23,11 @@ from numpyro_sde.distributions.batching import (
     map_batch,
 )
 from numpyro_sde.distributions.missing import log_prob_of_present, tolerates_partial
-from numpyro_sde.distributions.moments import has_independent_components, is_gaussian
+from numpyro_sde.distributions.moments import (
+    has_independent_components,
+    has_moments,
+    is_gaussian,
+)
 from numpyro_sde.events import Rule
 from numpyro_sde.schemes.events import open_state
 from numpyro_sde.sde import (
@@ -47,6 +51,7 @@ class EmissionStructure(NamedTuple):
         gaussian: whether it is normal, with any mean and covariance.
         diagonal: whether its components are independent given the state.
         family: class name of the distribution, for messages.
+        has_moments: whether it has a mean and a variance; None where traced parameters decide.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +62,7 @@ class EmissionStructure(NamedTuple):
     gaussian: bool
     diagonal: bool
     family: str
+    has_moments: bool | None
 
 
 class Opening(eqx.Module):
@@ -195,7 +201,8 @@ class Emission(eqx.Module):
 
         def probe(emission: Emission, t: Any, x: Any) -> int:
             u = jax.tree.map(lambda leaf: leaf[0], emission.inputs)
-            law = emission.at(t, x, u)
+            with jax.ensure_compile_time_eval():  # constants of the law stay readable
+                law = emission.at(t, x, u)
             support: Any = law.support
             moving = any(isinstance(v, jax.Array) for v in jax.tree_util.tree_leaves(support))
             if moving:
@@ -212,6 +219,7 @@ class Emission(eqx.Module):
                     is_gaussian(law),
                     has_independent_components(law),
                     type(law).__name__,
+                    has_moments(law),
                 )
             )
             return 0

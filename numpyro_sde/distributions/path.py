@@ -34,6 +34,7 @@ from numpyro_sde.distributions.batching import (
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
 from numpyro_sde.distributions.fixed_start import FixedStart
+from numpyro_sde.distributions.moments import draw_start
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
@@ -284,7 +285,7 @@ class SDEPath(dist.Distribution):
         assert is_prng_key(key)
         key_init, key_path = jax.random.split(key)
         lead = sample_shape + self.batch_shape
-        x0 = self._expanded_init().sample(key_init, sample_shape)
+        x0 = draw_start(self._expanded_init(), key_init, sample_shape)
         if self.scheme.has_innovations:
             shape = lead + self.innovation_shape
             z = jax.random.normal(key_path, shape, jnp.result_type(float))

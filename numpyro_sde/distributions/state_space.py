@@ -16,8 +16,10 @@ from numpyro_sde.checks.closures import refuse_closures
 from numpyro_sde.distributions.batching import describe_batch
 from numpyro_sde.distributions.missing import log_prob_of_present
 from numpyro_sde.distributions.moments import (
+    is_flat,
     is_gaussian,
     mean_and_cov,
+    start_moments,
 )
 from numpyro_sde.distributions.observation import Emission, EmissionStructure
 from numpyro_sde.distributions.path import SDEPath
@@ -124,6 +126,7 @@ class Statement(eqx.Module):
             gaussian=self.structure.gaussian,
             rows=np.sort(rows),
             diagonal=self.structure.diagonal,
+            has_moments=self.structure.has_moments,
             law=law_at,
         )
 
@@ -142,10 +145,10 @@ def run_on_model(
     dims: tuple[int, ...] = (),
 ) -> Any:
     """Map `fn(model, *arrays)` of the unbatched state-space model over `lead`."""
-    mean, cov = mean_and_cov(path.init, len(path.state_shape))
+    kind, mean, cov = start_moments(path.init, len(path.state_shape))
     # A start given in whole numbers is a real state all the same.
     mean, cov = mean.astype(jnp.result_type(mean, float)), cov.astype(jnp.result_type(cov, float))
-    state_shape, chosen, normal_start = path.state_shape, path.scheme_chosen, is_gaussian(path.init)
+    state_shape, chosen = path.state_shape, path.scheme_chosen
     flat: list[Any] = []
     flat_dims: list[Any] = []
     for statement, y in data:
@@ -168,7 +171,8 @@ def run_on_model(
             cache=cache,
             init_mean=mean,
             init_cov=cov,
-            init_gaussian=normal_start,
+            init_gaussian=kind == "normal",
+            init_kind=kind,
             scalar=state_shape == (),
             instruments=tuple(instruments),
         )
@@ -240,6 +244,11 @@ def draw_starts(
     """Draws of first states that are not normal, one array `(*lead, M, *state)`, or none."""
     if num_starts == 0 or is_gaussian(path.init):
         return ()
+    if is_flat(path.init):
+        raise ValueError(
+            "init is flat (ImproperUniform), which cannot be drawn from: particles need a proper "
+            "law of the first state. filters.Kalman() takes a flat one exactly"
+        )
     draws = path.init.expand(lead).sample(key, (num_starts,))
     return (jnp.moveaxis(draws, 0, len(lead)).astype(jnp.result_type(float)),)
 

@@ -24,7 +24,13 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
-from numpyro_sde.statespace.checks import EMISSIONS, check_brownian, check_choice, check_count
+from numpyro_sde.statespace.checks import (
+    EMISSIONS,
+    check_brownian,
+    check_choice,
+    check_count,
+    check_moments,
+)
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import LOG_2PI, laplace, with_valid_inputs
 
@@ -93,6 +99,7 @@ class EnsembleKalman(AbstractFilter):
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "EnsembleKalman()")
+        check_moments(model, "EnsembleKalman()", self.emission)
         if not model.scheme.has_innovations:
             raise ValueError(
                 f"EnsembleKalman() moves members by the scheme's innovations, which "

@@ -14,6 +14,7 @@ from numpyro_sde.statespace.checks import (
     check_choice,
     check_count,
     check_gaussian_scheme,
+    check_moments,
 )
 from numpyro_sde.statespace.linearized import filter_linearized
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
@@ -62,6 +63,7 @@ class ExtendedKalman(AbstractFilter):
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "ExtendedKalman()")
+        check_moments(model, "ExtendedKalman()", self.emission)
         check_gaussian_scheme(model, "ExtendedKalman()")
 
     def filter(self, model: StateSpaceModel) -> FilterResult:

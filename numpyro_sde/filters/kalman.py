@@ -18,9 +18,9 @@ from numpyro_sde.filters.forced import (
     varies_inside,
     why_not_linear,
 )
-from numpyro_sde.linear import discretize, kalman
+from numpyro_sde.linear import diffuse, discretize, kalman
 from numpyro_sde.linear.affine import degrees
-from numpyro_sde.linear.smoothing import backward_kernels
+from numpyro_sde.linear.smoothing import BackwardKernel, backward_kernels
 from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.dependence import dependence
@@ -54,6 +54,12 @@ class Kalman(AbstractFilter):
     `Exact` of a Gaussian process; `Milstein` and `Strang` where the SDE is linear with additive
     noise). Another one is refused.
 
+    `init=dist.ImproperUniform(dist.constraints.real, (), ())`, a flat start of density 1 (for d
+    states `constraints.real_vector` and event shape `(d,)`), is integrated out exactly: no large
+    variance is put in its place. The log likelihood is that of `int p(y | x_0) dx_0`, the diffuse
+    likelihood of de Jong (1991) and of Durbin and Koopman (2012) plus `d log(2 pi) / 2`; NaN where
+    the data do not determine the first state.
+
     Args:
         form: "auto", "sequential", "sqrt" (square-root form, for ill-conditioned models and
             float32) or "parallel" (associative scan, for accelerators and long series).
@@ -75,8 +81,13 @@ class Kalman(AbstractFilter):
 
     def check(self, model: StateSpaceModel) -> None:
         model = _discretized(model)
-        if not model.init_gaussian:
-            _refuse("init must be a normal distribution or a fixed state")
+        if not model.init_gaussian and model.init_kind != "flat":
+            _refuse(
+                "init must be a normal distribution, a fixed state, or a flat one, "
+                "dist.ImproperUniform(dist.constraints.real, (), state_shape)"
+            )
+        if model.init_kind == "flat" and model.markovian is not None:
+            _refuse("a flat init is for Brownian motion; give the path a normal one")
         x = jax.ShapeDtypeStruct((model.dim,), jnp.result_type(float))
         if model.scheme_chosen:
             _check_scheme(model, x)
@@ -100,19 +111,20 @@ class Kalman(AbstractFilter):
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
         model = _discretized(model)
         arrays = _assemble(model, _observed_rows(model))
-        return kalman.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
+        engine = diffuse if model.init_kind == "flat" else kalman
+        return engine.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
         model = _discretized(model)
         arrays = _assemble(model, _observed_rows(model))
-        result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
+        result, _ = self._run(model, arrays)
         terms = result.increments
         return jnp.zeros(model.num_times, terms.dtype).at[arrays.rows].set(terms)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
         model = _discretized(model)
         arrays = _assemble(model, np.arange(model.num_times))
-        result = kalman.kalman_filter(arrays.model, arrays.y, arrays.present, form=self.form)
+        result, kernel = self._run(model, arrays)
         return FilterResult(
             times=model.times,
             log_likelihood=result.log_likelihood,
@@ -122,8 +134,16 @@ class Kalman(AbstractFilter):
             predicted_mean=result.predicted_mean,
             predicted_cov=result.predicted_cov,
             cross=result.cov[:-1] @ jnp.swapaxes(arrays.model.F, -1, -2),
-            kernel=backward_kernels(arrays.model, result),
+            kernel=backward_kernels(arrays.model, result) if kernel is None else kernel,
         )
+
+    def _run(
+        self, model: StateSpaceModel, arrays: _Arrays
+    ) -> tuple[kalman.Filtered, BackwardKernel | None]:
+        data = arrays.y, arrays.present
+        if model.init_kind == "flat":
+            return diffuse.kalman_filter(arrays.model, *data, form=self.form)
+        return kalman.kalman_filter(arrays.model, *data, form=self.form), None
 
 
 def _discretized(model: StateSpaceModel) -> StateSpaceModel:

@@ -31,7 +31,13 @@ from jaxtyping import Array, Float
 
 from numpyro_sde.linear.small import matmul, psd_factor, solve_lower, transpose, tria
 from numpyro_sde.schemes import MomentClosure
-from numpyro_sde.statespace.checks import EMISSIONS, check_brownian, check_choice, check_count
+from numpyro_sde.statespace.checks import (
+    EMISSIONS,
+    check_brownian,
+    check_choice,
+    check_count,
+    check_moments,
+)
 from numpyro_sde.statespace.gaussian import run_gaussian
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.statespace.quadrature import QuadratureRule, cubature, gauss_hermite, unscented
@@ -117,6 +123,7 @@ class MomentMatching(AbstractFilter):
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "MomentMatching()", continuous=True)
+        check_moments(model, "MomentMatching()", self.emission)
         if model.scheme_chosen and not model.scheme.approximates_sde:
             raise ValueError(
                 "MomentMatching() integrates the moments of the SDE's drift and diffusion and uses "

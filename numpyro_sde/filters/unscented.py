@@ -18,6 +18,7 @@ from numpyro_sde.statespace.checks import (
     check_choice,
     check_count,
     check_gaussian_scheme,
+    check_moments,
 )
 from numpyro_sde.statespace.gaussian import run_gaussian
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
@@ -87,6 +88,7 @@ class UnscentedKalman(AbstractFilter):
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "UnscentedKalman()")
+        check_moments(model, "UnscentedKalman()", self.emission)
         check_gaussian_scheme(model, "UnscentedKalman()")
         unscented(model.dim, self.alpha, self.beta, self.kappa)
 

@@ -221,8 +221,8 @@ def _observations(
     return white[..., :-1], jnp.ones((T, p), dtype), white[..., -1], constant
 
 
-def _scalar_steps(model: LinearGaussian, y: Array, mask: Array | None) -> tuple[ScalarSteps, Array]:
-    """Model with one component a step, and what the times add to the log likelihood."""
+def scalar_steps(model: LinearGaussian, y: Array, mask: Array | None) -> tuple[ScalarSteps, Array]:
+    """Model with one component a step, and what each time adds to the log likelihood."""
     C, R, y, constant = _observations(model, y, mask)
     T, p, d = C.shape
 
@@ -288,7 +288,7 @@ def log_likelihood(
         >>> round(float(log_likelihood(model, jnp.zeros((1, 1)))), 3)  # log N(0; 0, 2)
         -1.266
     """
-    steps, constant = _scalar_steps(model, y, mask)
+    steps, constant = scalar_steps(model, y, mask)
     form = choose_form(form, steps.y.shape[0], model.state_size, model.m0.dtype)
     return recursions.log_likelihood(steps, form) + constant.sum()
 
@@ -325,7 +325,7 @@ def kalman_filter(
         >>> [round(float(mean), 3) for mean in means]
         [0.5, 0.2]
     """
-    steps, constant = _scalar_steps(model, y, mask)
+    steps, constant = scalar_steps(model, y, mask)
     form = choose_form(form, steps.y.shape[0], model.state_size, model.m0.dtype)
     p = y.shape[1]
     prediction = recursions.predict(steps, form)

@@ -303,12 +303,27 @@ def affine_backward(
     return _running(compose, (ends[::-1], B[::-1]), neutral)[1][::-1]
 
 
+def _information(steps: ScalarSteps, p: Prediction, form: str) -> Float[Array, "n d d+1"]:
+    """What the observations from each step on say about its state, `[N | n]`."""
+    h, k = steps.h, matvec(steps.F, p.K[:-1])
+    w = p.v / p.s
+    B = outer(h, jnp.concatenate([h / p.s[:, None], w[:, None]], axis=-1))
+    return affine_backward(steps.F - outer(k, h[:-1]), B, form)
+
+
+def first_information(
+    steps: ScalarSteps, form: str
+) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
+    """Minus the Hessian, and the gradient, of the log likelihood by the mean of the first state."""
+    Z = _information(steps, predict(steps, form), form)
+    return symmetrize(Z[0, :, :-1]), Z[0, :, -1]
+
+
 def _score(steps: ScalarSteps, p: Prediction, form: str) -> ScalarSteps:
     """Derivatives of the log likelihood by every array of the model."""
     h, F = steps.h, steps.F
     w, k = p.v / p.s, matvec(F, p.K[:-1])
-    B = outer(h, jnp.concatenate([h / p.s[:, None], w[:, None]], axis=-1))
-    Z = affine_backward(F - outer(k, h[:-1]), B, form)
+    Z = _information(steps, p, form)
     N, n = Z[..., :-1], Z[..., -1]
     G = 0.5 * (outer(n, n) - N)
     # just after each observation that information is F'n and F'N F; there is none after the last

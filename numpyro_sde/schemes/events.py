@@ -75,6 +75,10 @@ class ForcedScheme(AbstractScheme):
     def keeps_positive(self) -> bool:  # type: ignore[override]
         return self.inner.keeps_positive
 
+    @property
+    def approximates_sde(self) -> bool:  # type: ignore[override]
+        return self.inner.approximates_sde
+
     def around(self, inner: AbstractScheme) -> ForcedScheme:
         """The same forcing on another scheme."""
         return forced(inner, self.rules, self.names, self.rows)
@@ -124,7 +128,7 @@ class ForcedScheme(AbstractScheme):
         return self.inner.draw(sde, key, t, dt, x, cache.inner)
 
 
-class ForcedGaussian(ForcedScheme, GaussianScheme):
+class ForcedGaussian(ForcedScheme, GaussianScheme):  # type: ignore[override]
     """A Gaussian scheme whose steps open with events and see inputs as straight lines.
 
     Example:

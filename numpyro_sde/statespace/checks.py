@@ -59,3 +59,31 @@ def check_gaussian_scheme(model: StateSpaceModel, method: str) -> None:
             f"{type(model.scheme).__name__} has not: give the path scheme=Euler(), "
             "LocalLinear() or Kessler(), or use MomentMatching() or EnsembleKalman()"
         )
+
+
+def check_moments(model: StateSpaceModel, method: str, emission: str = "laplace") -> None:
+    """Raise a `ValueError` where a filter would need moments that a law has not.
+
+    Args:
+        model: the model.
+        method: what to call the filter.
+        emission: what it does with emissions that are not normal, one of `EMISSIONS`.
+    """
+    if model.init_kind == "flat":
+        raise ValueError(
+            f"{method} starts from a mean and a covariance, which a flat init (ImproperUniform) "
+            "has not: Kalman() takes one exactly, other filters need a proper law such as "
+            "dist.Normal(guess, spread)"
+        )
+    if model.init_kind == "none":
+        raise ValueError(
+            f"{method} starts from a mean and a covariance, which the law of init has not (a "
+            "Cauchy law, Student's t of df <= 2): give init another law, or use Particle()"
+        )
+    for number, instrument in enumerate(model.instruments):
+        if emission == "moments" and instrument.has_moments is False:
+            raise ValueError(
+                f"{method} with emission='moments' needs the mean and the variance of every "
+                f"emission; that of observe statement {number + 1} has none (a Cauchy law, "
+                "Student's t of df <= 2): use emission='laplace'"
+            )

@@ -135,7 +135,9 @@ def observed_information(
 
 
 def has_moments(instrument: Instrument, inputs: Any, x: Float[Array, " d"]) -> bool:
-    """Whether an emission has a mean and a variance to ask for."""
+    """Whether an emission has a mean and a variance to ask for, for certain."""
+    if not instrument.has_moments:
+        return False
     try:
         jax.eval_shape(instrument.moments, inputs, x)
     except NotImplementedError:

@@ -34,6 +34,8 @@ class Instrument(NamedTuple):
         gaussian: whether the emission is Gaussian, with any mean and covariance.
         diagonal: whether its components are independent given the state.
         rows: grid indices at which anything may be observed (host side, increasing).
+        has_moments: whether the emission has a mean and a variance; None where traced parameters
+            decide.
         law: `law(inputs_k, x)`, the observation's distribution given one state, for predictions
             of emissions that are not normal; None where that is not known.
 
@@ -63,6 +65,7 @@ class Instrument(NamedTuple):
     gaussian: bool
     rows: Any
     diagonal: bool = False
+    has_moments: bool | None = True
     law: Callable[[Any, Array], Any] | None = None
 
 
@@ -79,6 +82,8 @@ class StateSpaceModel(NamedTuple):
         init_mean: mean of the first state, shape `(d,)`.
         init_cov: its covariance, shape `(d, d)`.
         init_gaussian: whether the first state is normal (a fixed one counts).
+        init_kind: "normal"; "flat", the improper law of density 1; "moments", another law with the
+            mean and covariance given; "none", a law without them.
         scalar: whether the process is written for states of shape `()`.
         instruments: the observation statements.
         starts: draws of the first state, `(M, d)`, for methods that need them where it is not
@@ -117,6 +122,7 @@ class StateSpaceModel(NamedTuple):
     starts: Any = None
     state_shape: tuple[int, ...] | None = None
     markovian: Any = None
+    init_kind: str = "normal"
 
     @property
     def dim(self) -> int:
