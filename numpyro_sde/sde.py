@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_sde.describe import describe_entries, describe_value, html_table, one_line
 from numpyro_sde.inputs import Input, Inputs, StepInputs
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.noise import AbstractNoise, Brownian
@@ -169,6 +170,26 @@ class SDE(eqx.Module):
             push: a constant added to the drift; None for none.
         """
         return self._with(inputs=inputs, push=push)
+
+    def _described(self) -> list[tuple[str, str]]:
+        """Names and values to print."""
+        entries = describe_entries(self.params)
+        if type(self) is SDE:
+            code = {"drift": self.drift.function, "diffusion": self.diffusion.function}
+            entries = [(role, describe_value(fn)) for role, fn in code.items()] + entries
+        if self.inputs is not None:
+            entries.append(("inputs", ", ".join(self.inputs.names)))
+        if not isinstance(self.noise, Brownian):
+            entries.append(("noise", describe_value(self.noise)))
+        if self.interpretation != "ito":
+            entries.append(("interpretation", self.interpretation))
+        return entries
+
+    def __repr__(self) -> str:
+        return one_line(type(self).__name__, self._described())
+
+    def _repr_html_(self) -> str:
+        return html_table(type(self).__name__, self._described())
 
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each array leaf of this object, in flattening order."""

@@ -42,7 +42,17 @@ LAYERS = [
     ["diagnostics", "datasets", "testing"],
 ]
 PURE = (
-    *("checks", "data", "grid", "noise", "sde", "schemes", "processes", "reparam.bridge"),
+    *(
+        "checks",
+        "describe",
+        "data",
+        "grid",
+        "noise",
+        "sde",
+        "schemes",
+        "processes",
+        "reparam.bridge",
+    ),
     "runtime",
     "jumps",
     *("parameters", "inputs", "events"),

@@ -18,6 +18,7 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.closures import refuse_closures
+from numpyro_sde.describe import html_table, one_line, path_entries
 from numpyro_sde.distributions.arguments import (
     as_events,
     as_init,
@@ -186,6 +187,12 @@ class SDEPath(dist.Distribution):
         if isinstance(base, dist.Delta):
             return jnp.broadcast_to(base.v, self.init.batch_shape + self.state_shape)
         return None
+
+    def __repr__(self) -> str:
+        return one_line("SDEPath", path_entries(self))
+
+    def _repr_html_(self) -> str:
+        return html_table("SDEPath", path_entries(self))
 
     @property
     def has_rsample(self) -> bool:

@@ -163,6 +163,9 @@ class AutoFlow(AutoContinuous):
             forward_mode_differentiation=forward_mode_differentiation,
         )
 
+    def __repr__(self) -> str:
+        return f"AutoFlow(flow={self.flow!r}, num_flows={self.num_flows})"
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # Before NumPyro's own set-up, which would try to enumerate a discrete site.
         with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=0):

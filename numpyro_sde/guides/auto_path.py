@@ -127,6 +127,9 @@ class AutoPathGuide(AutoGuide):
         self._theta_start: Any = 0.0
         self._open: dict[str, Any] = {}
 
+    def __repr__(self) -> str:
+        return f"AutoPathGuide(parameters={self.parameters!r}, path={type(self.path).__name__})"
+
     def path_sites(self) -> tuple[str, ...]:
         """Names of the model's paths; known after the first call."""
         return tuple(self._plans)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from numpyro_sde.describe import describe_module
 from numpyro_sde.linear.small import matvec
 from numpyro_sde.linear.smoothing import BackwardKernel, draw_backward, moments_backward
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
@@ -336,6 +337,9 @@ class AbstractFilter(eqx.Module):
         >>> round(float(result.predicted_cov[0, 0, 0]), 2)
         100.0
     """
+
+    def __repr__(self) -> str:
+        return describe_module(self)
 
     def check(self, model: StateSpaceModel) -> None:
         """Raise a `ValueError` where the method cannot treat this model."""

@@ -133,6 +133,9 @@ class SBCResult:
         }
         return pd.DataFrame(columns, index=pd.Index(self.names, name="quantity"))
 
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
+
     def __str__(self) -> str:
         number = len(self.pit)
         bad = [

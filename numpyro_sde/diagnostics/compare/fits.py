@@ -45,6 +45,13 @@ class SVIFit(NamedTuple):
     model_kwargs: Mapping[str, Any] | None = None
     timing: Timing | None = None
 
+    def __repr__(self) -> str:
+        guide = getattr(self.svi, "guide", self.svi)
+        name = getattr(guide, "__name__", type(guide).__name__)
+        losses = np.asarray(getattr(self.result, "losses", ()))
+        trained = f", {losses.size} steps, last loss {losses[-1]:.4g}" if losses.size else ""
+        return f"SVIFit({name}{trained})"
+
 
 @dataclass(frozen=True)
 class RefinedFit:
@@ -105,6 +112,9 @@ class RefinedFit:
             "log_evidence": self.log_evidence,
             "log_evidence_se": self.log_evidence_se,
         }
+
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
 
     def __str__(self) -> str:
         return (

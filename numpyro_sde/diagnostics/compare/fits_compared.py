@@ -100,6 +100,9 @@ class FitComparison:
         heading, fits = shown[-1]
         return [*shown[:-1], (heading, fits.T.rename_axis(columns=None))]
 
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
+
     def __str__(self) -> str:
         parts = [
             f"{heading}\n{table.to_string(max_rows=_MAX_ROWS)}" for heading, table in self._tables()

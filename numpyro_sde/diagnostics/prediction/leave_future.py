@@ -69,6 +69,9 @@ class LeaveFutureOut:
         number = self.pointwise.size
         return float(np.sqrt(number * self.pointwise.var(ddof=1))) if number > 1 else float("nan")
 
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
+
     def __str__(self) -> str:
         fits = len(self.refits)
         return (

@@ -73,6 +73,9 @@ class ModelComparison:
             tables.append(("Parameters asked for", self.parameters.map(format_number)))
         return tables
 
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
+
     def __str__(self) -> str:
         parts = [f"{heading}\n{table.to_string()}" for heading, table in self._tables()]
         lines = [f"{name}: {verdict}" for name, verdict in self.verdicts.items()]

@@ -87,6 +87,9 @@ class Residuals:
         known = values[np.isfinite(values)]
         return bool(known.size == 0 or known.min() * known.size >= self.level)
 
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
+
     def __str__(self) -> str:
         values = self.p_values
         number = int(np.isfinite(values.to_numpy()).sum())

@@ -52,6 +52,9 @@ class Scores:
             rows[site] = {"number": float(np.isfinite(scores["crps"]).sum()), **row}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("site")
 
+    def __repr__(self) -> str:  # what an interactive session shows
+        return str(self)
+
     def __str__(self) -> str:
         return self.table().to_string(float_format=lambda value: f"{value:.4g}")
 
