@@ -16,6 +16,7 @@ LAYERS = [
     [
         *(
             "checks",
+            "describe",
             "data",
             "grid",
             "noise",
