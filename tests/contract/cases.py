@@ -1,0 +1,530 @@
+"""The ways to say a model, each with the density that NumPyro's joint gives it.
+
+All on one Ornstein-Uhlenbeck path of three times (two components in the vector cases) with a
+parameter `b`, the level of return. `truth(b)` is the joint density of path and data given `b`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro import handlers
+from truth import Quadratic, add_linear_path, add_observations
+
+import numpyro_sde as nsde
+
+TIMES = np.array([0.0, 0.4, 1.0])
+RATE, SCALE, M0, S0, SD = 1.3, 0.8, 0.2, 1.1, 0.3
+A = np.array([[-1.0, 0.4], [-0.3, -0.5]])
+L = np.array([[0.5, 0.0], [0.3, 0.6]])
+R = np.arange(3)
+Y = np.array([0.9, -0.2, 0.5])
+Y2 = np.array([[0.9, -0.2, 0.5], [-0.6, 0.4, 1.1]])
+Y3 = np.array([[0.9, -0.2, 0.5], [0.6, 0.1, 0.8], [1.2, -0.4, 0.3]])
+YV = np.array([[0.4, -0.3], [0.7, 0.2], [-0.1, 0.6]])
+NAN = np.nan
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to say a model.
+
+    Attributes:
+        name: of the way.
+        model: the model, called with `args`.
+        truth: `b` to the joint density of path and data, without the prior of `b`.
+        shape: shape of the path's value; None where the path is no latent site.
+        args: arguments of the model.
+        refusal: words of which a refusal must contain one; None where no engine may refuse.
+        must_refuse: whether there is no right number.
+        copies: `log p(y)` counts so often, with the path integrated out (subsampled plates).
+    """
+
+    name: str
+    model: Callable[..., Any]
+    truth: Callable[[float], Quadratic]
+    shape: tuple[int, ...] | None = (3,)
+    args: tuple[Any, ...] = ()
+    refusal: str | None = None
+    must_refuse: bool = False
+    copies: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def level():
+    return numpyro.sample("b", dist.Normal(0.0, 1.0))
+
+
+def ou(b, times=TIMES):
+    sde = nsde.processes.OrnsteinUhlenbeck(RATE, b, SCALE)
+    return numpyro.sample("x", nsde.SDEPath(sde, times, init=dist.Normal(M0, S0)))
+
+
+def vector(b):
+    sde = nsde.SDE(
+        lambda t, x, p: jnp.asarray(A) @ (x - p),
+        lambda t, x, p: jnp.asarray(L),
+        params=b,
+    )
+    init = dist.Normal(jnp.array([0.2, -0.1]), 0.7).to_event(1)
+    path = nsde.SDEPath(sde, TIMES, init=init, scheme=nsde.schemes.LocalLinear())
+    return numpyro.sample("x", path)
+
+
+def seen(x, y, name="y", slope=1.0, sd=SD, **options):
+    return nsde.observe(name, x, lambda t, x: dist.Normal(slope * x, sd), obs=y, **options)
+
+
+def ou_truth(*statements, paths=1, weight=1.0, times=TIMES):
+    """Paths of weights `weight`, and statements as keywords of `add_observations`."""
+    index = np.arange(paths * len(R)).reshape(paths, len(R))
+    weights, clocks = np.broadcast_to(weight, paths), np.broadcast_to(times, index.shape)
+
+    def truth(b):
+        q = Quadratic(index.size)
+        for i, w, clock in zip(index, weights, clocks, strict=True):
+            add_linear_path(q, i[:, None], clock, -RATE, RATE * b, SCALE, M0, S0**2, w)
+        for statement in statements:
+            add_observations(q, **{"index": np.squeeze(index), "sd": SD, **statement})
+        return q
+
+    return truth
+
+
+def vector_truth(*statements):
+    index = np.arange(6).reshape(3, 2)
+
+    def truth(b):
+        q = Quadratic(6)
+        P0 = 0.7**2 * np.eye(2)
+        add_linear_path(q, index, TIMES, A, -A @ np.full(2, b), L, [0.2, -0.1], P0)
+        for statement in statements:
+            add_observations(q, **{"index": index, "sd": SD, **statement})
+        return q
+
+    return truth
+
+
+CASES: list[Case] = []
+
+
+def case(name, truth, **options):
+    """Add a model to the table."""
+
+    def add(model):
+        CASES.append(Case(name, model, truth, **options))
+        return model
+
+    return add
+
+
+# ---------------------------------------------------------------- one path, one statement
+
+
+@case("plain", ou_truth({"y": Y}))
+def _():
+    seen(ou(level()), Y)
+
+
+@case("data missing in part", ou_truth({"y": [0.9, NAN, 0.5]}))
+def _():
+    seen(ou(level()), np.array([0.9, NAN, 0.5]))
+
+
+@case("data all missing", ou_truth(), refusal="data|observ|missing")
+def _():
+    seen(ou(level()), np.full(3, NAN))
+
+
+@case("integer data", ou_truth({"y": [1, 0, 2]}))
+def _():
+    seen(ou(level()), np.array([1, 0, 2]))
+
+
+@case("masked array", ou_truth({"y": [0.9, NAN, 0.5]}), refusal="mask")
+def _():
+    seen(ou(level()), np.ma.masked_equal([0.9, -999.0, 0.5], -999.0))
+
+
+@case("object data", ou_truth({"y": Y}), refusal="dtype|object", must_refuse=True)
+def _():
+    seen(ou(level()), np.array([0.9, None, 0.5], dtype=object))
+
+
+@case("complex data", ou_truth({"y": Y}), refusal="dtype|complex", must_refuse=True)
+def _():
+    seen(ou(level()), Y + 0.5j)
+
+
+@case("some times", ou_truth({"index": [0, 2], "y": [0.9, 0.5]}))
+def _():
+    seen(ou(level()), np.array([0.9, 0.5]), at=[0, 2])
+
+
+@case("times repeated", ou_truth({"index": [0, 0, 2], "y": [0.9, 0.7, 0.5]}))
+def _():
+    seen(ou(level()), np.array([0.9, 0.7, 0.5]), at=[0, 0, 2])
+
+
+@case("times from the end", ou_truth({"index": [2, 0], "y": [0.5, 0.9]}))
+def _():
+    seen(ou(level()), np.array([0.5, 0.9]), at=[-1, 0])
+
+
+@case("no times", ou_truth(), refusal="at")
+def _():
+    seen(ou(level()), np.zeros(0), at=[])
+
+
+@case("data as argument", ou_truth({"y": Y}), args=(Y,))
+def _(y):
+    seen(ou(level()), y)
+
+
+# ---------------------------------------------------------------- several statements, transforms
+
+SECOND = {"index": [0, 2], "y": [1.6, NAN], "slope": 2.0, "sd": 0.5}
+
+
+@case("two instruments", ou_truth({"y": [0.9, NAN, 0.5]}, SECOND))
+def _():
+    x = ou(level())
+    seen(x, np.array([0.9, NAN, 0.5]))
+    seen(x, np.array([1.6, NAN]), "z", slope=2.0, sd=0.5, at=[0, 2])
+
+
+@case("transformed", ou_truth({"y": Y, "slope": 2.0}), refusal="transform|value")
+def _():
+    seen(2.0 * ou(level()), Y)
+
+
+@case("transformed by exp", ou_truth({"y": Y}), refusal="transform|value")
+def _():
+    x = jnp.exp(ou(level()))
+    nsde.observe("y", x, lambda t, v: dist.Normal(jnp.log(v), SD), obs=Y)
+
+
+@case(
+    "plain and transformed",
+    ou_truth({"y": Y}, {"y": Y, "slope": 2.0}),
+    refusal="transform|value|'z'",
+)
+def _():
+    x = ou(level())
+    seen(x, Y)
+    seen(2.0 * x, Y, "z")
+
+
+@case(
+    "path in another density", ou_truth({"y": Y}, {"index": [2], "y": [0.4]}), refusal="value|'z'"
+)
+def _():
+    x = ou(level())
+    seen(x, Y)
+    numpyro.sample("z", dist.Normal(x[..., -1], SD), obs=0.4)
+
+
+@case("path in a factor", ou_truth({"y": Y}, {"index": [2], "y": [0.4]}), refusal="value|'z'")
+def _():
+    x = ou(level())
+    seen(x, Y)
+    numpyro.factor("z", dist.Normal(x[..., -1], SD).log_prob(0.4))
+
+
+# ---------------------------------------------------------------- plates
+
+
+@case("plate of series", ou_truth({"y": Y2}, paths=2), shape=(2, 3))
+def _():
+    b = level()
+    with numpyro.plate("series", 2):
+        seen(ou(b), Y2)
+
+
+CLOCKS = np.array([[0.0, 0.4, 1.0], [0.0, 0.7, 0.9]])
+
+
+@case("plate of series, own clocks", ou_truth({"y": Y2}, paths=2, times=CLOCKS), shape=(2, 3))
+def _():
+    b = level()
+    with numpyro.plate("series", 2):
+        seen(ou(b, CLOCKS), Y2)
+
+
+@case("plate of instruments", ou_truth({"y": Y3}), refusal="plate|instrument|replicate")
+def _():
+    x = ou(level())
+    with numpyro.plate("gauges", 3):
+        seen(x, Y3)
+
+
+@case(
+    "plate of instruments, missing in part",
+    ou_truth({"y": np.where(Y3 > 1.0, NAN, Y3)}),
+    refusal="plate|instrument|replicate",
+)
+def _():
+    x = ou(level())
+    with numpyro.plate("gauges", 3):
+        seen(x, np.where(Y3 > 1.0, NAN, Y3))
+
+
+@case(
+    "plate of instruments, own errors",
+    ou_truth({"y": Y3, "sd": np.array([0.2, 0.3, 0.5])[:, None]}),
+    refusal="plate|instrument|replicate",
+)
+def _():
+    x = ou(level())
+    with numpyro.plate("gauges", 3):
+        errors = jnp.array([0.2, 0.3, 0.5])
+        nsde.observe("y", x, lambda t, x, p: dist.Normal(x, p), params=errors, obs=Y3)
+
+
+@case(
+    "plates of series and instruments",
+    ou_truth({"y": np.stack([Y2, 0.5 * Y2, 2.0 * Y2])}, paths=2),
+    shape=(2, 3),
+    refusal="plate|instrument|replicate",
+)
+def _():
+    b = level()
+    with numpyro.plate("series", 2, dim=-1):
+        x = ou(b)
+        with numpyro.plate("gauges", 3, dim=-2):
+            seen(x, np.stack([Y2, 0.5 * Y2, 2.0 * Y2]))
+
+
+@case("wide data", ou_truth({"y": Y3}), refusal="plate|shape|batch")
+def _():
+    seen(ou(level()), Y3)
+
+
+@case("plate of times", ou_truth({"y": Y, "weight": 3.0}), refusal="plate|shape|batch")
+def _():
+    x = ou(level())
+    with numpyro.plate("times", 3):
+        seen(x, Y)
+
+
+@case("subsampled series", ou_truth({"y": Y2}, paths=2), shape=(2, 3), copies=2.0)
+def _():
+    b = level()
+    with numpyro.plate("series", 4, subsample_size=2):
+        seen(ou(b), Y2)
+
+
+@case(
+    "subsampled instruments",
+    ou_truth({"y": Y2, "weight": 2.0}),
+    refusal="plate|scale|instrument|replicate",
+)
+def _():
+    x = ou(level())
+    with numpyro.plate("gauges", 4, subsample_size=2):
+        seen(x, Y2)
+
+
+# ---------------------------------------------------------------- masks and scales
+
+FLAGS = np.array([True, False])
+
+
+@case("mask around observe", ou_truth({"y": [Y2[0], [NAN] * 3]}, paths=2), shape=(2, 3))
+def _():
+    b = level()
+    with numpyro.plate("series", 2):
+        x = ou(b)
+        with handlers.mask(mask=FLAGS):
+            seen(x, Y2)
+
+
+@case(
+    "mask around path",
+    ou_truth({"y": Y2}, paths=2, weight=FLAGS),
+    shape=(2, 3),
+    refusal="mask",
+)
+def _():
+    b = level()
+    with numpyro.plate("series", 2):
+        with handlers.mask(mask=FLAGS):
+            x = ou(b)
+        seen(x, Y2)
+
+
+@case(
+    "mask around both",
+    ou_truth({"y": [Y2[0], [NAN] * 3]}, paths=2, weight=FLAGS),
+    shape=(2, 3),
+    refusal="mask",
+)
+def _():
+    b = level()
+    with numpyro.plate("series", 2), handlers.mask(mask=FLAGS):
+        seen(ou(b), Y2)
+
+
+@case("mask of one statement", ou_truth({"y": Y}), refusal="mask")
+def _():
+    x = ou(level())
+    seen(x, Y)
+    with handlers.mask(mask=False):
+        seen(x, Y, "z", slope=2.0)
+
+
+@case("mask False around both", ou_truth(weight=0.0), refusal="mask|data|observ")
+def _():
+    b = level()
+    with handlers.mask(mask=False):
+        seen(ou(b), Y)
+
+
+@case("mask as long as the times", ou_truth({"y": Y, "weight": 2.0}), refusal="mask")
+def _():
+    x = ou(level())
+    with handlers.mask(mask=np.array([True, False, True])):
+        seen(x, Y)
+
+
+@case("scale around observe", ou_truth({"y": Y, "weight": 0.5}), refusal="scale")
+def _():
+    x = ou(level())
+    with handlers.scale(scale=0.5):
+        seen(x, Y)
+
+
+@case("scale around path", ou_truth({"y": Y}, weight=0.5), refusal="scale")
+def _():
+    b = level()
+    with handlers.scale(scale=0.5):
+        x = ou(b)
+    seen(x, Y)
+
+
+@case("scale around both", ou_truth({"y": Y, "weight": 2.0}, weight=2.0), refusal="scale")
+def _():
+    b = level()
+    with handlers.scale(scale=2.0):
+        seen(ou(b), Y)
+
+
+@case(
+    "scale of each series",
+    ou_truth({"y": Y2, "weight": np.array([[0.5], [2.0]])}, paths=2),
+    shape=(2, 3),
+    refusal="scale",
+)
+def _():
+    b = level()
+    with numpyro.plate("series", 2):
+        x = ou(b)
+        with handlers.scale(scale=np.array([0.5, 2.0])):
+            seen(x, Y2)
+
+
+@case(
+    "scale, mask and plate of instruments",
+    ou_truth({"y": Y3, "weight": 0.5 * np.array([[1.0], [0.0], [1.0]])}),
+    refusal="scale|mask|plate|instrument|replicate",
+)
+def _():
+    x = ou(level())
+    with (
+        numpyro.plate("gauges", 3),
+        handlers.scale(scale=0.5),
+        handlers.mask(mask=np.array([True, False, True])),
+    ):
+        seen(x, Y3)
+
+
+# ---------------------------------------------------------------- conditioned and intervened on
+
+X0 = np.array([0.3, -0.1, 0.6])
+
+
+def _at_zero(b):
+    q = ou_truth()(b)
+    add_observations(q, index=R, y=Y, slope=0.0, sd=SD)
+    return q
+
+
+CASES += [
+    Case(
+        "condition on the path",
+        handlers.condition(CASES[0].model, {"x": X0}),
+        lambda b: CASES[0].truth(b).known(R, X0),
+        shape=None,
+        refusal="condition|observ|latent|no data|SDEPath",
+    ),
+    Case("condition on data", handlers.condition(lambda: seen(ou(level()), None), {"y": Y}),
+         ou_truth({"y": Y})),
+    Case("do", handlers.do(CASES[0].model, {"x": np.zeros(3)}), _at_zero, refusal=r"\bdo\b|interv"),
+    Case("block of another site", handlers.block(CASES[0].model, hide=["w"]), CASES[0].truth),
+]
+
+# ---------------------------------------------------------------- vectors
+
+
+@case("vector", vector_truth({"y": YV}), shape=(3, 2))
+def _():
+    x = vector(level())
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, SD).to_event(1), obs=YV)
+
+
+YV_GAPS = np.where(np.abs(YV) > 0.5, NAN, YV)
+
+
+@case("vector, missing in part", vector_truth({"y": YV_GAPS}), shape=(3, 2))
+def _():
+    x = vector(level())
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, SD).to_event(1), obs=YV_GAPS)
+
+
+@case(
+    "component of a vector",
+    vector_truth({"index": [0, 2, 4], "y": Y}),
+    shape=(3, 2),
+    refusal="transform|value",
+)
+def _():
+    x = vector(level())
+    seen(x[..., 0], Y)
+
+
+@case(
+    "vector, errors without event_dims",
+    vector_truth({"y": YV, "sd": np.array([0.2, 0.5])}),
+    shape=(3, 2),
+    refusal="event_dims",
+)
+def _():
+    errors = jnp.array([0.2, 0.5])
+    nsde.observe(
+        "y",
+        vector(level()),
+        lambda t, x, p: dist.Normal(x, p).to_event(1),
+        params=errors,
+        obs=YV,
+    )
+
+
+@case("weights without event_dims", ou_truth({"y": Y}), refusal="event_dims")
+def _():
+    b = level()
+    sde = nsde.SDE(
+        lambda t, x, p: RATE * (p["b"] - x) + 0.0 * jnp.sum(p["w"]),
+        lambda t, x, p: SCALE,
+        params={"b": b, "w": jnp.linspace(-1.0, 1.0, 8)},
+    )
+    path = nsde.SDEPath(sde, TIMES, dist.Normal(M0, S0), scheme=nsde.schemes.LocalLinear())
+    seen(numpyro.sample("x", path), Y)

@@ -1,0 +1,312 @@
+"""How each engine is asked for the density of a case; each answers with numbers to compare.
+
+An engine yields `(what, got, want, tolerance)`. Engines with random numbers give their Monte
+Carlo error: the tolerance is 4 of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from cases import Case
+from numpyro import handlers
+from numpyro.infer.util import log_density
+from truth import normal
+
+import numpyro_sde as nsde
+
+B = 0.4
+Answer = tuple[str, Any, Any, Any]
+ENGINES: dict[str, Callable[[Case], Iterator[Answer]]] = {}
+
+
+def engine(name):
+    """Add an engine to the table."""
+
+    def add(fn):
+        ENGINES[name] = fn
+        return fn
+
+    return add
+
+
+def prior(b=B):
+    return normal(b, 0.0, 1.0)
+
+
+def at_level(model, b=B):
+    """The model with its parameter known: its density is that of path and data, times the prior."""
+    return handlers.condition(model, {"b": b})
+
+
+def some_path(case: Case):
+    return np.random.default_rng(3).normal(0.3, 0.7, case.shape)
+
+
+def evidence(case: Case, b=B) -> float:
+    return case.copies * case.truth(b).evidence()
+
+
+def latent(case: Case):
+    """Engines of latent paths have nothing to do where the path is known."""
+    if case.shape is None:
+        raise Skipped
+
+
+class Skipped(Exception):
+    """The question does not arise."""
+
+
+# ---------------------------------------------------------------- latent paths
+
+
+@engine("centred")
+def _centred(case):
+    x = None if case.shape is None else some_path(case)
+    values = {"b": B} if x is None else {"b": B, "x": x}
+    got = log_density(handlers.seed(case.model, 0), case.args, {}, values)[0]
+    truth = case.truth(B)
+    yield "log density", got, prior() + case.copies * truth.at(() if x is None else x), 1e-9
+
+
+def _change_of_variables(case, reparam, keep=slice(None)):
+    """The density of auxiliary sites is that of the path times the Jacobian of the map to it."""
+    model = handlers.reparam(at_level(case.model), config={"x": reparam})
+    sites = handlers.trace(handlers.seed(model, 1)).get_trace(*case.args)
+    names = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
+    start = {name: sites[name]["value"] for name in names}
+    flat, back = jax.flatten_util.ravel_pytree(start)
+
+    def run(flat):
+        held = handlers.substitute(handlers.seed(model, 1), back(flat))
+        recorded = handlers.trace(held).get_trace(*case.args)
+        return recorded["x"]["value"].ravel(), recorded
+
+    def density(flat):
+        return log_density(handlers.seed(model, 1), case.args, {}, back(flat))[0]
+
+    def both(flat):
+        jacobian = jax.jacfwd(lambda f: run(f)[0])(flat)
+        return run(flat)[0], jnp.linalg.slogdet(jacobian[keep])[1], density(flat)
+
+    flat = jnp.asarray(np.random.default_rng(4).normal(size=flat.shape))
+    x, log_det, got = jax.jit(both)(flat)
+    want = prior() + case.copies * case.truth(B).at(x) + log_det
+    yield "log density of the auxiliary sites", got, want, 1e-7
+
+
+@engine("whitened")
+def _whitened(case):
+    yield from _change_of_variables(case, nsde.reparam.InnovationReparam())
+
+
+@engine("guided")
+def _guided(case):
+    yield from _change_of_variables(case, nsde.reparam.GuidedReparam())
+
+
+@engine("bridge")
+def _bridge(case):
+    latent(case)
+    points = np.array(some_path(case))
+    axis = 1 if case.shape == (2, 3) else 0
+    known = np.moveaxis(points, axis, 0)
+    known[1] = np.nan
+    size = points.size
+    rows = np.flatnonzero(~np.isnan(points.ravel()))
+    keep = np.setdiff1d(np.arange(size), rows)
+    yield from _change_of_variables(case, nsde.reparam.BridgeReparam(points), keep)
+
+
+# ---------------------------------------------------------------- integrated out
+
+
+def _marginal(case, method, tolerance):
+    model = nsde.handlers.marginalize(case.model, method=method)
+
+    def density(b):
+        return log_density(handlers.seed(model, 0), case.args, {}, {"b": b})[0]
+
+    got, slope = jax.jit(jax.value_and_grad(density))(B)
+    yield "log density", got, prior() + evidence(case), tolerance
+    step = 1e-4
+    want = (evidence(case, B + step) - evidence(case, B - step)) / (2 * step) - B
+    yield "its derivative", slope, want, 1e-5 + 10 * tolerance
+
+
+@engine("Kalman")
+def _kalman(case):
+    yield from _marginal(case, nsde.filters.Kalman(), 1e-8)
+
+
+@engine("ExtendedKalman")
+def _extended(case):
+    yield from _marginal(case, nsde.filters.ExtendedKalman(), 1e-8)
+
+
+@engine("UnscentedKalman")
+def _unscented(case):
+    yield from _marginal(case, nsde.filters.UnscentedKalman(), 1e-7)
+
+
+@engine("MomentMatching")
+def _moment_matching(case):
+    yield from _marginal(case, nsde.filters.MomentMatching(), 1e-4)
+
+
+def _estimated(case, method, repeats, key=7):
+    keys = jax.random.split(jax.random.key(key), repeats)
+
+    def density(key):
+        model = nsde.handlers.marginalize(case.model, method=method.with_key(key))
+        return log_density(handlers.seed(model, 0), case.args, {}, {"b": B})[0]
+
+    return np.asarray(jax.jit(lambda keys: jax.lax.map(density, keys))(keys)) - prior()
+
+
+@engine("EnsembleKalman")
+def _ensemble(case):
+    got = _estimated(case, nsde.filters.EnsembleKalman(400, seed=0), 24)
+    # The estimate's bias is of the order of its variance.
+    error = got.std(ddof=1)
+    yield "log density", got.mean(), evidence(case), 4 * error / np.sqrt(24) + error**2
+
+
+def _unbiased(case, got):
+    ratio = np.exp(got - evidence(case))
+    error = ratio.std(ddof=1) / np.sqrt(ratio.size)
+    yield "estimate / truth", ratio.mean(), 1.0, 4 * error + 1e-8
+
+
+@engine("Particle bootstrap")
+def _bootstrap(case):
+    yield from _unbiased(case, _estimated(case, nsde.filters.Particle(100, proposal="bootstrap"), 60))
+
+
+@engine("Particle guided")
+def _particle(case):
+    yield from _unbiased(case, _estimated(case, nsde.filters.Particle(20, proposal="guided"), 20))
+
+
+# ---------------------------------------------------------------- kernels, smoothers, guides
+
+
+def _moments_agree(case, draws, what):
+    """Means, variances and neighbouring covariances of draws of the path, at 4 standard errors."""
+    latent(case)
+    draws = np.asarray(draws).reshape(len(draws), -1)
+    free = case.truth(B).free()
+    mean, cov = case.truth(B).moments()
+    draws = draws[:, free]
+    n = len(draws)
+    yield f"{what}: mean", draws.mean(0), mean, 4 * np.sqrt(np.diag(cov) / n)
+    error = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / n)
+    yield f"{what}: covariance", np.cov(draws.T), cov, 4 * error
+
+
+@engine("ConditionalSMC")
+def _conditional(case):
+    latent(case)
+    kernel = nsde.infer.ConditionalSMC(at_level(case.model), num_particles=6)
+    count, key = 3000, jax.random.key(5)
+    # Its checks are made where it starts.
+    jax.eval_shape(lambda k: kernel.init(k, 0, {"x": jnp.zeros(case.shape)}, case.args, {}), key)
+    # A sweep leaves the posterior as it is: exact draws stay exact draws.
+    mean, cov = case.truth(B).moments()
+    exact = np.random.default_rng(6).multivariate_normal(mean, cov, count)
+    exact = exact.reshape(count, *case.shape)
+
+    def sweep(x, key):
+        state = nsde.infer.ConditionalSMCState({"x": x}, {}, {}, key)
+        for _ in range(2):
+            state = kernel.sample(state, case.args, {})
+        return state.z["x"]
+
+    moved = jax.jit(jax.vmap(sweep))(jnp.asarray(exact), jax.random.split(key, count))
+    yield from _moments_agree(case, moved, "after two sweeps")
+
+
+@engine("PMMH")
+def _pmmh(case):
+    kernel = nsde.infer.PMMH(case.model, num_particles=20)
+    kernel.tune(jax.random.key(1), *case.args)
+    keys = jax.random.split(jax.random.key(2), 20)
+    got = kernel.init(keys, 0, {"b": jnp.full(20, B)}, case.args, {}).log_density
+    yield from _unbiased(case, np.asarray(got) - prior())
+
+
+@engine("score")
+def _score(case):
+    got = nsde.infer.score(
+        case.model, {"b": B}, *case.args, rng_key=jax.random.key(3), num_draws=200,
+        num_filters=8, method=nsde.filters.Particle(64),
+    )
+    step = 1e-4
+    want = (evidence(case, B + step) - evidence(case, B - step)) / (2 * step)
+    yield "derivative", got.mean["b"], want, 4 * float(got.standard_error["b"]) + 1e-6
+
+
+@engine("smooth")
+def _smooth(case):
+    latent(case)
+    draws = {"b": np.full(3000, B)}
+    method = nsde.filters.Kalman()
+    got = nsde.smooth(
+        case.model, draws, *case.args, method=method, rng_key=jax.random.key(4), batch_size=3000
+    )
+    yield from _moments_agree(case, got["x"], "draws")
+
+
+def _path_law(case, law):
+    """Weighted by joint over guide, draws of the guide give the evidence without bias."""
+    latent(case)
+    model = at_level(case.model)
+    guide = nsde.guides.AutoPathGuide(model, path=law)
+    params = {
+        name: site["value"]
+        for name, site in handlers.trace(handlers.seed(guide, 0)).get_trace(*case.args).items()
+        if site["type"] == "param"
+    }
+
+    def weight(key):
+        held = handlers.substitute(handlers.seed(guide, key), params)
+        recorded = handlers.trace(held).get_trace(*case.args)
+        x = recorded["x"]["value"]
+        log_q = log_density(handlers.substitute(guide, params), case.args, {}, {"x": x})[0]
+        return x, log_q
+
+    x, log_q = jax.jit(jax.vmap(weight))(jax.random.split(jax.random.key(8), 1000))
+    truth = case.truth(B)
+    log_p = np.array([truth.at(value) for value in np.asarray(x)])
+    ratio = np.exp(case.copies * log_p - np.asarray(log_q) - evidence(case))
+    error = ratio.std(ddof=1) / np.sqrt(ratio.size)
+    yield "evidence from weights / truth", ratio.mean(), 1.0, 4 * error + 1e-7
+
+
+@engine("GaussianMarkovPath")
+def _gaussian_markov(case):
+    yield from _path_law(case, nsde.guides.GaussianMarkovPath())
+
+
+@engine("ControlledPath")
+def _controlled(case):
+    yield from _path_law(case, nsde.guides.ControlledPath(hidden_dims=(4,)))
+
+
+@engine("ConditionalScorePath")
+def _score_path(case):
+    yield from _path_law(case, nsde.guides.ConditionalScorePath(hidden_dims=(4,)))
+
+
+@engine("to_arviz, integrated out")
+def _pointwise(case):
+    model = nsde.handlers.marginalize(case.model, method=nsde.filters.Kalman())
+    tree = nsde.diagnostics.to_arviz({"b": np.full(2, B)}, model=model, model_args=case.args)
+    terms = tree["log_likelihood"].data_vars.values()
+    got = sum(float(v.values[0, 0].sum()) for v in terms)
+    yield "sum of pointwise terms", got, case.truth(B).evidence(), 1e-8
