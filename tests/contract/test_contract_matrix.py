@@ -5,8 +5,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from cases import CASES
-from engines import ENGINES, Skipped
+from cases import CASES, CORE
+from engines import ENGINES, EVERY, Skipped
 from known_failures import KNOWN_FAILURES
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
@@ -17,10 +17,12 @@ def cells():
         for case in CASES:
             reason = KNOWN_FAILURES.get((engine, case.name))
             marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+            if engine not in EVERY and case.name not in CORE:
+                marks.append(pytest.mark.slow)
             yield pytest.param(engine, case, marks=marks, id=f"{engine}-{case.name}")
 
 
-@pytest.mark.parametrize(("engine", "case"), cells())
+@pytest.mark.parametrize(("engine", "case"), list(cells()))
 def test_the_number_is_right_or_refused(engine, case):
     with jax.enable_x64(True):
         try:
