@@ -2,69 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import block, condition, seed
-from numpyro.primitives import _PYRO_STACK, Messenger
+from numpyro.primitives import Messenger
 
-from numpyro_sde.distributions.clocks import Clock, identity_of_path, remember_value
-from numpyro_sde.distributions.marginal import IntegratedPath, no_value
-from numpyro_sde.distributions.observation import EmissionPath
+from numpyro_sde.distributions.clocks import Clock, remember_value
+from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, no_value
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.models.reading import observed_sites
+from numpyro_sde.models.stack import (
+    conditions_on,
+    handlers_outside,
+    intervenes_on,
+    path_law,
+    peel,
+    plates_around,
+    power_of,
+    substitutes,
+    value_outside,
+)
+from numpyro_sde.models.timewise import times_of_path
 from numpyro_sde.noise import AbstractNoise
 from numpyro_sde.schemes.base import AbstractScheme
 from numpyro_sde.statespace.model import AbstractFilter
 
 
-def path_law(fn: Any) -> SDEPath | None:
-    """The path law inside a distribution, if there is one."""
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return fn if isinstance(fn, SDEPath) else None
-
-
-class _FindObserved(Messenger):
-    """Note the names of latent path sites that an observation statement sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.paths: dict[int, tuple[str, Any]] = {}
-        self.names: set[str] = set()
-
-    def postprocess_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or (msg.get("is_observed") and path_law(msg["fn"]) is not None):
-            return
-        if path_law(msg["fn"]) is not None:
-            self.paths[id(msg["value"])] = (msg["name"], msg["value"])
-            return
-        fn = msg["fn"]
-        while isinstance(
-            fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-        ):
-            fn = fn.base_dist
-        if isinstance(fn, EmissionPath):
-            path = self.paths.get(identity_of_path(fn.observed_path))
-            if path is not None:
-                self.names.add(path[0])
-
-
 def observed_paths(fn: Callable[..., Any], args: Any, kwargs: Any) -> set[str]:
     """Names of the latent path sites of a model that it observes; nothing is computed."""
-    finder = _FindObserved()
+    names: set[str] = set()
 
     def run() -> int:
-        with block(), seed(rng_seed=0), finder:
-            fn(*args, **kwargs)
+        names.update(name for name, _ in observed_sites(fn, args, kwargs))
         return 0
 
     jax.eval_shape(run)
-    return finder.names
+    return names
 
 
 class marginalize(Messenger):  # noqa: N801
@@ -119,12 +99,18 @@ class marginalize(Messenger):  # noqa: N801
         self.method = method
         self.sites = None if sites is None else frozenset(sites)
         self._active: frozenset[str] | None = self.sites
+        # The stand-ins of the paths in the last run.
+        self.paths: dict[str, IntegratedPath] = {}
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.fn is not None and self.sites is None:
             self._active = frozenset(observed_paths(self.fn, args, kwargs))
         return super().__call__(*args, **kwargs)
+
+    def __enter__(self) -> None:
+        self.paths = {}
+        super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
@@ -136,45 +122,110 @@ class marginalize(Messenger):  # noqa: N801
     def process_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
             return
+        law, mask = peel(msg["fn"])
+        if isinstance(law, MarginalPath):
+            if law.stand_in is not None and law.stand_in.owner is self:
+                self._state(msg, law, mask)
+        elif isinstance(law, SDEPath):
+            self._integrate(msg, law, mask)
+        elif self.sites is not None and msg["name"] in self.sites:
+            raise ValueError(
+                f"marginalize: site {msg['name']!r} in sites is a {type(msg['fn']).__name__}, not "
+                "an SDEPath"
+            )
+
+    def _integrate(self, msg: Any, path: SDEPath, mask: Any) -> None:
+        """Put a stand-in in the place of a path."""
         name = msg["name"]
         chosen = self._active is None or name in self._active
-        path = path_law(msg["fn"])
-        if path is None:
-            if self.sites is not None and name in self.sites:
-                raise ValueError(
-                    f"marginalize: site {name!r} in sites is a {type(msg['fn']).__name__}, not "
-                    "an SDEPath"
-                )
+        if not chosen or msg["is_observed"] or intervenes_on(name, self):
             return
-        if not chosen or msg["is_observed"]:
-            return
-        self._refuse_outer_conditioning(name)
+        if conditions_on(name, self):
+            raise ValueError(
+                f"marginalize: path {name!r} is conditioned on outside the handler; put "
+                "condition inside, marginalize(condition(model, data), ...), to keep it"
+            )
+        if substitutes(name, self):
+            raise ValueError(
+                f"marginalize: path {name!r} is integrated out, but a value is substituted for it "
+                "outside the handler; leave it out of the values, or use the model itself"
+            )
+        plates = plates_around(msg)
+        if power_of(msg["scale"], plates, plates) is not None:
+            raise ValueError(
+                f"marginalize: path {name!r} stands inside handlers.scale: the power of its law is "
+                "no law of a path. Scale the observe statements alone, or leave the path latent "
+                "with marginalize(..., sites=[...])"
+            )
         shape = msg["fn"].shape()
         lead = shape[: len(shape) - path.event_dim]
         index = np.arange(path.num_times)
         for handler in self._outer_changes():
             path, seen = handler.change(name, path)
             index = seen[index]
-        msg["value"] = self.placeholder(name, path, lead).view(index)
+        stand_in = IntegratedPath(
+            name,
+            path,
+            self._method(),
+            lead,
+            mask=_as_mask(mask),
+            plates=frozenset(plates),
+            owner=self,
+        )
+        self.paths[name] = stand_in
+        msg["value"] = stand_in.view(index)
         # Nothing outside may see a site whose value is no array.
         msg["stop"] = True
 
-    def placeholder(self, name: str, path: SDEPath, lead: tuple[int, ...]) -> IntegratedPath:
-        """The object that stands for the path in the model."""
-        return IntegratedPath(name, path, self.method, lead)
+    def _method(self) -> AbstractFilter:
+        """The filter; under a `seed` handler on random numbers of the run."""
+        if self.method.random_key is None:
+            return self.method
+        key = numpyro.prng_key()
+        return self.method if key is None else self.method.with_key(key)
+
+    def _state(self, msg: Any, law: MarginalPath, mask: Any) -> None:
+        """Give an observation the marginal law that all that stands around it asks for."""
+        given = msg["value"]
+        if given is None:
+            given = value_outside(msg["name"], self)
+        lead = () if given is None else np.shape(given)[: np.ndim(given) - law.event_dim]
+        assert law.stand_in is not None
+        plates, shared = plates_around(msg), law.stand_in.plates
+        stated = MarginalPath(
+            law.path,
+            law.method,
+            law.statement,
+            law.earlier,
+            law.lead,
+            batch_shape=jnp.broadcast_shapes(msg["fn"].batch_shape, lead),
+            power=power_of(msg["scale"], plates, shared),
+            data_mask=mask,
+            path_mask=law.path_mask,
+        )
+        stated.stand_in = law.stand_in
+        msg["fn"] = stated
+        share = math.prod(ratio for name, ratio in plates.items() if name in shared)
+        msg["scale"] = None if share == 1.0 else share
+
+    def postprocess_message(self, msg: Any) -> None:
+        law = msg.get("fn")
+        if isinstance(law, dist.Distribution):
+            law, _ = peel(law)
+        stand_in = law.stand_in if isinstance(law, MarginalPath) else None
+        if stand_in is not None and stand_in.owner is self:
+            stand_in.note(law, msg["value"])
 
     def _outer_changes(self) -> list[_ChangePath]:
         """Handlers outside this one that would change the path, had they seen it."""
-        outside = _PYRO_STACK[: _PYRO_STACK.index(self)]
-        return [handler for handler in reversed(outside) if isinstance(handler, _ChangePath)]
+        return [h for h in reversed(handlers_outside(self)) if isinstance(h, _ChangePath)]
 
-    def _refuse_outer_conditioning(self, name: str) -> None:
-        for handler in _PYRO_STACK:
-            if isinstance(handler, condition) and name in (handler.data or {}):
-                raise ValueError(
-                    f"marginalize: path {name!r} is conditioned on outside the handler; put "
-                    "condition inside, marginalize(condition(model, data), ...), to keep it"
-                )
+
+def _as_mask(mask: Any) -> Any:
+    """A mask as NumPyro has it: True, or an array."""
+    if isinstance(mask, bool | np.bool_):
+        return True if mask else np.zeros((), bool)
+    return mask
 
 
 class _ChangePath(Messenger):
@@ -230,7 +281,7 @@ class _ChangePath(Messenger):
             return
         axis = value.ndim - 1 - len(clock.state_shape)
         if value.shape[axis] != len(index):
-            msg["value"] = jnp.take(value, index, axis=axis)
+            msg["value"] = times_of_path(value, index, axis)
             remember_value(msg["value"], clock, source=value, index=index)
 
 

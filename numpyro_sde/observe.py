@@ -15,6 +15,7 @@ from numpyro.handlers import trace
 from numpyro.primitives import _PYRO_STACK
 
 from numpyro_sde.accumulate import Accumulated
+from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.clocks import Clock, clock_of_value, clocks_of_this_run, distinct
 from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import (
@@ -25,8 +26,9 @@ from numpyro_sde.distributions.observation import (
     Openings,
 )
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import make_statement
+from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.grid import check_times
+from numpyro_sde.models.stack import plates_here
 
 
 def observe(
@@ -98,6 +100,7 @@ def observe(
         law_of_x = _law_of(name, x, clock)
         at, split = accumulated.readings(name, law_of_x, at), accumulated.split(law_of_x)
     rows = np.arange(length) if at is None else check_indices(name, at, length)
+    obs = None if obs is None else as_data(f"observe({name!r}): obs", obs)
     openings = _openings(name, x, clock, rows, side)
     emissions = Emission(
         emission, params, event_dims, inputs, len(rows), batch_shape, openings, split
@@ -107,9 +110,8 @@ def observe(
         marginal = x.law_of(statement)
         if obs is not None:
             check_data(name, obs, batch_shape, marginal.event_shape, statement.structure)
-        value = numpyro.sample(name, marginal, obs=obs)
-        x.note(statement, value)
-        return value
+        _check_declared(name, emissions, statement.event_shape, batch_shape, obs)
+        return numpyro.sample(name, marginal, obs=obs)
     states, path_times = x, clock.times
     if at is not None:
         states = jnp.take(x, rows, axis=len(batch_shape))
@@ -118,6 +120,7 @@ def observe(
     law.observed_path, law.observed_rows = x, rows
     if obs is not None:
         check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
+    _check_declared(name, emissions, law.event_shape, batch_shape, obs, clock.undeclared)
     return numpyro.sample(name, law, obs=obs)
 
 
@@ -147,6 +150,50 @@ def _openings(name: str, x: Any, clock: Clock, rows: Any, side: str) -> Openings
     return Openings(Opening(law.forcing.rules, law.sde.parameters), shown, dims)
 
 
+def _check_declared(
+    name: str,
+    emission: Emission,
+    event: tuple[int, ...],
+    path_batch: tuple[int, ...],
+    obs: Any,
+    undeclared: frozenset[int] = frozenset(),
+) -> None:
+    """Raise where parameters bring a batch dimension that nobody else knows.
+
+    It would make several processes, or count every datum several times. A plate declares a
+    dimension; so do the path and the data by having it.
+
+    Raises:
+        ValueError: naming `event_dims`.
+    """
+    plates = plates_here()
+    data = () if obs is None else np.shape(obs)[: np.ndim(obs) - len(event)]
+
+    def has(shape: tuple[int, ...], dim: int, size: int) -> bool:
+        return len(shape) >= -dim and shape[dim] == size
+
+    own = emission.batch_shape
+    for dim in range(-len(own), 0):
+        known = dim in plates or (has(path_batch, dim, own[dim]) and dim not in undeclared)
+        if own[dim] > 1 and not known and not has(data, dim, own[dim]):
+            raise ValueError(
+                f"observe({name!r}): params or inputs have a leading dimension of size {own[dim]} "
+                f"that no plate declares and neither the path nor the data (shape "
+                f"{None if obs is None else np.shape(obs)}) have. Declare the dimensions of one "
+                f"process in event_dims{emission.parameters.batch_hint}, or put the statement into "
+                "a plate"
+            )
+    for dim in undeclared:
+        size = path_batch[dim] if len(path_batch) >= -dim else 1
+        if obs is not None and dim not in plates and not has(data, dim, size):
+            raise ValueError(
+                f"observe({name!r}): params of the SDE have a leading dimension of size {size} "
+                f"that no plate declares and the data of shape {np.shape(obs)} do not have: it "
+                "would make as many processes. Declare the dimensions of one process in SDE(..., "
+                "event_dims=...), or put the path into a plate"
+            )
+
+
 def _find_clock(name: str, x: Array, given: Any) -> Clock:
     known = clock_of_value(x)
     if known is not None:
@@ -162,6 +209,14 @@ def _find_clock(name: str, x: Array, given: Any) -> Clock:
             law = law.base_dist
         if isinstance(law, SDEPath):
             if site["value"] is given:  # data given as NumPy are not the array made of them
+                if not law.clock.fits(x.shape):
+                    raise ValueError(
+                        f"observe({name!r}): path {site['name']!r} has "
+                        f"{np.shape(law.times)[-1]} times of states of shape "
+                        f"{law.state_shape}, but its value has shape {x.shape}. Draws of a path at "
+                        "other times are no values of this one: nsde.forecast draws paths and "
+                        "observations at new times"
+                    )
                 return law.clock
             in_model.append(law.clock)
     candidates = [c for c in in_model or clocks_of_this_run() if c.fits(x.shape)]

@@ -16,7 +16,8 @@ from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.state_space import make_statement, run_on_model
+from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.reparam import GuidedReparam, InnovationReparam, auto
 from numpyro_sde.statespace.guide import guided_path, guided_start, make_guide
 from numpyro_sde.statespace.reference import data_reference, smoothed_reference

@@ -38,6 +38,7 @@ LAYERS = [
     ["smc"],
     ["filters"],
     ["distributions"],
+    ["models"],
     ["observe", "accumulate", "handlers", "reparam", "states", "effects"],
     ["guides", "infer", "multiscale"],
     ["diagnostics", "datasets", "testing"],

@@ -121,6 +121,26 @@ def promote_inner(law: dist.Distribution, rank: int) -> dist.Distribution:
     return aligned
 
 
+def undeclared_dims(own: tuple[int, ...], others: tuple[int, ...]) -> frozenset[int]:
+    """Batch dimensions of parameters that neither a plate nor `others` has, in a model's run.
+
+    Args:
+        own: batch shape of the parameters.
+        others: batch shape of all else.
+
+    Returns:
+        The dimensions, counted from the right; none outside of a model.
+    """
+    if not _PYRO_STACK:
+        return frozenset()
+    plates = {h.dim for h in _PYRO_STACK if isinstance(h, plate)}
+    return frozenset(
+        dim
+        for dim in range(-len(own), 0)
+        if own[dim] > 1 and dim not in plates and not (len(others) >= -dim and others[dim] > 1)
+    )
+
+
 def describe_batch(batch_shape: tuple[int, ...]) -> str:
     """Say in words what makes a law a batch; empty for one process outside every plate.
 

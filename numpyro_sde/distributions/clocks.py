@@ -26,6 +26,11 @@ class Clock(NamedTuple):
     state_shape: tuple[int, ...]
     law: Any = None
 
+    @property
+    def undeclared(self) -> frozenset[int]:
+        """Batch dimensions, from the right, that only parameters brought, outside any plate."""
+        return frozenset() if self.law is None else self.law.undeclared
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of this shape can hold states on this clock."""
         event = (np.shape(self.times)[-1], *self.state_shape)

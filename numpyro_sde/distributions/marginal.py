@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from functools import partial
 from typing import Any, ClassVar, NoReturn
@@ -16,16 +17,21 @@ from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
+from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.clocks import Clock
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import (
-    Statement,
-    as_array,
     draw_starts,
     run_method,
     run_on_model,
     with_starts,
+)
+from numpyro_sde.distributions.statement import (
+    Statement,
+    broadcast_lead,
+    missing_where_masked,
+    stack_replicates,
 )
 from numpyro_sde.sde import broadcast_batch
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
@@ -35,19 +41,37 @@ class MarginalPath(dist.Distribution):
     """Observations of a path that is integrated out.
 
     Event shape `(K, *observation)`, as without integrating out. Where earlier statements
-    observe the same path, this is the law given their data.
+    observe the same path, this is the law given their data. Batch dimensions that the path does
+    not have are instruments of one path: their joint log density stands at the first of them,
+    and zero at the others, so that its sum is right.
 
     Args:
         path: the law of the path.
         method: the filter that integrates it out.
-        statement: what is observed.
-        earlier: statements before this one, with their data.
+        statement: what is observed, its batch not yet told apart.
+        earlier: statements before this one, with their data, replicates stacked.
         lead: batch shape of the path, plates included.
+        batch_shape: batch shape of the statement, plates included; None for the broadcast of the
+            path's and the emission's.
+        power: power that the likelihood is raised to; None for 1.
+        data_mask: where data count, broadcasting with the batch shape; True for everywhere.
+        path_mask: where the density of the path counts, broadcasting with `lead`.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    pytree_data_fields = ("path", "method", "statement", "earlier")
+    pytree_data_fields = (
+        "path",
+        "method",
+        "statement",
+        "earlier",
+        "power",
+        "data_mask",
+        "path_mask",
+    )
     pytree_aux_fields = ("lead",)
+
+    # The path's stand-in in the run of a model; not part of the pytree.
+    stand_in: IntegratedPath | None = None
 
     def __init__(
         self,
@@ -57,16 +81,22 @@ class MarginalPath(dist.Distribution):
         earlier: tuple[tuple[Statement, Array], ...] = (),
         lead: tuple[int, ...] = (),
         *,
+        batch_shape: tuple[int, ...] | None = None,
+        power: Any = None,
+        data_mask: Any = True,
+        path_mask: Any = True,
         validate_args: bool | None = None,
     ) -> None:
         self.path, self.method, self.statement = path, method, statement
         self.earlier, self.lead = earlier, lead
-        batch_shape = broadcast_batch(
+        self.power, self.data_mask, self.path_mask = power, data_mask, path_mask
+        own = broadcast_batch(
             {
                 "the path": lead,
                 "params and inputs of observe": statement.emission.batch_shape,
             }
         )
+        batch_shape = own if batch_shape is None else jnp.broadcast_shapes(own, batch_shape)
         super().__init__(batch_shape, statement.event_shape, validate_args=validate_args)
 
     @property
@@ -82,15 +112,26 @@ class MarginalPath(dist.Distribution):
     def support(self) -> constraints.Constraint:
         return self.statement.structure.support
 
-    def _lead(self, value: Any) -> tuple[int, ...]:
+    def laid_out(self, value: Any) -> tuple[Statement, Any, tuple[int, ...], tuple[int, ...]]:
+        """The statement and its data, replicates stacked; batch of the paths, and of the data."""
+        value = as_data("observations", value)
         cut = value.ndim - self.event_dim
         if value.shape[cut:] != self.event_shape:
             raise ValueError(
                 f"observations must have event shape {self.event_shape}, got an array of shape "
                 f"{value.shape}"
             )
+        batch = jnp.broadcast_shapes(self.batch_shape, value.shape[:cut])
+        statement, lay_out, without = self._stacked()
+        y = missing_where_masked(value, self.data_mask, self.batch_shape, self.event_dim)
+        if statement.replicates:
+            y = broadcast_lead(y, self.batch_shape, self.event_dim)
         leads = [y.shape[: y.ndim - len(s.event_shape)] for s, y in self.earlier]
-        return jnp.broadcast_shapes(self.batch_shape, value.shape[:cut], *leads)
+        lead = jnp.broadcast_shapes(without(batch), *leads)
+        return statement, lay_out(y, self.event_dim), lead, batch
+
+    def _stacked(self) -> Any:
+        return stack_replicates(self.statement, self.batch_shape, self.lead, self.power)
 
     def _run(self, data: list[tuple[Statement, Any]], lead: tuple[int, ...], what: str) -> Array:
         def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
@@ -99,37 +140,90 @@ class MarginalPath(dist.Distribution):
         return run_method(self.path, lead, data, self.method, evaluate)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
-        value = as_array(value)
-        lead = self._lead(value)
-        total = self._run([*self.earlier, (self.statement, value)], lead, "log_likelihood")
+        statement, y, lead, batch = self.laid_out(value)
+        total = self._run([*self.earlier, (statement, y)], lead, "log_likelihood")
         if self.earlier:
             total = total - self._run(list(self.earlier), lead, "log_likelihood")
-        return total
+        return self._at_first_replicate(self._unless_masked(total, statement, y), lead, batch)
+
+    def _unless_masked(self, total: Array, statement: Statement, y: Any) -> Array:
+        """A series whose path and data are masked out says nothing; a path alone cannot be."""
+        if self.path_mask is True or (isinstance(self.path_mask, bool) and self.path_mask):
+            return total
+        axes = tuple(range(-len(statement.event_shape), 0))
+        floats = jnp.asarray(y, jnp.result_type(float, y))
+        missing = jnp.all(jnp.isnan(floats), axis=axes)
+        return jnp.where(self.path_mask, total, jnp.where(missing, 0.0, jnp.nan))
+
+    def _at_first_replicate(
+        self, total: Array, lead: tuple[int, ...], batch: tuple[int, ...]
+    ) -> Array:
+        if lead == batch:
+            return total
+        full = jnp.broadcast_shapes(lead, batch)
+        first = np.ones((), bool)
+        for axis, (own, size) in enumerate(zip(lead[-len(full) :], full, strict=False)):
+            if own != size:
+                shape = [1] * len(full)
+                shape[axis] = size
+                first = first & (np.arange(size) == 0).reshape(shape)
+        return jnp.where(first, total, jnp.zeros((), total.dtype))
 
     def log_prob_pointwise(self, value: ArrayLike) -> Float[Array, "*batch K"]:
         """One-step-ahead log predictive densities, shape `(*lead, K)`; 0 where missing.
 
-        Their sum is `log_prob`. With earlier statements on the same path, what those gain from
-        this one's data between two of its times is added to the first of the two.
+        Their sum is `log_prob`. Earlier statements on the same path, and instruments before one in
+        a plate of instruments, are known in full: what they gain from this one's data between two
+        of its times is added to the first of the two.
         """
-        value = as_array(value)
-        lead = self._lead(value)
-        terms = self._run([*self.earlier, (self.statement, value)], lead, "increments")
-        if self.earlier:
-            terms = terms - self._run(list(self.earlier), lead, "increments")
-        rows = self.statement.rows.index % self.path.num_times
-        unique, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
-        owner = np.searchsorted(unique, np.arange(self.path.num_times), side="right") - 1
-        owner = np.maximum(owner, 0)
-        sums = jnp.zeros((*terms.shape[:-1], unique.size), terms.dtype).at[..., owner].add(terms)
-        return sums[..., inverse] / counts[inverse]
+        statement, y, lead, batch = self.laid_out(value)
+        count = math.prod(statement.replicates)
+        if count == 1:
+            return self._pointwise(statement, y, lead, None)
+        rank, event = len(statement.replicates), len(statement.event_shape)
+        flat = jnp.arange(count).reshape(statement.replicates)
+        flat = flat.reshape(*statement.replicates, *(1,) * (event - rank))
+        floats = jnp.asarray(y, jnp.result_type(float, y))
+
+        def up_to(last: Array) -> Array:
+            later, own = flat > last, flat == last
+            known = jnp.where(own, jnp.nan, jnp.where(later, jnp.nan, floats))
+            return self._pointwise(statement, jnp.where(later, jnp.nan, floats), lead, known)
+
+        each = jax.lax.map(up_to, jnp.arange(count))  # (count, *lead, K)
+        each = jnp.moveaxis(each, 0, -2).reshape(*each.shape[1:-1], *statement.replicates, -1)
+        # Back to the order of the batch: replicates stand after the path's axes, 1 in their place.
+        axes = [a for a, (n, m) in enumerate(zip(lead, batch, strict=True)) if n != m]
+        each = jnp.squeeze(each, axis=tuple(axes))
+        source = [len(batch) - rank + i for i in range(rank)]
+        return jnp.moveaxis(each, source, axes)
+
+    def _pointwise(self, statement: Statement, y: Any, lead: tuple[int, ...], known: Any) -> Array:
+        """Gains by time from `y` over `known`, given all earlier statements, `(*lead, K)`."""
+        data = list(self.earlier)
+        terms = self._run([*data, (statement, y)], lead, "increments")
+        if known is not None:
+            data = [*data, (statement, known)]
+        if data:
+            terms = terms - self._run(data, lead, "increments")
+        floats = jnp.asarray(y, jnp.result_type(float, y))
+        new = ~jnp.isnan(floats)
+        if known is not None:
+            new = new & jnp.isnan(known)
+        rank, rows = len(statement.replicates), self.statement.rows.index % self.path.num_times
+        cut = floats.ndim - len(statement.event_shape)
+        others = [a for a in range(cut, floats.ndim) if a != cut + rank]
+        present = jnp.any(new, axis=tuple(others))  # (*lead, K)
+        present = jnp.broadcast_to(present, (*terms.shape[:-1], rows.size))
+        return _sum_from(terms, rows, present)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
         key_path, key_data = jax.random.split(key)
-        lead = sample_shape + self.batch_shape
+        _, _, without = self._stacked()
+        lead = sample_shape + without(self.batch_shape)
         if self.earlier:
-            states = self._draw_given_earlier(key_path, lead)
+            states = draw_smoothed(self.path, self.method, list(self.earlier), lead, key_path)
         else:
             path = self.method.simulator(self.path)
             states = path.expand(lead).sample(key_path)
@@ -141,10 +235,27 @@ class MarginalPath(dist.Distribution):
             jnp.take(states, take, axis=axis),
             self.path.state_shape,
         )
-        return law.expand(lead).sample(key_data)
+        return law.expand(sample_shape + self.batch_shape).sample(key_data)
 
-    def _draw_given_earlier(self, key: PRNGKeyArray, lead: tuple[int, ...]) -> Array:
-        return draw_smoothed(self.path, self.method, list(self.earlier), lead, key)
+
+def _sum_from(terms: Array, rows: np.ndarray, present: Array) -> Array:
+    """Sum terms `(*lead, N)` into the observed one of `rows` at or before each, the first else.
+
+    Rows that stand twice share what falls to their time.
+    """
+    length = terms.shape[-1]
+
+    def one(terms: Array, present: Array) -> Array:
+        where = jnp.zeros(length, bool).at[rows].max(present)
+        last = jax.lax.cummax(jnp.where(where, jnp.arange(length), -1))
+        owner = jnp.where(last < 0, jnp.argmax(where), last)
+        sums = jnp.zeros(length, terms.dtype).at[owner].add(terms)
+        count = jnp.zeros(length, terms.dtype).at[rows].add(present)
+        return jnp.where(present, sums[rows] / jnp.maximum(count[rows], 1.0), 0.0)
+
+    lead = terms.shape[:-1]
+    flat = jax.vmap(one)(terms.reshape(-1, length), present.reshape(-1, rows.size))
+    return flat.reshape(*lead, rows.size)
 
 
 def draw_smoothed(
@@ -179,6 +290,9 @@ def draw_smoothed(
 def _promote_marginal(law: MarginalPath) -> MarginalPath:
     new = copy.copy(law)
     new.path = promote_batch_shape(law.path)
+    added = len(new.path.batch_shape) - len(law.path.batch_shape)
+    if added > 0:
+        new.lead = (*new.path.batch_shape[:added], *law.lead)
     new._batch_shape = jnp.broadcast_shapes(
         law.batch_shape, new.path.batch_shape, new.statement.emission.batch_shape
     )
@@ -203,6 +317,9 @@ class IntegratedPath:
         method: the filter that integrates it out.
         lead: batch shape of the path, plates included.
         index: the times of the path that the model sees; None for all.
+        mask: where the density of the path counts.
+        plates: names of the plates around it.
+        owner: the handler that made it.
     """
 
     def __init__(
@@ -212,14 +329,20 @@ class IntegratedPath:
         method: AbstractFilter,
         lead: tuple[int, ...],
         index: np.ndarray | None = None,
+        *,
+        mask: Any = True,
+        plates: Any = (),
+        owner: Any = None,
     ) -> None:
         self.name, self.path, self.method, self.lead = name, path, method, lead
+        self.mask, self.plates, self.owner = mask, plates, owner
         self.index = np.arange(path.num_times) if index is None else index
         self.seen: list[tuple[Statement, Array]] = []
 
     def view(self, index: np.ndarray) -> IntegratedPath:
         """The same path as seen by a model that knows only some of its times."""
-        seen = IntegratedPath(self.name, self.path, self.method, self.lead, self.index[index])
+        seen = copy.copy(self)
+        seen.index = self.index[index]
         seen.seen = self.seen  # what is said of one view is said of the path
         return seen
 
@@ -235,11 +358,16 @@ class IntegratedPath:
             # Random numbers of its own for each path: estimates multiply only if independent.
             own = partial(jax.random.fold_in, data=zlib.crc32(self.name.encode()))
             method = method.with_key(own(key) if key.ndim == 0 else jax.vmap(own)(key))
-        return MarginalPath(self.path, method, statement, tuple(self.seen), self.lead)
+        law = MarginalPath(
+            self.path, method, statement, tuple(self.seen), self.lead, path_mask=self.mask
+        )
+        law.stand_in = self
+        return law
 
-    def note(self, statement: Statement, value: Array) -> None:
+    def note(self, law: MarginalPath, value: Array) -> None:
         """Remember a statement's data for the statements after it."""
-        self.seen.append((statement, value))
+        statement, y, _, _ = law.laid_out(value)
+        self.seen.append((statement, y))
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(no_value(self.name))

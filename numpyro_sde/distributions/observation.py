@@ -16,6 +16,7 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.closures import refuse_closures
+from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,
@@ -381,7 +382,7 @@ class EmissionPath(dist.Distribution):
 
     def log_prob_pointwise(self, value: ArrayLike) -> Float[Array, "*batch T"]:
         """Log density at each time, shape `(*lead, T)`; 0 where nothing was observed."""
-        value = jnp.asarray(value)
+        value = jnp.asarray(as_data("observations", value))
         lead = value.shape[: value.ndim - self.event_dim]
         if value.shape[value.ndim - self.event_dim :] != self.event_shape:
             raise ValueError(

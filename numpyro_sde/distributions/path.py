@@ -26,12 +26,14 @@ from numpyro_sde.distributions.arguments import (
     resolve_scheme,
     with_flow,
 )
+from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,
     leading_dims,
     map_batch,
     promote_inner,
+    undeclared_dims,
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
 from numpyro_sde.distributions.fixed_start import FixedStart
@@ -91,6 +93,9 @@ class SDEPath(dist.Distribution):
     structure: Structure
     grid: TimeGrid | None
     scheme_chosen: bool
+    # Batch dimensions that only parameters brought, where a model made the law outside any plate
+    # for them: most likely dimensions of one process that were not declared.
+    undeclared: frozenset[int] = frozenset()
     # Event and batch dimensions of the leaves of `_leaves` as constructed: a
     # transformation that stacks laws adds axes, and they must be told from the leaves' own.
     leaf_dims: tuple[int, ...]
@@ -144,6 +149,8 @@ class SDEPath(dist.Distribution):
         super().__init__(
             batch_shape, (jnp.shape(self.times)[-1], *state_shape), validate_args=validate_args
         )
+        others = jnp.broadcast_shapes(jnp.shape(self.times)[:-1], self.init.batch_shape)
+        self.undeclared = undeclared_dims(sde.batch_shape, others)
         remember_clock(self.clock)
 
     def _set_clock(self, times: Any) -> None:
@@ -268,7 +275,8 @@ class SDEPath(dist.Distribution):
 
     def _density(self, value: ArrayLike, what: str) -> tuple[Array, Any]:
         """Log density of the first state, and the scheme's of the transitions, if there are any."""
-        value = jnp.asarray(value)
+        value = jnp.asarray(as_data("path", value))
+        shape = value.shape[: value.ndim - self.event_dim]
         lead = self._lead(value)
         value = jnp.broadcast_to(value, lead + self.event_shape)
         if not self.scheme.has_density:
@@ -283,10 +291,21 @@ class SDEPath(dist.Distribution):
             density: Array = getattr(scheme, what)(sde, times, dt, x, cache)
             return density
 
+        self._refuse_undeclared(shape)
         start = self._expanded_init().log_prob(self._take(value, 0))
         if self.num_times == 1:
             return start, None
         return start, self._map(transitions, lead, (value,), (self.event_dim,))
+
+    def _refuse_undeclared(self, shape: tuple[int, ...]) -> None:
+        for dim in self.undeclared:
+            if len(shape) < -dim or shape[dim] != self.batch_shape[dim]:
+                raise ValueError(
+                    f"params of the SDE have a leading dimension of size {self.batch_shape[dim]} "
+                    "that no plate declares and the observed path does not have: it would count "
+                    "the path as many times. Declare the dimensions of one process in SDE(..., "
+                    "event_dims=...), or put the path into a plate"
+                )
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)

@@ -8,132 +8,55 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_sde.checks.closures import refuse_closures
-from numpyro_sde.distributions.batching import describe_batch
-from numpyro_sde.distributions.missing import log_prob_of_present
-from numpyro_sde.distributions.moments import (
-    is_flat,
-    is_gaussian,
-    mean_and_cov,
-    start_moments,
-)
-from numpyro_sde.distributions.observation import Emission, EmissionStructure
+from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.fractional_linear import markovian_sde
 from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
-from numpyro_sde.statespace.model import AbstractFilter, Instrument, StateSpaceModel
+from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
+from numpyro_sde.statespace.updates import covariance_uses_state
 
 
-class Rows:
-    """Indices into a path, hashable so that they can be static."""
+class ObservedPath(eqx.Module):
+    """A path and all that is said of it: what every engine that treats paths by states takes.
 
-    def __init__(self, index: Any) -> None:
-        self.index = np.asarray(index, dtype=np.int64)
-        self._key = self.index.tobytes()
+    Attributes:
+        path: its law.
+        lead: batch shape around it, plates included.
+        data: the statements that observe it, with their data `(*lead, *replicates, K, *obs)`.
+        name: its site, for messages.
+        mask: True, or where its density counts.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rows) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __len__(self) -> int:
-        return int(self.index.size)
-
-
-class Statement(eqx.Module):
-    """One observation statement on a path that is integrated out."""
-
-    emission: Emission
-    rows: Rows = eqx.field(static=True)
-    structure: EmissionStructure = eqx.field(static=True)
+    path: SDEPath
+    lead: tuple[int, ...] = eqx.field(static=True)
+    data: tuple[tuple[Statement, Any], ...] = ()
+    name: str = eqx.field(static=True, default="x")
+    mask: Any = True
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of its data, `(K, *observation)`."""
-        return (len(self.rows), *self.structure.shape)
+    def has_data(self) -> bool:
+        """Whether anything is observed of it."""
+        return bool(self.data)
 
-    def leaf_event_dims(self) -> list[int]:
-        """Event dimensions of each array leaf of this object, in flattening order."""
-        return self.emission.leaf_event_dims()
+    def map(self, fn: Callable[..., Any], arrays: tuple = (), dims: tuple = ()) -> Any:
+        """Map `fn(model, *arrays)` of the unbatched state-space model over the batch."""
+        return run_on_model(self.path, self.lead, list(self.data), fn, arrays, dims)
 
-    def instruments(self, times: Any, state_shape: tuple[int, ...], y: Array) -> list[Instrument]:
-        """Lay unbatched data out on a path's grid.
-
-        Times that occur twice in the statement go to separate instruments.
-        """
-        rounds: list[list[int]] = []
-        seen: dict[int, int] = {}
-        num_times = np.shape(times)[0]
-        for position, row in enumerate(self.rows.index % num_times):
-            turn = seen.get(int(row), 0)
-            seen[int(row)] = turn + 1
-            if turn == len(rounds):
-                rounds.append([])
-            rounds[turn].append(position)
-        return [self._instrument(times, state_shape, y, np.asarray(r)) for r in rounds]
-
-    def _instrument(
-        self, times: Any, state_shape: tuple[int, ...], y: Array, take: np.ndarray
-    ) -> Instrument:
-        num_times = np.shape(times)[0]
-        rows = self.rows.index[take] % num_times
-        whole = rows.size == num_times and bool(np.all(np.diff(rows) > 0))
-        shape = self.structure.shape
-        size = int(np.prod(shape, dtype=int))
-
-        def spread(a: Any) -> Any:
-            if len(take) != a.shape[0]:
-                a = a[take]
-            if whole:
-                return a
-            if isinstance(a, np.ndarray):
-                out = np.zeros((num_times, *a.shape[1:]), a.dtype)
-                out[rows] = a
-                return out
-            return jnp.zeros((num_times, *a.shape[1:]), a.dtype).at[rows].set(a)
-
-        # Data known before tracing stay on the host: filters then see that none is missing.
-        xp: Any = np if isinstance(y, np.ndarray) else jnp
-        flat = y.reshape(y.shape[0], size)
-        floating = jnp.issubdtype(flat.dtype, jnp.floating)
-        known = ~xp.isnan(flat) if floating else xp.ones(flat.shape, bool)
-        values = xp.where(known, flat, 0).astype(jnp.result_type(float))
-        emission = self.emission
-
-        def law_at(inputs: Any, x: Array) -> dist.Distribution:
-            t, u = inputs
-            return emission.at(t, x[0] if state_shape == () else x[: state_shape[0]], u)
-
-        def moments(inputs: Any, x: Array) -> tuple[Array, Array]:
-            return mean_and_cov(law_at(inputs, x), len(shape))
-
-        def log_prob(inputs: Any, x: Array, y: Array, present: Array) -> Array:
-            marked = jnp.where(present, y, jnp.nan).reshape(shape)
-            return log_prob_of_present(law_at(inputs, x), marked)
-
-        return Instrument(
-            inputs=(jnp.asarray(times), jax.tree.map(spread, emission.inputs)),
-            values=spread(values),
-            present=spread(known),
-            moments=moments,
-            log_prob=log_prob,
-            gaussian=self.structure.gaussian,
-            rows=np.sort(rows),
-            diagonal=self.structure.diagonal,
-            has_moments=self.structure.has_moments,
-            law=law_at,
-        )
-
-
-def as_array(value: Any) -> Any:
-    """Keep data that are known on the host there."""
-    return value if isinstance(value, np.ndarray) else jnp.asarray(value)
+    def map_seeded(
+        self,
+        fn: Callable[..., Any],
+        key: PRNGKeyArray,
+        num_starts: int,
+        arrays: tuple = (),
+        dims: tuple = (),
+    ) -> Any:
+        """Map `fn(model, key, *arrays)`, each element with a key and starts of its own."""
+        data = list(self.data)
+        return run_seeded(self.path, self.lead, data, fn, key, num_starts, arrays, dims)
 
 
 def run_on_model(
@@ -190,20 +113,59 @@ def run_method(
 ) -> Any:
     """Map `fn(method, model)` over `lead`, each element with random numbers of its own."""
     key = method.random_key
+
+    def checked(method: AbstractFilter, model: StateSpaceModel) -> Any:
+        method.check(model)
+        check_powers(method, model)
+        return with_scale_of_powers(method, model, fn(method, model))
+
     if key is None:
-
-        def plain(model: StateSpaceModel) -> Any:
-            method.check(model)
-            return fn(method, model)
-
-        return run_on_model(path, lead, data, plain)
+        return run_on_model(path, lead, data, lambda model: checked(method, model))
 
     def seeded(model: StateSpaceModel, key: PRNGKeyArray) -> Any:
-        chosen = method.with_key(key)
-        chosen.check(model)
-        return fn(chosen, model)
+        return checked(method.with_key(key), model)
 
     return run_seeded(path, lead, data, seeded, key, method.num_starts)
+
+
+def check_powers(method: AbstractFilter, model: StateSpaceModel) -> None:
+    """Raise where a method cannot take a power of a likelihood (`handlers.scale`).
+
+    Raises:
+        ValueError: a normal emission whose covariance depends on the state, or moments asked of
+            the power of another law.
+    """
+    name = type(method).__name__
+    for instrument in model.instruments:
+        if not instrument.powered or method.weighs_by_density:
+            continue
+        inputs = jax.tree.map(lambda a: a[0], instrument.inputs)
+        if instrument.gaussian and covariance_uses_state(instrument, inputs, model.init_mean):
+            raise ValueError(
+                f"{name} cannot take handlers.scale around an observe statement whose variance "
+                "depends on the state: the power of such a normal density is not normal. Use "
+                "Particle(), or leave the path latent"
+            )
+        if not instrument.gaussian and getattr(method, "emission", "moments") == "moments":
+            raise ValueError(
+                f"{name} cannot take handlers.scale around an observe statement by the moments of "
+                "its emission: use emission='laplace' or Particle(), or leave the path latent"
+            )
+
+
+def with_scale_of_powers(method: AbstractFilter, model: StateSpaceModel, result: Any) -> Any:
+    """Add to a log likelihood, or its increments, what powers of normal emissions lack in it."""
+    scales = [i.log_scale(model.init_mean) for i in model.instruments if i.log_scale is not None]
+    if method.weighs_by_density or not scales:
+        return result
+    terms = sum(scales[1:], scales[0])
+    if isinstance(result, FilterResult):
+        return eqx.tree_at(
+            lambda r: (r.increments, r.log_likelihood),
+            result,
+            (result.increments + terms, result.log_likelihood + jnp.sum(terms)),
+        )
+    return result + (terms if jnp.ndim(result) else jnp.sum(terms))
 
 
 def run_seeded(
@@ -291,11 +253,3 @@ def with_memory(model: StateSpaceModel, state_shape: tuple[int, ...]) -> StateSp
     return model._replace(
         init_mean=mean, init_cov=cov, scalar=False, state_shape=state_shape, markovian=markovian
     )
-
-
-def make_statement(
-    emission: Emission, rows: Any, state_shape: tuple[int, ...], batch_shape: tuple[int, ...]
-) -> Statement:
-    """Check an emission and bind it to indices of a path."""
-    refuse_closures(emission.fn.function, "emission", describe_batch(batch_shape))
-    return Statement(emission, Rows(rows), emission.structure(state_shape))

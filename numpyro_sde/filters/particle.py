@@ -164,6 +164,10 @@ class Particle(AbstractFilter):
         return self._with(history=True)
 
     @property
+    def weighs_by_density(self) -> bool:
+        return True
+
+    @property
     def num_starts(self) -> int:
         return self.num_particles
 

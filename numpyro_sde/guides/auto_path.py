@@ -22,7 +22,6 @@ from numpyro_sde.guides.path_sites import (
     NoDataError,
     check_site,
     is_traced,
-    latent_paths,
     look,
     sizes_of,
     smoothed_references,
@@ -32,7 +31,8 @@ from numpyro_sde.guides.path_sites import (
 )
 from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.infer.start import approximate_mode
-from numpyro_sde.reparam.lookahead import outside_all_handlers
+from numpyro_sde.models.reading import latent_paths
+from numpyro_sde.models.stack import outside_all_handlers
 
 # A network is told of the shared parameters if there are no more of them than this.
 _MAX_THETA = 16
@@ -180,11 +180,6 @@ class AutoPathGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         recorded = trace_at_median(self.model, args, kwargs)
         names = latent_paths(recorded)
-        if not names:
-            raise ValueError(
-                "AutoPathGuide: the model has no latent SDEPath site. Hand over the model itself: "
-                "without handlers.marginalize and without reparametrisation of the path"
-            )
         for name, site in recorded.items():
             if site["type"] == "plate":
                 self._prototype_frame_full_sizes[name] = site["args"][0]

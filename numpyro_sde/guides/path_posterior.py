@@ -16,9 +16,9 @@ from numpyro.distributions import constraints
 
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.guides.path_laws import PathLaw, Sizes
-from numpyro_sde.guides.path_sites import Site, place_of, reference_from_data
+from numpyro_sde.guides.path_sites import place_of, reference_from_data
 from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.guides.starts import StartLaw, start_kind, start_params
 from numpyro_sde.statespace.model import StateSpaceModel
@@ -120,7 +120,7 @@ class PathPosterior:
         name: str,
         prefix: str,
         gradient: str,
-        site: Site,
+        site: ObservedPath,
         plan: Plan,
         plates: Mapping[str, Any],
         theta: Float[Array, " theta"],
@@ -210,7 +210,7 @@ class PathPosterior:
         # As one compiled function: a call outside `jit` would else compile every operation apart.
         @jax.jit
         def run(*flat: Array) -> Any:
-            return run_on_model(site.path, site.lead, site.data, one, flat, every)
+            return site.map(one, flat, every)
 
         return run(*arrays, *(value for value, _ in own))
 

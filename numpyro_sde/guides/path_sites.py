@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +16,15 @@ from numpyro.primitives import Messenger
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import Statement, run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
 from numpyro_sde.guides.steps import guide_along
-from numpyro_sde.handlers import path_law
-from numpyro_sde.reparam.guided import carried, usable_data
-from numpyro_sde.reparam.lookahead import Recorder, outside_all_handlers, stand_in
-from numpyro_sde.reparam.path import peel
+from numpyro_sde.models.reading import read_model, stand_in
+from numpyro_sde.models.stack import outside_all_handlers, path_law, peel
+from numpyro_sde.reparam.guided import carried
 from numpyro_sde.schemes.milstein import Milstein
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import data_reference, smoothed_reference
-
-
-class Site(NamedTuple):
-    """A path site in one run of the model.
-
-    Attributes:
-        path: its law.
-        lead: batch shape around it, plates included.
-        mask: True, or where the site counts.
-        data: what is observed of it.
-    """
-
-    path: SDEPath
-    lead: tuple[int, ...]
-    mask: Any
-    data: list[tuple[Statement, Array]]
 
 
 class NoDataError(ValueError):
@@ -117,38 +100,21 @@ def trace_at_median(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[s
     return recorded
 
 
-def latent_paths(recorded: Mapping[str, Any]) -> list[str]:
-    """Names of the latent path sites of a trace."""
-    return [
-        name
-        for name, site in recorded.items()
-        if site["type"] == "sample" and not site["is_observed"] and path_law(site["fn"]) is not None
-    ]
-
-
 def look(
     model: Callable[..., Any], args: Any, kwargs: Any, name: str, known: Mapping[str, Any]
-) -> Site:
+) -> ObservedPath:
     """Find a path's law and data in a run of the model at known values, plates' indices among them.
 
     Raises:
         NoDataError: nothing is observed of the path.
     """
-    recorder = Recorder(name)
-    known = {k: v for k, v in known.items() if k != name}
-    held = substitute(data=known)
-    with outside_all_handlers(), trace(), seed(rng_seed=0), held, _StandIns(), recorder:
-        model(*args, **kwargs)
-    path, mask = peel(recorder.fn)
-    shape = recorder.fn.shape()
-    lead = shape[: len(shape) - path.event_dim]
-    data = usable_data(recorder.data, lead)
-    if not data:
+    site = read_model(model, args, kwargs, known=known, only=name).observed[name]
+    if not site.has_data:
         raise NoDataError(
             f"AutoPathGuide: path {name!r} has no data: state them with nsde.observe(..., obs=...) "
             "and hand them to the guide's first call"
         )
-    return Site(path, lead, mask, data)
+    return site
 
 
 def check_site(name: str, path: SDEPath) -> None:
@@ -172,7 +138,7 @@ def check_site(name: str, path: SDEPath) -> None:
         )
 
 
-def sizes_of(site: Site, num_theta: int) -> Sizes:
+def sizes_of(site: ObservedPath, num_theta: int) -> Sizes:
     """Sizes of one path of a site and of its data."""
     found: list[Sizes] = []
     path = site.path
@@ -190,17 +156,17 @@ def sizes_of(site: Site, num_theta: int) -> Sizes:
         )
         return jnp.zeros(())
 
-    jax.eval_shape(lambda: run_on_model(path, site.lead, site.data, probe))
+    jax.eval_shape(lambda: site.map(probe))
     return found[0]
 
 
-def smoothed_references(site: Site) -> Array:
+def smoothed_references(site: ObservedPath) -> Array:
     """Mean of the extended Kalman smoother of every path, `(*lead, N, d)`."""
 
     def one(model: StateSpaceModel) -> Array:
         return carried(model, smoothed_reference(model))
 
-    return jax.jit(lambda: run_on_model(site.path, site.lead, site.data, one))()
+    return jax.jit(lambda: site.map(one))()
 
 
 def reference_from_data(model: StateSpaceModel) -> Array:

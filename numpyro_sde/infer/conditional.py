@@ -12,8 +12,8 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
-from numpyro_sde.distributions.state_space import run_seeded
-from numpyro_sde.infer.paths import ObservedPath, path_sites, refuse_other_uses, run_with
+from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
@@ -161,7 +161,7 @@ class ConditionalSMC(MCMCKernel):
         z = {
             name: jnp.asarray(value, jnp.result_type(float)) for name, value in init_params.items()
         }
-        refuse_other_uses(self._model, model_args, kwargs, tuple(z), z)
+        read_model(self._model, model_args, kwargs, values=z, refuse_other_uses=True)
 
         # Compiled as one: a sweep outside `jit` would compile every operation apart.
         def first(key: PRNGKeyArray, z: dict[str, Array]) -> ConditionalSMCState:
@@ -169,10 +169,7 @@ class ConditionalSMC(MCMCKernel):
             # no other one ever replaces them.
             key, *keys = jax.random.split(key, 1 + len(z))
             for name, own in zip(tuple(z), keys, strict=True):
-                z = {
-                    **z,
-                    name: self._first(run_with(self._model, model_args, kwargs, name, z), own),
-                }
+                z = {**z, name: self._first(self._observed(model_args, kwargs, name, z), own)}
             return self.sample(ConditionalSMCState(z, {}, {}, key), model_args, kwargs)
 
         return jax.jit(first)(rng_key, z)
@@ -184,24 +181,26 @@ class ConditionalSMC(MCMCKernel):
         rng_key, *keys = jax.random.split(state.rng_key, 1 + len(state.z))
         z, renewed, ess = dict(state.z), {}, {}
         for (name, value), key in zip(state.z.items(), keys, strict=True):
-            observed = run_with(self._model, model_args, kwargs, name, z)
+            observed = self._observed(model_args, kwargs, name, z)
             z[name], renewed[name], ess[name] = self._sweep(observed, value, key)
         return ConditionalSMCState(z, renewed, ess, rng_key)
 
-    def _first(self, observed: ObservedPath, key: PRNGKeyArray) -> Array:
-        path, lead, data = observed
+    def _observed(self, args: Any, kwargs: Any, name: str, z: dict[str, Array]) -> ObservedPath:
+        """A path with its law and data, given everything else."""
+        reading = read_model(self._model, args, kwargs, values=z, only=name)
+        refuse_weighted(reading.paths[name], name, "conditional SMC")
+        return reading.observed[name]
 
+    def _first(self, observed: ObservedPath, key: PRNGKeyArray) -> Array:
         def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
             self._check(model)
             return model.visible(first_path(model, self._setting(model), key))
 
-        return run_seeded(path, lead, data, one, key, self.num_particles)
+        return observed.map_seeded(one, key, self.num_particles)
 
     def _sweep(
         self, observed: ObservedPath, value: Array, key: PRNGKeyArray
     ) -> tuple[Array, Array, Array]:
-        path, lead, data = observed
-
         def one(model: StateSpaceModel, key: PRNGKeyArray, x: Array) -> tuple[Array, Array, Array]:
             self._check(model)
             if model.state_shape is None:
@@ -211,8 +210,8 @@ class ConditionalSMC(MCMCKernel):
             sweep = conditional_smc(model, self._setting(model), states, key, renewal=self.renewal)
             return model.visible(sweep.path), sweep.renewed, sweep.ess
 
-        dims = (1 + len(path.state_shape),)
-        return run_seeded(path, lead, data, one, key, self.num_particles, (value,), dims)
+        dims = (1 + len(observed.path.state_shape),)
+        return observed.map_seeded(one, key, self.num_particles, (value,), dims)
 
     def _setting(self, model: StateSpaceModel) -> Setting:
         return with_own_steps(self.setting, model, self.own_share)
@@ -262,4 +261,4 @@ class ConditionalSMC(MCMCKernel):
 
     def select_sites(self, model_trace: Any) -> tuple[str, ...]:
         """Names of the sites it updates, found in a trace of the model."""
-        return path_sites(model_trace) if self.sites is None else self.sites
+        return latent_paths(model_trace) if self.sites is None else self.sites

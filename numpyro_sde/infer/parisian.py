@@ -16,10 +16,10 @@ from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import (
     draw_starts,
-    make_statement,
     run_on_model,
     with_starts,
 )
+from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, conditional_smc, first_path

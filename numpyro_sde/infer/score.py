@@ -12,11 +12,10 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.state_space import draw_starts, run_on_model, with_starts
+from numpyro_sde.distributions.state_space import ObservedPath, draw_starts, with_starts
 from numpyro_sde.filters.particle import Particle
-from numpyro_sde.infer.paths import path_sites, run_with
-from numpyro_sde.reparam.lookahead import outside_all_handlers, stand_in
-from numpyro_sde.reparam.path import peel
+from numpyro_sde.models.reading import NO_PATH, read_model, refuse_weighted
+from numpyro_sde.models.stack import outside_all_handlers, peel
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -95,25 +94,19 @@ def score(
     def given(values: Mapping[str, Array]) -> Callable[..., Any]:
         return substitute(seed(model, 0), data=values)
 
-    with outside_all_handlers(), trace() as recorded:
-        given(values)(*model_args, **model_kwargs)
-    names = path_sites(recorded)
-
-    def stand_in_of(name: str) -> Array:
-        law, _ = peel(recorded[name]["fn"])
-        shape = recorded[name]["fn"].shape()
-        return stand_in(law, shape[: len(shape) - law.event_dim])
-
-    paths = {name: stand_in_of(name) for name in names}
+    reading = read_model(given(values), model_args, model_kwargs, refuse_other_uses=True)
+    names = tuple(reading.paths)
+    if not names:
+        raise ValueError(NO_PATH)
+    for name in names:
+        refuse_weighted(reading.paths[name], name, "score")
 
     each = num_draws // num_filters
 
     def draw(values: Any, key: PRNGKeyArray) -> dict[str, Array]:
-        drawn = {}
-        for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
-            observed = run_with(given(values), model_args, model_kwargs, name, paths)
-            drawn[name] = _draw(observed.path, observed.lead, observed.data, method, own, each)
-        return drawn
+        observed = read_model(given(values), model_args, model_kwargs).observed
+        keys = jax.random.split(key, len(names))
+        return {n: _draw(observed[n], method, k, each) for n, k in zip(names, keys, strict=True)}
 
     def density(values: Any, drawn: dict[str, Array]) -> Array:
         with outside_all_handlers(), trace() as sites:
@@ -122,7 +115,8 @@ def score(
         for name, site in sites.items():
             law, _ = peel(site["fn"]) if site["type"] == "sample" else (None, None)
             if name in names or (isinstance(law, EmissionPath) and site["is_observed"]):
-                total = total + jnp.sum(site["fn"].log_prob(site["value"]))
+                scale = 1.0 if site["scale"] is None else site["scale"]
+                total = total + jnp.sum(scale * site["fn"].log_prob(site["value"]))
         return total
 
     def gradient(key: PRNGKeyArray) -> Any:
@@ -140,10 +134,9 @@ def score(
     )
 
 
-def _draw(
-    path: Any, lead: tuple[int, ...], data: Any, method: Particle, key: PRNGKeyArray, num_draws: int
-) -> Array:
+def _draw(observed: ObservedPath, method: Particle, key: PRNGKeyArray, num_draws: int) -> Array:
     """Paths from the smoothing law, `(draws, *lead, T, *state)`."""
+    path, lead = observed.path, observed.lead
     start_key, filter_key, draw_key = jax.random.split(key, 3)
     method = method.for_smoothing()
     starts = draw_starts(path, lead, method.num_particles, start_key)
@@ -158,4 +151,4 @@ def _draw(
 
     key_dim = keys[0].ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
-    return jnp.moveaxis(run_on_model(path, lead, data, one, (*keys, *starts), dims), len(lead), 0)
+    return jnp.moveaxis(observed.map(one, (*keys, *starts), dims), len(lead), 0)

@@ -12,7 +12,8 @@ from numpyro.handlers import block, seed, trace
 from numpyro.infer.util import log_density
 
 from numpyro_sde.filters import Kalman
-from numpyro_sde.handlers import marginalize, observed_paths, path_law
+from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.models.stack import path_law
 from numpyro_sde.reparam.guided import GuidedReparam
 from numpyro_sde.reparam.path import InnovationReparam
 

@@ -22,14 +22,16 @@ from scipy.optimize import minimize
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import Statement, run_on_model
+from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.linear.small import matvec, psd_factor
-from numpyro_sde.reparam.lookahead import Run, enclosing_run, look_ahead, outside_all_handlers
+from numpyro_sde.models.reading import read_model
+from numpyro_sde.models.stack import Run, enclosing_run, outside_all_handlers
 from numpyro_sde.reparam.path import (
     Unwrapped,
     is_innovation,
     latent,
-    refuse_conditioning,
+    leave_alone,
     unwrap,
 )
 from numpyro_sde.statespace.guide import Guide, guided_path, guided_start, make_guide
@@ -143,11 +145,12 @@ class GuidedReparam(Reparam):
         reference = np.mean(np.asarray(samples[name]), axis=0)
         return GuidedReparam(reference, at=at, frozen=self.frozen)
 
-    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:
-        refuse_conditioning(name, obs, self)
+    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
+        if leave_alone(name, obs, self):
+            return fn, obs
         site = unwrap(name, fn, self)
         run = enclosing_run(sys._getframe(1), name, type(self).__name__)
-        data = usable_data(look_ahead(name, run), site.lead)
+        data = look_ahead(name, run)
         if not data:
             return None, _guided_site(name, site, [], None, None)[0]
         plan = None
@@ -197,16 +200,11 @@ def _is_concrete(path: SDEPath, data: list[tuple[Statement, Array]]) -> bool:
     return not any(isinstance(v, jax.core.Tracer) for v in values)
 
 
-def usable_data(
-    data: list[tuple[Statement, Array]], lead: tuple[int, ...]
-) -> list[tuple[Statement, Array]]:
-    """Statements of one data set for each path; replicates of the data of one path do not guide."""
-    fits = []
-    for statement, y in data:
-        batch = jnp.shape(y)[: jnp.ndim(y) - len(statement.event_shape)]
-        if jnp.broadcast_shapes(lead, batch, statement.emission.batch_shape) == lead:
-            fits.append((statement, y))
-    return fits
+def look_ahead(name: str, run: Run) -> list[tuple[Statement, Array]]:
+    """Observation statements of a path, with their data, in a run of the model."""
+    reading = read_model(run.conditioned(run.fn), run.args, run.kwargs, known=run.known, only=name)
+    observed = reading.observed.get(name)
+    return [] if observed is None else list(observed.data)
 
 
 def _guided_site(
@@ -294,7 +292,7 @@ class _Along(Reparam):
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:  # noqa: ARG002
         site = unwrap(name, fn, self.owner)
         run = enclosing_run(sys._getframe(1), name, type(self.owner).__name__)
-        data = usable_data(look_ahead(name, run), site.lead)
+        data = look_ahead(name, run)
         reference = self.references.get(name)
         if reference is None:
             reference = self.owner._given(name, site)

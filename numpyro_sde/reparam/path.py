@@ -14,12 +14,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
-from numpyro.handlers import condition
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import _PYRO_STACK
 
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.models.stack import conditions_on, explicit_scale, intervenes_on, peel
 from numpyro_sde.reparam.bridge import bridge_path, plan_bridge
 
 
@@ -29,16 +28,6 @@ class Unwrapped(NamedTuple):
     path: SDEPath
     lead: tuple[int, ...]
     mask: Any
-
-
-def peel(fn: Any) -> tuple[Any, Any]:
-    """The distribution inside `expand`, `to_event` and `mask`, and the mask; True for none."""
-    mask: Any = True
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            mask = mask & fn._mask
-        fn = fn.base_dist
-    return fn, mask
 
 
 def is_innovation(name: str) -> bool:
@@ -58,19 +47,26 @@ def unwrap(name: str, fn: Any, reparam: Reparam) -> Unwrapped:
     return Unwrapped(fn, shape[: len(shape) - fn.event_dim], mask)
 
 
-def refuse_conditioning(name: str, obs: Any, reparam: Reparam) -> None:
-    """Raise a `ValueError` where the path has a value, here or by an outer `condition`."""
-    outside = [
-        handler
-        for handler in _PYRO_STACK
-        if isinstance(handler, condition) and name in (handler.data or {})
-    ]
-    if obs is not None or outside:
+def leave_alone(name: str, obs: Any, reparam: Reparam) -> bool:
+    """Whether a path is not to be treated: the model does not see it, by a `do` handler outside.
+
+    Raises:
+        ValueError: the path has a value, here or by an outer `condition`; or it stands inside
+            `handlers.scale`, whose power of a density no change of variables keeps.
+    """
+    if obs is not None or conditions_on(name):
         raise ValueError(
             f"site {name!r} is conditioned on, but {type(reparam).__name__} replaces it by "
             f"{name}_innov: condition the model without the reparametrisation, or use "
             "BridgeReparam for a path that is known at some times"
         )
+    if explicit_scale():
+        raise ValueError(
+            f"site {name!r} stands inside handlers.scale, but {type(reparam).__name__} replaces it "
+            "by innovations, and the power of their density is not that of the path's: scale the "
+            "observe statements alone, or leave the path as it is"
+        )
+    return intervenes_on(name)
 
 
 def latent(name: str, law: dist.Distribution, unwrapped: Unwrapped, shape: Any = None) -> Array:
@@ -110,8 +106,9 @@ class InnovationReparam(Reparam):
         ['x_init', 'x_innov', 'x']
     """
 
-    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:
-        refuse_conditioning(name, obs, self)
+    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
+        if leave_alone(name, obs, self):
+            return fn, obs
         unwrapped = unwrap(name, fn, self)
         path = unwrapped.path
         path.scheme.require_smooth("InnovationReparam")
@@ -209,8 +206,9 @@ class BridgeReparam(Reparam):
             raise ValueError(f"BridgeReparam: no point of site {name!r} is known (all NaN)")
         return np.take(np.asarray(points), index, axis=axis), index
 
-    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:
-        refuse_conditioning(name, obs, self)
+    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
+        if leave_alone(name, obs, self):
+            return fn, obs
         unwrapped = unwrap(name, fn, self)
         path = unwrapped.path
         _check_bridgeable(name, path)

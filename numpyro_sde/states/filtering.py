@@ -10,9 +10,11 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
 
+from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import Statement, make_statement, run_method
+from numpyro_sde.distributions.state_space import run_method
+from numpyro_sde.distributions.statement import Statement, make_statement
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.online import OnlineSums
@@ -230,8 +232,8 @@ def _checked(
     rows = np.arange(path.num_times) if at is None else check_indices("y", at, path.num_times)
     emissions = Emission(emission, params, event_dims, inputs, len(rows), path.batch_shape)
     statement = make_statement(emissions, rows, path.state_shape, path.batch_shape)
-    check_data("y", obs, path.batch_shape, statement.event_shape, statement.structure)
-    y = obs if isinstance(obs, np.ndarray) else jnp.asarray(obs)
+    y = as_data("obs", obs)
+    check_data("y", y, path.batch_shape, statement.event_shape, statement.structure)
     lead = jnp.broadcast_shapes(
         path.batch_shape,
         emissions.batch_shape,

@@ -13,23 +13,9 @@ from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import Rows, Statement
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.statespace.model import AbstractFilter
-
-
-class _Smoother(marginalize):
-    """Collects the stand-ins of the paths, with all that the model said of them."""
-
-    def __init__(self, *, method: AbstractFilter, sites: set[str]) -> None:
-        super().__init__(method=method, sites=sites)
-        self.paths: list[IntegratedPath] = []
-
-    def placeholder(self, name: str, path: SDEPath, lead: tuple[int, ...]) -> IntegratedPath:
-        stand_in = super().placeholder(name, path, lead)
-        self.paths.append(stand_in)
-        return stand_in
 
 
 def smooth(
@@ -105,7 +91,7 @@ def smooth(
     def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Array]:
         draw, key = inputs
         model_key, path_key = jax.random.split(key)
-        smoother = _Smoother(method=method, sites=names)
+        smoother = marginalize(method=method, sites=names)
         with (
             block(),
             trace() as recorded,
@@ -117,8 +103,8 @@ def smooth(
         _require_data(recorded)
         keys = jax.random.split(path_key, len(smoother.paths))
         return {
-            path.name: _draw(path, method, times, key)
-            for path, key in zip(smoother.paths, keys, strict=True)
+            name: _draw(path, method, times, key)
+            for (name, path), key in zip(smoother.paths.items(), keys, strict=True)
         }
 
     keys = jax.random.split(rng_key, next(iter(num_draws.values())))
@@ -158,13 +144,7 @@ def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRN
         fine = TimeGrid(merged, float(path.dt.max()))
         grid, place = fine.times, fine.index
     row_of_old = place[np.searchsorted(merged, old)]
-    moved = [
-        (
-            Statement(s.emission, Rows(row_of_old[s.rows.index]), s.structure),
-            y,
-        )
-        for s, y in data
-    ]
+    moved = [(s.moved(row_of_old[s.rows.index]), y) for s, y in data]
     draws = draw_smoothed(_on_grid(path, grid), method, moved, lead, key)
     return jnp.take(draws, place[np.searchsorted(merged, times)], axis=len(lead))
 

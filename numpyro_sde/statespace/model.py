@@ -39,6 +39,11 @@ class Instrument(NamedTuple):
             decide.
         law: `law(inputs_k, x)`, the observation's distribution given one state, for predictions
             of emissions that are not normal; None where that is not known.
+        powered: whether the likelihood is raised to a power. `log_prob` is then that of the power,
+            and `moments` are those of the normal law that a normal density's power is, up to
+            `log_scale`.
+        log_scale: `log_scale(x)`, for normal emissions whose covariance does not depend on the
+            state: the log of what that normal law lacks, at each time, shape `(N,)`.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, numpyro.distributions as dist
@@ -68,6 +73,8 @@ class Instrument(NamedTuple):
     diagonal: bool = False
     has_moments: bool | None = True
     law: Callable[[Any, Array], Any] | None = None
+    powered: bool = False
+    log_scale: Callable[[Array], Array] | None = None
 
 
 class StateSpaceModel(NamedTuple):
@@ -343,6 +350,11 @@ class AbstractFilter(eqx.Module):
 
     def check(self, model: StateSpaceModel) -> None:
         """Raise a `ValueError` where the method cannot treat this model."""
+
+    @property
+    def weighs_by_density(self) -> bool:
+        """Whether every emission enters by its `log_prob`, never by its moments."""
+        return False
 
     @property
     def num_starts(self) -> int:

@@ -8,7 +8,8 @@ import numpyro.distributions as dist
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.state_space import make_statement, run_on_model
+from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.smc.particle_filter import Setting
 from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES

@@ -1,0 +1,1 @@
+"""What a NumPyro model says of its paths, read once for all engines."""

@@ -1,0 +1,387 @@
+"""A model run once, with all that it says of its paths.
+
+Engines that treat a path by its states (a filter, a guide, particles) need to know its law, the
+batch around it, and every statement that observes it with its data, mask, scale and plates. One
+messenger notes them in one run. A statement belongs to a path where what it observes is that path's
+value, or is made of it: the first is seen at once, the second is read off the model's trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
+
+from numpyro_sde.distributions.clocks import identity_of_path, remember_value, times_shown
+from numpyro_sde.distributions.observation import EmissionPath
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.distributions.statement import (
+    Rows,
+    Statement,
+    broadcast_lead,
+    missing_where_masked,
+    stack_replicates,
+)
+from numpyro_sde.models.stack import (
+    outside_all_handlers,
+    path_law,
+    peel,
+    plates_around,
+    power_of,
+)
+from numpyro_sde.models.timewise import MixesTimesError, TimewiseMap, timewise_map
+from numpyro_sde.schemes.dependence import reaches_output
+
+NO_PATH = (
+    "the model has no latent SDEPath site. Hand over the model itself: without "
+    "handlers.marginalize and without reparametrisation of the path"
+)
+
+
+class PathSite(NamedTuple):
+    """A latent path site in one run.
+
+    Attributes:
+        law: its law.
+        lead: batch shape around it, plates included.
+        plates: the plates around it, and size over subsample size of each.
+        mask: True, or where its density counts.
+        power: power of its density; None for 1.
+        value: its value as the law has it.
+    """
+
+    law: SDEPath
+    lead: tuple[int, ...]
+    plates: dict[str, float]
+    mask: Any
+    power: Any
+    value: Any
+
+
+class _Observation(NamedTuple):
+    law: EmissionPath
+    batch_shape: tuple[int, ...]
+    plates: dict[str, float]
+    mask: Any
+    message: Any
+
+    @property
+    def has_data(self) -> bool:
+        return bool(self.message["is_observed"])
+
+
+class Reader(Messenger):
+    """Give latent paths their values and note their laws and all statements of a run.
+
+    Args:
+        values: values of paths by site; the others get their start's mean at all times.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.values = dict(values or {})
+        self.paths: dict[str, PathSite] = {}
+        self.observations: dict[str, _Observation] = {}
+        self.others: dict[str, Any] = {}
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or msg["is_observed"] or msg["value"] is not None:
+            return
+        path = path_law(msg["fn"])
+        if path is None:
+            return
+        shape = msg["fn"].shape()
+        lead = shape[: len(shape) - path.event_dim]
+        given = self.values.get(msg["name"])
+        value = stand_in(path, lead) if given is None else given + 0.0
+        plates = plates_around(msg)
+        _, mask = peel(msg["fn"])
+        power = power_of(msg["scale"], plates, plates)
+        site = PathSite(path, lead, plates, mask, power, value)
+        self.paths[msg["name"]] = site
+        msg["value"] = value
+        remember_value(value, path.clock)
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "deterministic":
+            self.others[msg["name"]] = msg["value"]
+        if msg["type"] != "sample" or msg["name"] in self.paths:
+            return
+        law, mask = peel(msg["fn"])
+        if isinstance(law, EmissionPath):
+            batch = jnp.broadcast_shapes(
+                msg["fn"].batch_shape, _lead_of(msg["value"], len(law.event_shape))
+            )
+            self.observations[msg["name"]] = _Observation(
+                law, batch, plates_around(msg), mask, dict(msg)
+            )
+        else:
+            self.others[msg["name"]] = (msg["fn"], msg["value"])
+
+
+def _lead_of(value: Any, event_dim: int) -> tuple[int, ...]:
+    return np.shape(value)[: np.ndim(value) - event_dim]
+
+
+def stand_in(path: SDEPath, lead: tuple[int, ...]) -> Array:
+    """A value of the path's shape: its start's mean at all times."""
+    try:
+        start = jnp.asarray(path.init.mean, jnp.result_type(float))
+    except NotImplementedError:  # a law without moments
+        start = jnp.zeros(path.init.shape(), jnp.result_type(float))
+    start = jnp.where(jnp.isfinite(start), start, 1.0)
+    axis = start.ndim - len(path.state_shape)
+    return jnp.broadcast_to(jnp.expand_dims(start, axis), lead + path.event_shape) + 0.0
+
+
+class Reading(NamedTuple):
+    """What a run of a model says of its latent paths.
+
+    Attributes:
+        paths: the sites, by name, in the order of the model.
+        observed: each path with the statements that observe it.
+    """
+
+    paths: dict[str, PathSite]
+    observed: dict[str, ObservedPath]
+
+
+def read_model(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    known: Mapping[str, Any] | None = None,
+    values: Mapping[str, Any] | None = None,
+    only: str | None = None,
+    refuse_other_uses: bool = False,
+) -> Reading:
+    """Run a model once, aside, and say what it states of each latent path.
+
+    Nothing of the run reaches handlers outside. Statements without data are left out. What is
+    masked out counts as missing; instruments of one path are stacked as replicates; a scale around
+    a statement is the power of its likelihood.
+
+    Args:
+        model: the model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        known: values of other sites; sites that are not known are drawn.
+        values: values of path sites; the others get their start's mean at all times.
+        only: the one path asked for: what a statement sees is made of it alone, the others given.
+        refuse_other_uses: raise where the density of another site uses a path.
+
+    Raises:
+        ValueError: a statement on what mixes the times of a path, or is made of several paths;
+            parameters of an emission that depend on the path; with `refuse_other_uses`, another
+            site whose density does.
+    """
+    hidden = {*(values or {}), *([] if only is None else [only])}
+    known = {k: v for k, v in (known or {}).items() if k not in hidden}
+
+    def run(values: Mapping[str, Any]) -> Reader:
+        return _run(model, args, kwargs, known, values)
+
+    reader = run(values or {})
+    views = _attribute(run, reader, only, refuse_other_uses)
+    data: dict[str, list[Any]] = {name: [] for name in reader.paths}
+    for name, seen in reader.observations.items():  # in the order of the model
+        if name in views and seen.has_data:
+            owner, view = views[name]
+            data[owner].append(_statement(reader.paths[owner], seen, view))
+    observed = {
+        name: ObservedPath(site.law, site.lead, tuple(data[name]), name, site.mask)
+        for name, site in reader.paths.items()
+        if only in (None, name)
+    }
+    return Reading(reader.paths, observed)
+
+
+def observed_sites(model: Callable[..., Any], args: Any, kwargs: Any) -> set[tuple[str, str]]:
+    """Pairs of a latent path and a statement that observes it, with data or without."""
+
+    def run(values: Mapping[str, Any]) -> Reader:
+        return _run(model, args, kwargs, {}, values)
+
+    reader = run({})
+    return {(owner, site) for site, (owner, _) in _attribute(run, reader, None, False).items()}
+
+
+def latent_paths(model_trace: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the latent path sites in a trace.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = tuple(
+        name
+        for name, site in model_trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and path_law(site["fn"]) is not None
+    )
+    if not names:
+        raise ValueError(NO_PATH)
+    return names
+
+
+def refuse_weighted(site: PathSite, name: str, engine: str) -> None:
+    """Raise where the law of a path is masked or raised to a power, which `engine` cannot do.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    if site.power is not None:
+        raise ValueError(
+            f"{engine}: path {name!r} stands inside handlers.scale: the power of its law is no law "
+            "of a path. Scale the observe statements alone, or sample the path by NUTS"
+        )
+    mask = site.mask
+    concrete = not isinstance(mask, jax.core.Tracer)
+    if not (concrete and np.all(np.asarray(mask))):
+        raise ValueError(
+            f"{engine}: path {name!r} stands inside handlers.mask, so that parts of it have no law "
+            "to draw them from: mask the observe statements alone"
+        )
+
+
+def _run(
+    model: Callable[..., Any], args: Any, kwargs: Any, known: Any, values: Mapping[str, Any]
+) -> Reader:
+    reader = Reader(values)
+    with outside_all_handlers(), trace(), seed(rng_seed=0), reader, substitute(data=known):
+        model(*args, **kwargs)
+    return reader
+
+
+def _attribute(
+    run: Callable[[Mapping[str, Any]], Reader], reader: Reader, only: str | None, others: bool
+) -> dict[str, tuple[str, Any]]:
+    """For each statement on a latent path: the path, and what was made of it before."""
+    by_value = {id(site.value): name for name, site in reader.paths.items()}
+    views: dict[str, tuple[str, Any]] = {}
+    unclear = []
+    for name, seen in reader.observations.items():
+        owner = by_value.get(identity_of_path(seen.law.observed_path))
+        if owner is None:
+            unclear.append(name)
+        else:
+            views[name] = owner, None
+    if reader.paths and (unclear or others):
+        views.update(_provenance(run, reader, unclear, only, others))
+    return views
+
+
+def _statement(site: PathSite, seen: _Observation, view: Any) -> tuple[Statement, Any]:
+    """A statement and its data, laid out for the batch of its path."""
+    law, message = seen.law, seen.message
+    rows = np.asarray(law.observed_rows)
+    shown = times_shown(law.observed_path)
+    if shown is not None:
+        rows = np.asarray(shown)[rows]
+    elif view is not None and view.rows is not None:
+        rows = np.asarray(view.rows)[rows]
+    plain = Statement(law.emission, None, view, Rows(rows), law.structure, ())
+    power = power_of(message["scale"], seen.plates, site.plates)
+    statement, lay_out, _ = stack_replicates(plain, seen.batch_shape, site.lead, power)
+    event_dim = len(law.event_shape)
+    y = missing_where_masked(message["value"], seen.mask, seen.batch_shape, event_dim)
+    return statement, lay_out(broadcast_lead(y, seen.batch_shape, event_dim), event_dim)
+
+
+def _provenance(
+    run: Callable[[Mapping[str, Any]], Reader],
+    reader: Reader,
+    unclear: list[str],
+    only: str | None,
+    others: bool,
+) -> dict[str, tuple[str, Any]]:
+    """For each statement that is made of a path: the path, and how."""
+    names = [name for name in reader.paths if only in (None, name)]
+    given = {name: site.value for name, site in reader.paths.items() if name not in names}
+    labels: list[tuple[str, str]] = []
+
+    def outputs(values: dict[str, Any]) -> list[Any]:
+        again = run({**given, **values})
+        labels.clear()
+        found: list[Any] = []
+        for name in unclear:
+            law = again.observations[name].law
+            leaves = jax.tree_util.tree_leaves((law.emission, again.observations[name].mask))
+            labels.extend([("seen", name), *(("emission", name) for _ in leaves)])
+            found.extend([law.observed_path, *leaves])
+        for name, other in again.others.items() if others else ():
+            term = other[0].log_prob(other[1]) if isinstance(other, tuple) else None
+            if term is not None:
+                labels.append(("density", name))
+                found.append(jnp.sum(term))
+        return found
+
+    stand_ins = {name: reader.paths[name].value for name in names}
+    closed = jax.make_jaxpr(outputs)(stand_ins)
+    position = {name: i for i, name in enumerate(sorted(names))}  # as dicts are flattened
+    found: dict[str, tuple[str, Any]] = {}
+    for i, (kind, site) in enumerate(labels):
+        used = [n for n in names if reaches_output(closed.jaxpr, position[n], i)]
+        if kind == "seen" and len(used) > 1:
+            raise ValueError(
+                f"observe({site!r}) sees what is made of several paths, {used}: write them as one "
+                "path with a vector state, or leave them latent"
+            )
+        if kind == "seen" and used:
+            view = _view(closed, position[used[0]], i, reader.paths[used[0]], site, used[0])
+            found[site] = used[0], view
+        elif kind == "emission" and used:
+            raise ValueError(
+                f"observe({site!r}): its params, inputs or mask depend on path {used[0]!r}; use "
+                "the state that emission(t, x) is given"
+            )
+        elif kind == "density" and used:
+            for n in used:
+                made_of.setdefault(n, []).append(site)
+    if made_of:
+        text = "; ".join(f"{name!r} in {sites}" for name, sites in made_of.items())
+        raise ValueError(
+            "an engine that treats a path by its states sees the path's law and its observe "
+            f"statements only, but the density of other sites uses it: {text}. State them with "
+            "nsde.observe, or sample the path with reparam.GuidedReparam and NUTS"
+        )
+    return found
+
+
+def _view(
+    closed: Any, index: int, output: int, site: PathSite, name: str, path: str
+) -> TimewiseMap:
+    jaxpr, invar = closed.jaxpr, closed.jaxpr.invars[index]
+    stand_ins = [v for v in jaxpr.invars if v is not invar]
+    one = jaxpr.replace(
+        invars=[invar],
+        constvars=[*jaxpr.constvars, *stand_ins],
+        outvars=[jaxpr.outvars[output]],
+        eqns=_needed(jaxpr, jaxpr.outvars[output]),
+        debug_info=None,
+    )
+    # What does not reach the output does not matter: zeros stand for the other paths.
+    consts = [*closed.consts, *(jnp.zeros(v.aval.shape, v.aval.dtype) for v in stand_ins)]
+    try:
+        return timewise_map(one, consts, (*site.lead, site.law.num_times))
+    except MixesTimesError as error:
+        raise ValueError(
+            f"observe({name!r}) sees what is made of path {path!r}, and {error}: hand observe the "
+            "path itself and put the transformation into emission(t, x), or choose times with at="
+        ) from None
+
+
+def _needed(jaxpr: Any, output: Any) -> list[Any]:
+    """The operations that an output is made by."""
+    wanted, kept = {output}, []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in wanted for v in eqn.outvars):
+            kept.append(eqn)
+            wanted.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return kept[::-1]
