@@ -15,9 +15,11 @@ from numpyro.primitives import Messenger
 
 from numpyro_sde.distributions.clocks import Clock, remember_value
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, no_value
+from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.statement import Rows, Statement
 from numpyro_sde.grid import TimeGrid
-from numpyro_sde.models.reading import observed_sites
+from numpyro_sde.models.reading import Survey, stand_in, survey, view_of
 from numpyro_sde.models.stack import (
     conditions_on,
     handlers_outside,
@@ -37,14 +39,7 @@ from numpyro_sde.statespace.model import AbstractFilter
 
 def observed_paths(fn: Callable[..., Any], args: Any, kwargs: Any) -> set[str]:
     """Names of the latent path sites of a model that it observes; nothing is computed."""
-    names: set[str] = set()
-
-    def run() -> int:
-        names.update(name for name, _ in observed_sites(fn, args, kwargs))
-        return 0
-
-    jax.eval_shape(run)
-    return names
+    return set(survey(fn, args, kwargs).observed.values())
 
 
 class marginalize(Messenger):  # noqa: N801
@@ -99,21 +94,43 @@ class marginalize(Messenger):  # noqa: N801
         self.method = method
         self.sites = None if sites is None else frozenset(sites)
         self._active: frozenset[str] | None = self.sites
-        # The stand-ins of the paths in the last run.
+        # Of the last run: who uses the paths, their stand-ins, and the values of other sites.
+        self._survey: Survey | None = None
+        self._arguments: tuple[Any, Any] = ((), {})
         self.paths: dict[str, IntegratedPath] = {}
+        self._known: dict[str, Any] = {}
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fn is not None and self.sites is None:
-            self._active = frozenset(observed_paths(self.fn, args, kwargs))
+        if self.fn is not None:
+            self._survey = self._look(args, kwargs)
+            self._arguments = args, kwargs
+            if self.sites is None:
+                self._active = frozenset(self._survey.observed.values())
         return super().__call__(*args, **kwargs)
 
+    def _look(self, args: Any, kwargs: Any) -> Survey:
+        """Who uses the paths; anything but `observe` must not use one that is integrated out."""
+        assert self.fn is not None
+        try:
+            found = survey(self.fn, args, kwargs)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise TypeError(no_value(", ".join(sorted(self.sites or {"?"})))) from error
+        treated = set(found.observed.values()) if self.sites is None else self.sites
+        for uses in (found.densities, found.values):
+            for path in sorted(treated & set(uses)):
+                raise TypeError(f"{no_value(path)} (it is used in {uses[path]})")
+        return found
+
     def __enter__(self) -> None:
-        self.paths = {}
+        self.paths, self._known = {}, {}
         super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
+        self._known = {}
+        if self.fn is not None:  # nothing of a trace is kept
+            self.paths, self._survey, self._arguments = {}, None, ((), {})
         # JAX refuses an unknown type before it asks the object: say what the object is.
         if isinstance(exc_value, TypeError) and IntegratedPath.__name__ in str(exc_value):
             names = ", ".join(sorted(self._active or {"?"}))
@@ -126,6 +143,10 @@ class marginalize(Messenger):  # noqa: N801
         if isinstance(law, MarginalPath):
             if law.stand_in is not None and law.stand_in.owner is self:
                 self._state(msg, law, mask)
+        elif isinstance(law, EmissionPath):
+            owner = None if self._survey is None else self._survey.observed.get(msg["name"])
+            if owner in self.paths:
+                self._state(msg, self._of_transformed(msg["name"], owner, law), mask)
         elif isinstance(law, SDEPath):
             self._integrate(msg, law, mask)
         elif self.sites is not None and msg["name"] in self.sites:
@@ -159,11 +180,11 @@ class marginalize(Messenger):  # noqa: N801
             )
         shape = msg["fn"].shape()
         lead = shape[: len(shape) - path.event_dim]
-        index = np.arange(path.num_times)
+        index, seen_by_model = np.arange(path.num_times), path
         for handler in self._outer_changes():
             path, seen = handler.change(name, path)
             index = seen[index]
-        stand_in = IntegratedPath(
+        placeholder = IntegratedPath(
             name,
             path,
             self._method(),
@@ -171,11 +192,24 @@ class marginalize(Messenger):  # noqa: N801
             mask=_as_mask(mask),
             plates=frozenset(plates),
             owner=self,
+            index=index,
+            value=None if self.fn is None else stand_in(seen_by_model, lead),
         )
-        self.paths[name] = stand_in
-        msg["value"] = stand_in.view(index)
+        self.paths[name] = placeholder
+        msg["value"] = placeholder
         # Nothing outside may see a site whose value is no array.
         msg["stop"] = True
+
+    def _of_transformed(self, name: str, owner: str, law: EmissionPath) -> MarginalPath:
+        """The marginal law of a statement on what the model made of a path."""
+        assert self.fn is not None
+        stand_in = self.paths[owner]
+        args, kwargs = self._arguments
+        view = view_of(self.fn, args, kwargs, name, owner, self._known)
+        view = view.seen_through(stand_in.index)
+        rows = np.asarray(view.rows)[law.observed_rows]
+        statement = Statement(law.emission, None, view, Rows(rows), law.structure, ())
+        return stand_in.law_of(statement)
 
     def _method(self) -> AbstractFilter:
         """The filter; under a `seed` handler on random numbers of the run."""
@@ -210,6 +244,10 @@ class marginalize(Messenger):  # noqa: N801
 
     def postprocess_message(self, msg: Any) -> None:
         law = msg.get("fn")
+        if msg["type"] in ("sample", "param", "plate") and not isinstance(
+            msg["value"], IntegratedPath
+        ):
+            self._known[msg["name"]] = msg["value"]
         if isinstance(law, dist.Distribution):
             law, _ = peel(law)
         stand_in = law.stand_in if isinstance(law, MarginalPath) else None

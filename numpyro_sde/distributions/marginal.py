@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -18,6 +19,7 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.data import as_data
+from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import Clock
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
@@ -228,14 +230,28 @@ class MarginalPath(dist.Distribution):
             path = self.method.simulator(self.path)
             states = path.expand(lead).sample(key_path)
         take = self.statement.rows.index % self.path.num_times
-        axis = len(lead)
+        states, state_shape = self._seen(states, lead)
         law = EmissionPath(
             self.statement.emission,
             self.path.times[..., take],
-            jnp.take(states, take, axis=axis),
-            self.path.state_shape,
+            jnp.take(states, take, axis=len(lead)),
+            state_shape,
         )
         return law.expand(sample_shape + self.batch_shape).sample(key_data)
+
+    def _seen(self, states: Array, lead: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+        """What the model makes of paths `(*lead, T, *state)` before it observes them."""
+        view, shape = self.statement.view, self.path.state_shape
+        if view is None:
+            return states, shape
+        consts = view.on_grid(self.path.num_times, len(self.lead))
+
+        def one(x: Array, *now: Array) -> Array:
+            return jax.vmap(lambda x, *c: view.apply(x, c))(x, *now)
+
+        dims = (1 + len(shape), *(c.ndim - len(self.lead) for c in consts))
+        seen = map_batch(one, lead, (states, *consts), dims)
+        return seen, seen.shape[len(lead) + 1 :]
 
 
 def _sum_from(terms: Array, rows: np.ndarray, present: Array) -> Array:
@@ -320,6 +336,8 @@ class IntegratedPath:
         mask: where the density of the path counts.
         plates: names of the plates around it.
         owner: the handler that made it.
+        value: an array in its place for what the model makes of it before it observes that; None
+            refuses every use but `observe`.
     """
 
     def __init__(
@@ -333,9 +351,10 @@ class IntegratedPath:
         mask: Any = True,
         plates: Any = (),
         owner: Any = None,
+        value: Any = None,
     ) -> None:
         self.name, self.path, self.method, self.lead = name, path, method, lead
-        self.mask, self.plates, self.owner = mask, plates, owner
+        self.mask, self.plates, self.owner, self._value = mask, plates, owner, value
         self.index = np.arange(path.num_times) if index is None else index
         self.seen: list[tuple[Statement, Array]] = []
 
@@ -344,6 +363,9 @@ class IntegratedPath:
         seen = copy.copy(self)
         seen.index = self.index[index]
         seen.seen = self.seen  # what is said of one view is said of the path
+        if self._value is not None and len(index) != len(self.index):
+            axis = self._value.ndim - self.path.event_dim
+            seen._value = jnp.take(self._value, index, axis=axis)
         return seen
 
     @property
@@ -372,14 +394,31 @@ class IntegratedPath:
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(no_value(self.name))
 
-    # As properties, so that asking whether they are there is refused with the reason.
-    __array__ = __jax_array__ = property(_refuse)
-    __iter__ = __len__ = __getitem__ = __bool__ = __float__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __floordiv__ = _refuse
+    @property
+    def __jax_array__(self) -> Callable[[], Array]:
+        # A property, so that asking whether it is there is refused with the reason.
+        if self._value is None:
+            self._refuse()
+        return lambda: jnp.asarray(self._value)
 
-    def __getattr__(self, attribute: str) -> NoReturn:
+    __array__ = property(_refuse)
+    __iter__ = __bool__ = __float__ = __int__ = _refuse
+
+    def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
-        self._refuse()
+        return getattr(self.__jax_array__(), attribute)
+
+
+def _delegate(name: str) -> Callable[..., Any]:
+    def operation(self: IntegratedPath, *args: Any) -> Any:
+        return getattr(self.__jax_array__(), name)(*args)
+
+    return operation
+
+
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul"),
+    *("rmatmul", "mod", "floordiv", "neg", "abs", "lt", "le", "gt", "ge", "getitem", "len"),
+):
+    setattr(IntegratedPath, f"__{_name}__", _delegate(f"__{_name}__"))

@@ -130,7 +130,7 @@ class Statement(eqx.Module):
         present = spread(known)
         view = None
         if self.view is not None:
-            view = self.view.rows_on_grid(num_times)
+            view = self.view.on_grid(num_times)
         inputs = (jnp.asarray(times), jax.tree.map(spread, self.emission.inputs), view)
         return self._laid_out(inputs, values, present, np.sort(rows), state_shape)
 

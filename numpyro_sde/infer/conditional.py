@@ -13,7 +13,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import ObservedPath
-from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
+from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted, survey
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps
@@ -161,7 +161,7 @@ class ConditionalSMC(MCMCKernel):
         z = {
             name: jnp.asarray(value, jnp.result_type(float)) for name, value in init_params.items()
         }
-        read_model(self._model, model_args, kwargs, values=z, refuse_other_uses=True)
+        survey(self._model, model_args, kwargs).refuse_other_uses()
 
         # Compiled as one: a sweep outside `jit` would compile every operation apart.
         def first(key: PRNGKeyArray, z: dict[str, Array]) -> ConditionalSMCState:

@@ -14,7 +14,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.state_space import ObservedPath, draw_starts, with_starts
 from numpyro_sde.filters.particle import Particle
-from numpyro_sde.models.reading import NO_PATH, read_model, refuse_weighted
+from numpyro_sde.models.reading import NO_PATH, read_model, refuse_weighted, survey
 from numpyro_sde.models.stack import outside_all_handlers, peel
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import StateSpaceModel
@@ -94,7 +94,8 @@ def score(
     def given(values: Mapping[str, Array]) -> Callable[..., Any]:
         return substitute(seed(model, 0), data=values)
 
-    reading = read_model(given(values), model_args, model_kwargs, refuse_other_uses=True)
+    survey(given(values), model_args, model_kwargs).refuse_other_uses()
+    reading = read_model(given(values), model_args, model_kwargs)
     names = tuple(reading.paths)
     if not names:
         raise ValueError(NO_PATH)

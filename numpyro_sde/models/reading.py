@@ -37,7 +37,10 @@ from numpyro_sde.models.stack import (
     power_of,
 )
 from numpyro_sde.models.timewise import MixesTimesError, TimewiseMap, timewise_map
-from numpyro_sde.schemes.dependence import reaches_output
+from numpyro_sde.schemes.dependence import reachable, reaches_output
+
+# Begins the name of the call that a path's value comes from in a trace.
+_MARK = "value_of_path:"
 
 NO_PATH = (
     "the model has no latent SDEPath site. Hand over the model itself: without "
@@ -82,10 +85,12 @@ class Reader(Messenger):
 
     Args:
         values: values of paths by site; the others get their start's mean at all times.
+        marked: whether a trace of the run is to tell what is made of each.
     """
 
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, values: Mapping[str, Any] | None = None, *, marked: bool = False) -> None:
         super().__init__()
+        self.marked = marked
         self.values = dict(values or {})
         self.paths: dict[str, PathSite] = {}
         self.observations: dict[str, _Observation] = {}
@@ -101,6 +106,8 @@ class Reader(Messenger):
         lead = shape[: len(shape) - path.event_dim]
         given = self.values.get(msg["name"])
         value = stand_in(path, lead) if given is None else given + 0.0
+        if self.marked:
+            value = _marked(msg["name"], value)
         plates = plates_around(msg)
         _, mask = peel(msg["fn"])
         power = power_of(msg["scale"], plates, plates)
@@ -161,7 +168,6 @@ def read_model(
     known: Mapping[str, Any] | None = None,
     values: Mapping[str, Any] | None = None,
     only: str | None = None,
-    refuse_other_uses: bool = False,
 ) -> Reading:
     """Run a model once, aside, and say what it states of each latent path.
 
@@ -176,12 +182,10 @@ def read_model(
         known: values of other sites; sites that are not known are drawn.
         values: values of path sites; the others get their start's mean at all times.
         only: the one path asked for: what a statement sees is made of it alone, the others given.
-        refuse_other_uses: raise where the density of another site uses a path.
 
     Raises:
         ValueError: a statement on what mixes the times of a path, or is made of several paths;
-            parameters of an emission that depend on the path; with `refuse_other_uses`, another
-            site whose density does.
+            parameters of an emission that depend on the path.
     """
     hidden = {*(values or {}), *([] if only is None else [only])}
     known = {k: v for k, v in (known or {}).items() if k not in hidden}
@@ -190,7 +194,7 @@ def read_model(
         return _run(model, args, kwargs, known, values)
 
     reader = run(values or {})
-    views = _attribute(run, reader, only, refuse_other_uses)
+    views = _attribute(run, reader, only)
     data: dict[str, list[Any]] = {name: [] for name in reader.paths}
     for name, seen in reader.observations.items():  # in the order of the model
         if name in views and seen.has_data:
@@ -202,16 +206,6 @@ def read_model(
         if only in (None, name)
     }
     return Reading(reader.paths, observed)
-
-
-def observed_sites(model: Callable[..., Any], args: Any, kwargs: Any) -> set[tuple[str, str]]:
-    """Pairs of a latent path and a statement that observes it, with data or without."""
-
-    def run(values: Mapping[str, Any]) -> Reader:
-        return _run(model, args, kwargs, {}, values)
-
-    reader = run({})
-    return {(owner, site) for site, (owner, _) in _attribute(run, reader, None, False).items()}
 
 
 def latent_paths(model_trace: Mapping[str, Any]) -> tuple[str, ...]:
@@ -251,16 +245,22 @@ def refuse_weighted(site: PathSite, name: str, engine: str) -> None:
 
 
 def _run(
-    model: Callable[..., Any], args: Any, kwargs: Any, known: Any, values: Mapping[str, Any]
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    known: Any,
+    values: Mapping[str, Any],
+    *,
+    marked: bool = False,
 ) -> Reader:
-    reader = Reader(values)
+    reader = Reader(values, marked=marked)
     with outside_all_handlers(), trace(), seed(rng_seed=0), reader, substitute(data=known):
         model(*args, **kwargs)
     return reader
 
 
 def _attribute(
-    run: Callable[[Mapping[str, Any]], Reader], reader: Reader, only: str | None, others: bool
+    run: Callable[[Mapping[str, Any]], Reader], reader: Reader, only: str | None
 ) -> dict[str, tuple[str, Any]]:
     """For each statement on a latent path: the path, and what was made of it before."""
     by_value = {id(site.value): name for name, site in reader.paths.items()}
@@ -272,8 +272,8 @@ def _attribute(
             unclear.append(name)
         else:
             views[name] = owner, None
-    if reader.paths and (unclear or others):
-        views.update(_provenance(run, reader, unclear, only, others))
+    if reader.paths and unclear:
+        views.update(_provenance(run, reader, unclear, only))
     return views
 
 
@@ -299,7 +299,6 @@ def _provenance(
     reader: Reader,
     unclear: list[str],
     only: str | None,
-    others: bool,
 ) -> dict[str, tuple[str, Any]]:
     """For each statement that is made of a path: the path, and how."""
     names = [name for name in reader.paths if only in (None, name)]
@@ -311,15 +310,10 @@ def _provenance(
         labels.clear()
         found: list[Any] = []
         for name in unclear:
-            law = again.observations[name].law
-            leaves = jax.tree_util.tree_leaves((law.emission, again.observations[name].mask))
+            seen = again.observations[name]
+            leaves = _parameters(seen)
             labels.extend([("seen", name), *(("emission", name) for _ in leaves)])
-            found.extend([law.observed_path, *leaves])
-        for name, other in again.others.items() if others else ():
-            term = other[0].log_prob(other[1]) if isinstance(other, tuple) else None
-            if term is not None:
-                labels.append(("density", name))
-                found.append(jnp.sum(term))
+            found.extend([seen.law.observed_path, *leaves])
         return found
 
     stand_ins = {name: reader.paths[name].value for name in names}
@@ -329,29 +323,135 @@ def _provenance(
     for i, (kind, site) in enumerate(labels):
         used = [n for n in names if reaches_output(closed.jaxpr, position[n], i)]
         if kind == "seen" and len(used) > 1:
-            raise ValueError(
-                f"observe({site!r}) sees what is made of several paths, {used}: write them as one "
-                "path with a vector state, or leave them latent"
-            )
+            _refuse_several(site, used)
         if kind == "seen" and used:
             view = _view(closed, position[used[0]], i, reader.paths[used[0]], site, used[0])
             found[site] = used[0], view
         elif kind == "emission" and used:
-            raise ValueError(
-                f"observe({site!r}): its params, inputs or mask depend on path {used[0]!r}; use "
-                "the state that emission(t, x) is given"
-            )
-        elif kind == "density" and used:
-            for n in used:
-                made_of.setdefault(n, []).append(site)
-    if made_of:
-        text = "; ".join(f"{name!r} in {sites}" for name, sites in made_of.items())
-        raise ValueError(
-            "an engine that treats a path by its states sees the path's law and its observe "
-            f"statements only, but the density of other sites uses it: {text}. State them with "
-            "nsde.observe, or sample the path with reparam.GuidedReparam and NUTS"
-        )
+            _refuse_parameters(site, used[0])
     return found
+
+
+def _parameters(seen: _Observation) -> list[Any]:
+    """What an emission is given besides the state."""
+    leaves = jax.tree_util.tree_leaves((seen.law.emission, seen.mask, seen.message["scale"]))
+    return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+
+def _refuse_parameters(site: str, path: str) -> None:
+    raise ValueError(
+        f"observe({site!r}): its params, inputs, mask or scale depend on path {path!r}; use the "
+        "state that emission(t, x) is given"
+    )
+
+
+def view_of(
+    model: Callable[..., Any], args: Any, kwargs: Any, site: str, path: str, known: Any
+) -> TimewiseMap:
+    """What a model makes of a path before a statement sees it, given values of other sites.
+
+    Raises:
+        ValueError: it mixes the times of the path.
+    """
+
+    def run(values: Mapping[str, Any]) -> Reader:
+        return _run(model, args, kwargs, known, values)
+
+    return _provenance(run, run({}), [site], path)[site][1]
+
+
+class Survey(NamedTuple):
+    """Who uses the latent paths of a model.
+
+    Attributes:
+        observed: for each statement, with data or without, the path that it observes.
+        densities: for each path, other sites whose density uses it.
+        values: for each path, deterministic sites that are made of it.
+    """
+
+    observed: dict[str, str]
+    densities: dict[str, list[str]]
+    values: dict[str, list[str]]
+
+    def refuse_other_uses(self) -> None:
+        """Raise where the density of a site other than an observation uses a path.
+
+        Raises:
+            ValueError: naming the paths and the sites.
+        """
+        if self.densities:
+            text = "; ".join(f"{name!r} in {sites}" for name, sites in self.densities.items())
+            raise ValueError(
+                "an engine that treats a path by its states sees the path's law and its observe "
+                f"statements only, but the density of other sites uses it: {text}. State them with "
+                "nsde.observe, or sample the path with reparam.GuidedReparam and NUTS"
+            )
+
+
+def survey(model: Callable[..., Any], args: Any, kwargs: Any) -> Survey:
+    """Find who uses the paths of a model, by one trace of it; nothing is computed.
+
+    Raises:
+        ValueError: a statement made of several paths, or parameters of one that depend on a path.
+    """
+    labels: list[tuple[str, str]] = []
+
+    def outputs() -> list[Any]:
+        reader = _run(model, args, kwargs, {}, {}, marked=True)
+        found: list[Any] = []
+        for name, seen in reader.observations.items():
+            leaves = _parameters(seen)
+            labels.extend([("seen", name), *(("emission", name) for _ in leaves)])
+            found.extend([seen.law.observed_path, *leaves])
+        for name, other in reader.others.items():
+            if isinstance(other, tuple):
+                labels.append(("density", name))
+                found.append(jnp.sum(other[0].log_prob(other[1])))
+            else:
+                leaves = jax.tree_util.tree_leaves(other)
+                labels.extend(("value", name) for _ in leaves)
+                found.extend(leaves)
+        return found
+
+    jaxpr = jax.make_jaxpr(outputs)().jaxpr
+    paths = {
+        eqn.params["name"].removeprefix(_MARK): eqn.outvars
+        for eqn in jaxpr.eqns
+        if str(eqn.params.get("name", "")).startswith(_MARK)
+    }
+    found = Survey({}, {}, {})
+    for path, variables in paths.items():
+        reached = reachable(jaxpr, variables)
+        for (kind, site), used in zip(labels, reached, strict=True):
+            if not used:
+                continue
+            if kind == "emission":
+                _refuse_parameters(site, path)
+            if kind == "seen":
+                if site in found.observed:
+                    _refuse_several(site, [found.observed[site], path])
+                found.observed[site] = path
+            else:
+                uses = found.densities if kind == "density" else found.values
+                uses.setdefault(path, []).append(site)
+    return found
+
+
+def _refuse_several(site: str, paths: list[str]) -> None:
+    raise ValueError(
+        f"observe({site!r}) sees what is made of several paths, {paths}: write them as one path "
+        "with a vector state, or leave them latent"
+    )
+
+
+def _marked(name: str, value: Array) -> Array:
+    """The value, its origin told by the name of a call in the trace."""
+
+    def path_value(value: Array) -> Array:
+        return value + 0.0
+
+    path_value.__name__ = _MARK + name
+    return jax.jit(path_value)(value)
 
 
 def _view(

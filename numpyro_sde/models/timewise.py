@@ -105,19 +105,25 @@ class TimewiseMap(eqx.Module):
         """Event dimensions of each constant: all but those of the batch."""
         return [max(jnp.ndim(c) - self.rank + 1, 0) for c in self.consts]
 
-    def rows_on_grid(self, num_times: int) -> tuple[Any, ...]:
-        """Constants of one path with a leading axis over the times of its law."""
+    def on_grid(self, num_times: int, batch_dims: int = 0) -> tuple[Any, ...]:
+        """Constants with an axis over the times of the path's law, behind that of the batch."""
 
-        def on_grid(c: Any) -> Any:
+        def one(c: Any) -> Any:
             c = jnp.asarray(c)
             if c.ndim == 0:
-                return jnp.broadcast_to(c, (num_times,))
+                return jnp.broadcast_to(c, (1,) * batch_dims + (num_times,))
             if self.rows is None:
                 return c
-            out = jnp.zeros((num_times, *c.shape[1:]), c.dtype)
-            return out.at[np.asarray(self.rows)].set(c)
+            front = (slice(None),) * batch_dims
+            out = jnp.zeros((*c.shape[:batch_dims], num_times, *c.shape[batch_dims + 1 :]), c.dtype)
+            return out.at[(*front, np.asarray(self.rows))].set(c)
 
-        return tuple(on_grid(c) for c in self.consts)
+        return tuple(one(c) for c in self.consts)
+
+    def seen_through(self, index: np.ndarray) -> TimewiseMap:
+        """The same map where the model's times are those at `index` of a finer path."""
+        rows = index if self.rows is None else index[np.asarray(self.rows)]
+        return TimewiseMap(self.consts, self.program, self.rank, tuple(int(i) for i in rows))
 
     def apply(self, state: Array, now: Sequence[Any]) -> Array:
         """The map of one state, given the constants of its time."""

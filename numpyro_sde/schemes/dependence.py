@@ -6,6 +6,7 @@ in time. The trace of the coefficient (its jaxpr) decides it: no parameter value
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -42,14 +43,19 @@ def dependence(sde: SDE, role: str, state_shape: tuple[int, ...]) -> Dependence:
     return Dependence(reaches_output(jaxpr, -2), reaches_output(jaxpr, -1))
 
 
-def reaches_output(jaxpr: Any, index: int, output: int | None = None) -> bool:
-    """Whether one input of a trace can influence its outputs, or one of them."""
-    reached = {jaxpr.invars[index]}
+def reachable(jaxpr: Any, variables: Iterable[Any]) -> list[bool]:
+    """Which outputs of a trace some of its variables can influence."""
+    reached = set(variables)
     for eqn in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
             reached.update(eqn.outvars)
-    outputs = jaxpr.outvars if output is None else [jaxpr.outvars[output]]
-    return any(not isinstance(v, Literal) and v in reached for v in outputs)
+    return [not isinstance(v, Literal) and v in reached for v in jaxpr.outvars]
+
+
+def reaches_output(jaxpr: Any, index: int, output: int | None = None) -> bool:
+    """Whether one input of a trace can influence its outputs, or one of them."""
+    found = reachable(jaxpr, [jaxpr.invars[index]])
+    return any(found) if output is None else found[output]
 
 
 def require_additive(sde: SDE, state_shape: tuple[int, ...], scheme: str, remedy: str) -> None:
