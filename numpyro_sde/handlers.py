@@ -13,8 +13,8 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
-from numpyro_sde.distributions.clocks import Clock, remember_value
-from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, no_value
+from numpyro_sde.distributions.clocks import Clock, remember_value, times_shown
+from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, NoValue, no_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.statement import Rows, Statement
@@ -107,7 +107,18 @@ class marginalize(Messenger):  # noqa: N801
             self._arguments = args, kwargs
             if self.sites is None:
                 self._active = frozenset(self._survey.observed.values())
-        return super().__call__(*args, **kwargs)
+            hidden = self._survey.returned
+        else:
+            hidden = {}
+        result = super().__call__(*args, **kwargs)
+        for path in hidden.keys() & (self._active or set()):
+            leaves, treedef = jax.tree_util.tree_flatten(result)
+            leaves = [
+                NoValue(path) if made else leaf
+                for leaf, made in zip(leaves, hidden[path], strict=True)
+            ]
+            result = jax.tree_util.tree_unflatten(treedef, leaves)
+        return result
 
     def _look(self, args: Any, kwargs: Any) -> Survey:
         """Who uses the paths; anything but `observe` must not use one that is integrated out."""
@@ -146,7 +157,7 @@ class marginalize(Messenger):  # noqa: N801
         elif isinstance(law, EmissionPath):
             owner = None if self._survey is None else self._survey.observed.get(msg["name"])
             if owner in self.paths:
-                self._state(msg, self._of_transformed(msg["name"], owner, law), mask)
+                self._state(msg, self._stated(msg["name"], owner, law), mask)
         elif isinstance(law, SDEPath):
             self._integrate(msg, law, mask)
         elif self.sites is not None and msg["name"] in self.sites:
@@ -193,21 +204,30 @@ class marginalize(Messenger):  # noqa: N801
             plates=frozenset(plates),
             owner=self,
             index=index,
-            value=None if self.fn is None else stand_in(seen_by_model, lead),
         )
         self.paths[name] = placeholder
         msg["value"] = placeholder
+        if self._survey is not None and name in self._survey.transformed:
+            # The model may compute with it: the survey saw that only statements use the result.
+            msg["value"] = stand_in(seen_by_model, lead)
+            remember_value(msg["value"], seen_by_model.clock)
         # Nothing outside may see a site whose value is no array.
         msg["stop"] = True
 
-    def _of_transformed(self, name: str, owner: str, law: EmissionPath) -> MarginalPath:
-        """The marginal law of a statement on what the model made of a path."""
+    def _stated(self, name: str, owner: str, law: EmissionPath) -> MarginalPath:
+        """The marginal law of a statement on a path that the model computes with."""
         assert self.fn is not None
+        assert self._survey is not None
         stand_in = self.paths[owner]
         args, kwargs = self._arguments
-        view = view_of(self.fn, args, kwargs, name, owner, self._known)
-        view = view.seen_through(stand_in.index)
-        rows = np.asarray(view.rows)[law.observed_rows]
+        rows, view = law.observed_rows, None
+        if name in self._survey.transformed[owner]:
+            view = view_of(self.fn, args, kwargs, name, owner, self._known)
+            view = view.seen_through(stand_in.index)
+            rows = np.asarray(view.rows)[rows]
+        else:
+            shown = times_shown(law.observed_path)
+            rows = stand_in.index[rows if shown is None else np.asarray(shown)[rows]]
         statement = Statement(law.emission, None, view, Rows(rows), law.structure, ())
         return stand_in.law_of(statement)
 

@@ -16,7 +16,13 @@ from numpyro.primitives import _PYRO_STACK
 
 from numpyro_sde.accumulate import Accumulated
 from numpyro_sde.checks.data import as_data
-from numpyro_sde.distributions.clocks import Clock, clock_of_value, clocks_of_this_run, distinct
+from numpyro_sde.distributions.clocks import (
+    Clock,
+    clock_of_value,
+    clocks_of_this_run,
+    distinct,
+    mask_of_value,
+)
 from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import (
     Emission,
@@ -120,6 +126,7 @@ def observe(
     law.observed_path, law.observed_rows = x, rows
     if obs is not None:
         check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
+    _check_mask(name, mask_of_value(x))
     _check_declared(name, emissions, law.event_shape, batch_shape, obs, clock.undeclared)
     return numpyro.sample(name, law, obs=obs)
 
@@ -148,6 +155,25 @@ def _openings(name: str, x: Any, clock: Clock, rows: Any, side: str) -> Openings
     place = x.index[rows] if isinstance(x, IntegratedPath) else rows
     shown, dims = law.forcing.openings(place)
     return Openings(Opening(law.forcing.rules, law.sde.parameters), shown, dims)
+
+
+def _check_mask(name: str, mask: Any) -> None:
+    """Raise where a path made of innovations is masked out and this statement on it is not.
+
+    Innovations have no density there that a change of variables would keep.
+
+    Raises:
+        ValueError: naming the statement.
+    """
+    here = numpyro.get_mask()
+    if mask is True or here is False or any(isinstance(m, jax.core.Tracer) for m in (mask, here)):
+        return
+    if np.any(~np.asarray(mask) & np.asarray(True if here is None else here)):
+        raise ValueError(
+            f"observe({name!r}): its path is masked out by handlers.mask where this statement is "
+            "not, and the path is made of innovations under its law: mask the statement alone, or "
+            "both"
+        )
 
 
 def _check_declared(
@@ -250,12 +276,16 @@ def check_indices(name: str, at: Any, length: int) -> Any:
     if isinstance(at, jax.core.Tracer):
         raise TypeError(f"observe({name!r}): at must be known before tracing, got a traced array")
     index = np.asarray(at)
+    if index.size == 0:
+        raise ValueError(
+            f"observe({name!r}): at is empty: name at least one time, or leave the statement out"
+        )
     if index.ndim != 1 or index.dtype.kind not in "iu":
         raise ValueError(
             f"observe({name!r}): at must be a list of integer indices into the path, got "
             f"dtype {index.dtype} and shape {index.shape}"
         )
-    if index.size and (index.min() < -length or index.max() >= length):
+    if index.min() < -length or index.max() >= length:
         raise ValueError(
             f"observe({name!r}): at must lie in 0..{length - 1} for a path of {length} times, "
             f"got {index.min()}..{index.max()}"

@@ -201,6 +201,7 @@ def as_function(
 
     Raises:
         TypeError: not a callable, or a callable of other arguments.
+        ValueError: a callable of state and time in the wrong order, by their names.
     """
     wanted = ", ".join([arguments, *(letter for letter, (_, given) in optional.items() if given)])
     if not callable(fn):
@@ -209,6 +210,12 @@ def as_function(
         signature = inspect.signature(fn)
     except ValueError:  # a builtin without a signature
         return Code(fn)
+    names = list(signature.parameters)[:2]
+    if len(names) == 2 and names[0] in ("x", "state") and names[1] in ("t", "time"):
+        raise ValueError(
+            f"{role} must take ({wanted}), the time first, got a function of {signature}: with the "
+            "two swapped it would run and mean something else"
+        )
     try:
         signature.bind(*(None,) * len(wanted.split(",")))
     except TypeError:

@@ -49,7 +49,7 @@ class Clock(NamedTuple):
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.recent: deque[tuple[Any, Clock]] = deque(maxlen=64)
-        self.values: dict[int, tuple[Any, Clock, Any, Any]] = {}
+        self.values: dict[int, tuple[Any, ...]] = {}
 
 
 _memory = _Memory()
@@ -70,7 +70,9 @@ def remember_clock(clock: Clock) -> None:
         _memory.recent.append((weakref.ref(run), clock._replace(law=None)))
 
 
-def remember_value(value: Any, clock: Clock, source: Any = None, index: Any = None) -> None:
+def remember_value(
+    value: Any, clock: Clock, source: Any = None, index: Any = None, mask: Any = True
+) -> None:
     """Note that this very array holds states on this clock, as long as the array lives.
 
     Args:
@@ -78,16 +80,23 @@ def remember_value(value: Any, clock: Clock, source: Any = None, index: Any = No
         clock: its clock.
         source: the path's own value, where `value` holds only some of its times.
         index: which times of the path's own value these are; None for all.
+        mask: where the density of the path counts, if the path is made of innovations.
     """
     key, values = id(value), _memory.values
     source = value if source is None else source
-    entry = (weakref.ref(value, lambda _: values.pop(key, None)), clock, id(source), index)
+    entry = (weakref.ref(value, lambda _: values.pop(key, None)), clock, id(source), index, mask)
     values[key] = entry
 
 
-def _entry(value: Any) -> tuple[Any, Any, Any, Any]:
-    entry = _memory.values.get(id(value), (None,) * 4)
-    return entry if entry[0] is not None and entry[0]() is value else (None,) * 4
+def _entry(value: Any) -> tuple[Any, ...]:
+    nothing = (None, None, None, None, True)
+    entry = _memory.values.get(id(value), nothing)
+    return entry if entry[0] is not None and entry[0]() is value else nothing
+
+
+def mask_of_value(value: Any) -> Any:
+    """Where the density of a path counts that innovations made this very array of."""
+    return _entry(value)[4]
 
 
 def clock_of_value(value: Any) -> Clock | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -155,6 +154,13 @@ class MarginalPath(dist.Distribution):
         axes = tuple(range(-len(statement.event_shape), 0))
         floats = jnp.asarray(y, jnp.result_type(float, y))
         missing = jnp.all(jnp.isnan(floats), axis=axes)
+        alone = ~jnp.asarray(self.path_mask) & ~missing
+        if not isinstance(alone, jax.core.Tracer) and bool(jnp.any(alone)):
+            raise ValueError(
+                f"path {'' if self.stand_in is None else self.stand_in.name!r} is masked out by "
+                "handlers.mask where its data are not: without a law it cannot be integrated out. "
+                "Mask the observe statements alone"
+            )
         return jnp.where(self.path_mask, total, jnp.where(missing, 0.0, jnp.nan))
 
     def _at_first_replicate(
@@ -324,7 +330,33 @@ def no_value(name: str) -> str:
     )
 
 
-class IntegratedPath:
+class NoValue:
+    """Stands where a path that is integrated out, or what is made of it, would be.
+
+    Args:
+        name: the path's site.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(no_value(self.name))
+
+    # As properties, so that asking whether they are there is refused with the reason.
+    __array__ = __jax_array__ = property(_refuse)
+    __iter__ = __len__ = __getitem__ = __bool__ = __float__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __floordiv__ = _refuse
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        self._refuse()
+
+
+class IntegratedPath(NoValue):
     """Stands for the value of a path that is integrated out; only `observe` can take it.
 
     Args:
@@ -336,8 +368,6 @@ class IntegratedPath:
         mask: where the density of the path counts.
         plates: names of the plates around it.
         owner: the handler that made it.
-        value: an array in its place for what the model makes of it before it observes that; None
-            refuses every use but `observe`.
     """
 
     def __init__(
@@ -351,10 +381,10 @@ class IntegratedPath:
         mask: Any = True,
         plates: Any = (),
         owner: Any = None,
-        value: Any = None,
     ) -> None:
-        self.name, self.path, self.method, self.lead = name, path, method, lead
-        self.mask, self.plates, self.owner, self._value = mask, plates, owner, value
+        super().__init__(name)
+        self.path, self.method, self.lead = path, method, lead
+        self.mask, self.plates, self.owner = mask, plates, owner
         self.index = np.arange(path.num_times) if index is None else index
         self.seen: list[tuple[Statement, Array]] = []
 
@@ -363,9 +393,6 @@ class IntegratedPath:
         seen = copy.copy(self)
         seen.index = self.index[index]
         seen.seen = self.seen  # what is said of one view is said of the path
-        if self._value is not None and len(index) != len(self.index):
-            axis = self._value.ndim - self.path.event_dim
-            seen._value = jnp.take(self._value, index, axis=axis)
         return seen
 
     @property
@@ -390,35 +417,3 @@ class IntegratedPath:
         """Remember a statement's data for the statements after it."""
         statement, y, _, _ = law.laid_out(value)
         self.seen.append((statement, y))
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(no_value(self.name))
-
-    @property
-    def __jax_array__(self) -> Callable[[], Array]:
-        # A property, so that asking whether it is there is refused with the reason.
-        if self._value is None:
-            self._refuse()
-        return lambda: jnp.asarray(self._value)
-
-    __array__ = property(_refuse)
-    __iter__ = __bool__ = __float__ = __int__ = _refuse
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return getattr(self.__jax_array__(), attribute)
-
-
-def _delegate(name: str) -> Callable[..., Any]:
-    def operation(self: IntegratedPath, *args: Any) -> Any:
-        return getattr(self.__jax_array__(), name)(*args)
-
-    return operation
-
-
-for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul"),
-    *("rmatmul", "mod", "floordiv", "neg", "abs", "lt", "le", "gt", "ge", "getitem", "len"),
-):
-    setattr(IntegratedPath, f"__{_name}__", _delegate(f"__{_name}__"))

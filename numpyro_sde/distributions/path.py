@@ -41,6 +41,7 @@ from numpyro_sde.distributions.moments import draw_start
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
+from numpyro_sde.schemes.dependence import has_no_noise
 from numpyro_sde.schemes.events import Forcing
 from numpyro_sde.sde import SDE, Structure, broadcast_batch
 
@@ -135,7 +136,7 @@ class SDEPath(dist.Distribution):
         batch = describe_batch(batch_shape)
         refuse_closures(sde.drift.function, "drift", batch)
         refuse_closures(sde.diffusion.function, "diffusion", batch)
-        self.structure = sde.structure(state_shape)
+        self.structure = _structure(sde, self.init)
         self.scheme.check(sde, state_shape)
         sde.check_scheme(self.scheme)
         self.forcing = None
@@ -292,6 +293,11 @@ class SDEPath(dist.Distribution):
             return density
 
         self._refuse_undeclared(shape)
+        if self.num_times > 1 and has_no_noise(self.sde, self.state_shape):
+            raise ValueError(
+                "diffusion is zero, so the path follows from its start and has no density: treat "
+                "it by reparam.InnovationReparam, or integrate it out by handlers.marginalize"
+            )
         start = self._expanded_init().log_prob(self._take(value, 0))
         if self.num_times == 1:
             return start, None
@@ -478,6 +484,18 @@ class SDEPath(dist.Distribution):
         else:
             init_batch, state = (), tuple(init)
         return jnp.broadcast_shapes(batch, times[:-1], init_batch), (times[-1], *state)
+
+
+def _structure(sde: SDE, init: dist.Distribution) -> Structure:
+    try:
+        return sde.structure(init.event_shape)
+    except (IndexError, TypeError, ValueError) as error:
+        if init.event_shape or not init.batch_shape:
+            raise
+        raise ValueError(
+            f"drift or diffusion fail on a state of shape () ({error}), and init has batch shape "
+            f"{init.batch_shape}: a vector state needs init.to_event(1)"
+        ) from error
 
 
 @vmap_over.register

@@ -95,6 +95,7 @@ class Reader(Messenger):
         self.paths: dict[str, PathSite] = {}
         self.observations: dict[str, _Observation] = {}
         self.others: dict[str, Any] = {}
+        self.returned: Any = None
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] != "sample" or msg["is_observed"] or msg["value"] is not None:
@@ -105,9 +106,10 @@ class Reader(Messenger):
         shape = msg["fn"].shape()
         lead = shape[: len(shape) - path.event_dim]
         given = self.values.get(msg["name"])
-        value = stand_in(path, lead) if given is None else given + 0.0
-        if self.marked:
-            value = _marked(msg["name"], value)
+        if self.marked:  # a value that depends on nothing, its own law neither
+            value = _marked(msg["name"], jnp.ones(shape, jnp.result_type(float)))
+        else:
+            value = stand_in(path, lead) if given is None else given + 0.0
         plates = plates_around(msg)
         _, mask = peel(msg["fn"])
         power = power_of(msg["scale"], plates, plates)
@@ -255,7 +257,7 @@ def _run(
 ) -> Reader:
     reader = Reader(values, marked=marked)
     with outside_all_handlers(), trace(), seed(rng_seed=0), reader, substitute(data=known):
-        model(*args, **kwargs)
+        reader.returned = model(*args, **kwargs)
     return reader
 
 
@@ -353,6 +355,7 @@ def view_of(
     Raises:
         ValueError: it mixes the times of the path.
     """
+    known = {name: value for name, value in known.items() if name != path}
 
     def run(values: Mapping[str, Any]) -> Reader:
         return _run(model, args, kwargs, known, values)
@@ -367,11 +370,16 @@ class Survey(NamedTuple):
         observed: for each statement, with data or without, the path that it observes.
         densities: for each path, other sites whose density uses it.
         values: for each path, deterministic sites that are made of it.
+        transformed: for each path that the model computes with before it observes it, the
+            statements on what it makes of it.
+        returned: for each such path, which leaves of what the model returns are made of it.
     """
 
     observed: dict[str, str]
     densities: dict[str, list[str]]
     values: dict[str, list[str]]
+    transformed: dict[str, set[str]]
+    returned: dict[str, list[bool]]
 
     def refuse_other_uses(self) -> None:
         """Raise where the density of a site other than an observation uses a path.
@@ -395,20 +403,31 @@ def survey(model: Callable[..., Any], args: Any, kwargs: Any) -> Survey:
         ValueError: a statement made of several paths, or parameters of one that depend on a path.
     """
     labels: list[tuple[str, str]] = []
+    direct: set[str] = set()
 
     def outputs() -> list[Any]:
         reader = _run(model, args, kwargs, {}, {}, marked=True)
+        own = {id(site.value) for site in reader.paths.values()}
         found: list[Any] = []
+        leaves = jax.tree_util.tree_leaves(reader.returned)
+        labels.extend(("return", "") for _ in leaves)
+        found.extend(leaf if isinstance(leaf, jax.Array) else 0.0 for leaf in leaves)
         for name, seen in reader.observations.items():
+            if identity_of_path(seen.law.observed_path) in own:
+                direct.add(name)
             leaves = _parameters(seen)
             labels.extend([("seen", name), *(("emission", name) for _ in leaves)])
             found.extend([seen.law.observed_path, *leaves])
+        for name, site in reader.paths.items():
+            leaves = [a for a in jax.tree_util.tree_leaves(site.law) if isinstance(a, jax.Array)]
+            labels.extend(("density", name) for _ in leaves)
+            found.extend(leaves)
         for name, other in reader.others.items():
             if isinstance(other, tuple):
                 labels.append(("density", name))
                 found.append(jnp.sum(other[0].log_prob(other[1])))
             else:
-                leaves = jax.tree_util.tree_leaves(other)
+                leaves = [a for a in jax.tree_util.tree_leaves(other) if isinstance(a, jax.Array)]
                 labels.extend(("value", name) for _ in leaves)
                 found.extend(leaves)
         return found
@@ -419,11 +438,11 @@ def survey(model: Callable[..., Any], args: Any, kwargs: Any) -> Survey:
         for eqn in jaxpr.eqns
         if str(eqn.params.get("name", "")).startswith(_MARK)
     }
-    found = Survey({}, {}, {})
+    found = Survey({}, {}, {}, {}, {})
     for path, variables in paths.items():
-        reached = reachable(jaxpr, variables)
-        for (kind, site), used in zip(labels, reached, strict=True):
-            if not used:
+        reached = list(zip(labels, reachable(jaxpr, variables), strict=True))
+        for (kind, site), used in reached:
+            if not used or kind == "return":
                 continue
             if kind == "emission":
                 _refuse_parameters(site, path)
@@ -431,9 +450,14 @@ def survey(model: Callable[..., Any], args: Any, kwargs: Any) -> Survey:
                 if site in found.observed:
                     _refuse_several(site, [found.observed[site], path])
                 found.observed[site] = path
+                if site not in direct:
+                    found.transformed.setdefault(path, set()).add(site)
             else:
                 uses = found.densities if kind == "density" else found.values
-                uses.setdefault(path, []).append(site)
+                if site not in uses.setdefault(path, []):
+                    uses[path].append(site)
+        if path in found.transformed:
+            found.returned[path] = [used for (kind, _), used in reached if kind == "return"]
     return found
 
 

@@ -228,7 +228,7 @@ def _guided_site(
     dims: tuple[int, ...] = (len(path.state_shape), len(path.innovation_shape))
     if not data:
         value = path.forward(_prior_start(path, start) if normal else start, z)
-        remember_value(value, path.clock)
+        remember_value(value, path.clock, mask=site.mask)
         return value, None
     arrays: tuple[Any, ...] = (start, z)
     if not isinstance(reference, str):
@@ -258,7 +258,7 @@ def _guided_site(
     )(*arrays)
     with numpyro.handlers.mask(mask=site.mask):
         numpyro.factor(f"{name}_guide", log_weight)
-    remember_value(value, path.clock)
+    remember_value(value, path.clock, mask=site.mask)
     return value, (guide, states)
 
 

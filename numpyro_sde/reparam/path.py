@@ -117,7 +117,7 @@ class InnovationReparam(Reparam):
             start = latent(f"{name}_init", path.init, unwrapped)
         z = latent(f"{name}_innov", path.init, unwrapped, path.innovation_shape)
         value = path.forward(start, z)
-        remember_value(value, path.clock)
+        remember_value(value, path.clock, mask=unwrapped.mask)
         return None, value
 
 
@@ -236,7 +236,7 @@ class BridgeReparam(Reparam):
         )
         with numpyro.handlers.mask(mask=unwrapped.mask):
             numpyro.factor(f"{name}_bridge", log_weight + ratio)
-        remember_value(value, path.clock)
+        remember_value(value, path.clock, mask=unwrapped.mask)
         return None, value
 
 

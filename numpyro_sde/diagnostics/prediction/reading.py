@@ -27,7 +27,7 @@ from numpyro_sde.diagnostics.compare.sites import (
 )
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import Statement
+from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -65,19 +65,6 @@ class DirectPath(NamedTuple):
 
 
 PerDraw = Callable[[list[SeenPath | DirectPath], PRNGKeyArray], Any]
-
-
-class _Reader(marginalize):
-    """Collects the stand-ins of the paths."""
-
-    def __init__(self, *, method: AbstractFilter, sites: set[str]) -> None:
-        super().__init__(method=method, sites=sites)
-        self.paths: list[IntegratedPath] = []
-
-    def placeholder(self, name: str, path: SDEPath, lead: tuple[int, ...]) -> IntegratedPath:
-        stand_in = super().placeholder(name, path, lead)
-        self.paths.append(stand_in)
-        return stand_in
 
 
 class Reading(NamedTuple):
@@ -124,10 +111,10 @@ class Reading(NamedTuple):
         if self.method is None:
             trace = numpyro_handlers.trace(model).get_trace(*self.args, **self.kwargs)
         else:
-            reader = _Reader(method=self.method, sites=set(self.integrated))
+            reader = marginalize(method=self.method, sites=set(self.integrated))
             with numpyro_handlers.block(), numpyro_handlers.trace() as trace, reader:
                 model(*self.args, **self.kwargs)
-            stand_ins = reader.paths
+            stand_ins = list(reader.paths.values())
         return [
             *(_seen(stand_in, trace) for stand_in in stand_ins),
             *(_direct(name, trace[name]) for name in self.direct),
