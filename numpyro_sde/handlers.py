@@ -19,7 +19,7 @@ from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.statement import Rows, Statement
 from numpyro_sde.grid import TimeGrid
-from numpyro_sde.models.reading import Survey, stand_in, survey, view_of
+from numpyro_sde.models.reading import stand_in, view_of
 from numpyro_sde.models.stack import (
     conditions_on,
     handlers_outside,
@@ -31,6 +31,7 @@ from numpyro_sde.models.stack import (
     substitutes,
     value_outside,
 )
+from numpyro_sde.models.survey import Survey, survey
 from numpyro_sde.models.timewise import times_of_path
 from numpyro_sde.noise import AbstractNoise
 from numpyro_sde.schemes.base import AbstractScheme

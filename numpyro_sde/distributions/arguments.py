@@ -18,8 +18,9 @@ from numpyro_sde.schemes import (
     LocalLinear,
     MomentClosure,
 )
+from numpyro_sde.schemes.dependence import has_no_noise
 from numpyro_sde.schemes.fractional import driven_scheme
-from numpyro_sde.sde import SDE
+from numpyro_sde.sde import SDE, Structure
 
 
 def as_init(init: Any, *, counts: bool = False) -> dist.Distribution:
@@ -92,4 +93,52 @@ def check_forced(sde: SDE, scheme: AbstractScheme, events: tuple[Events, ...]) -
         raise ValueError(
             f"infusions add to the drift, which {type(scheme).__name__} does not use: take "
             "scheme=LocalLinear() (exact for linear SDEs)"
+        )
+
+
+def checked_structure(sde: SDE, init: dist.Distribution) -> Structure:
+    """How the noise enters, or an error that says what is wrong with `init`.
+
+    Raises:
+        ValueError: coefficients that do not fit the state.
+    """
+    try:
+        return sde.structure(init.event_shape)
+    except (IndexError, TypeError, ValueError) as error:
+        if init.event_shape or not init.batch_shape:
+            raise
+        raise ValueError(
+            f"drift or diffusion fail on a state of shape () ({error}), and init has batch shape "
+            f"{init.batch_shape}: a vector state needs init.to_event(1)"
+        ) from error
+
+
+def refuse_undeclared(
+    undeclared: frozenset[int], batch_shape: tuple[int, ...], lead: tuple[int, ...]
+) -> None:
+    """Raise where an observed path lacks a batch dimension that only parameters brought.
+
+    Raises:
+        ValueError: naming `event_dims`.
+    """
+    for dim in undeclared:
+        if len(lead) < -dim or lead[dim] != batch_shape[dim]:
+            raise ValueError(
+                f"params of the SDE have a leading dimension of size {batch_shape[dim]} that no "
+                "plate declares and the observed path does not have: it would count the path as "
+                "many times. Declare the dimensions of one process in SDE(..., event_dims=...), or "
+                "put the path into a plate"
+            )
+
+
+def refuse_without_noise(sde: SDE, state_shape: tuple[int, ...]) -> None:
+    """Raise where the diffusion is zero, so that a path has no density.
+
+    Raises:
+        ValueError: naming what can be done.
+    """
+    if has_no_noise(sde, state_shape):
+        raise ValueError(
+            "diffusion is zero, so the path follows from its start and has no density: treat it by "
+            "reparam.InnovationReparam, or integrate it out by handlers.marginalize"
         )

@@ -19,14 +19,17 @@ from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.closures import refuse_closures
 from numpyro_sde.describe import html_table, one_line, path_entries
+from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.arguments import (
     as_events,
     as_init,
     check_forced,
+    checked_structure,
+    refuse_undeclared,
+    refuse_without_noise,
     resolve_scheme,
     with_flow,
 )
-from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,
@@ -41,7 +44,6 @@ from numpyro_sde.distributions.moments import draw_start
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
-from numpyro_sde.schemes.dependence import has_no_noise
 from numpyro_sde.schemes.events import Forcing
 from numpyro_sde.sde import SDE, Structure, broadcast_batch
 
@@ -136,7 +138,7 @@ class SDEPath(dist.Distribution):
         batch = describe_batch(batch_shape)
         refuse_closures(sde.drift.function, "drift", batch)
         refuse_closures(sde.diffusion.function, "diffusion", batch)
-        self.structure = _structure(sde, self.init)
+        self.structure = checked_structure(sde, self.init)
         self.scheme.check(sde, state_shape)
         sde.check_scheme(self.scheme)
         self.forcing = None
@@ -292,26 +294,13 @@ class SDEPath(dist.Distribution):
             density: Array = getattr(scheme, what)(sde, times, dt, x, cache)
             return density
 
-        self._refuse_undeclared(shape)
-        if self.num_times > 1 and has_no_noise(self.sde, self.state_shape):
-            raise ValueError(
-                "diffusion is zero, so the path follows from its start and has no density: treat "
-                "it by reparam.InnovationReparam, or integrate it out by handlers.marginalize"
-            )
+        refuse_undeclared(self.undeclared, self.batch_shape, shape)
+        if self.num_times > 1:
+            refuse_without_noise(self.sde, self.state_shape)
         start = self._expanded_init().log_prob(self._take(value, 0))
         if self.num_times == 1:
             return start, None
         return start, self._map(transitions, lead, (value,), (self.event_dim,))
-
-    def _refuse_undeclared(self, shape: tuple[int, ...]) -> None:
-        for dim in self.undeclared:
-            if len(shape) < -dim or shape[dim] != self.batch_shape[dim]:
-                raise ValueError(
-                    f"params of the SDE have a leading dimension of size {self.batch_shape[dim]} "
-                    "that no plate declares and the observed path does not have: it would count "
-                    "the path as many times. Declare the dimensions of one process in SDE(..., "
-                    "event_dims=...), or put the path into a plate"
-                )
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
@@ -484,18 +473,6 @@ class SDEPath(dist.Distribution):
         else:
             init_batch, state = (), tuple(init)
         return jnp.broadcast_shapes(batch, times[:-1], init_batch), (times[-1], *state)
-
-
-def _structure(sde: SDE, init: dist.Distribution) -> Structure:
-    try:
-        return sde.structure(init.event_shape)
-    except (IndexError, TypeError, ValueError) as error:
-        if init.event_shape or not init.batch_shape:
-            raise
-        raise ValueError(
-            f"drift or diffusion fail on a state of shape () ({error}), and init has batch shape "
-            f"{init.batch_shape}: a vector state needs init.to_event(1)"
-        ) from error
 
 
 @vmap_over.register

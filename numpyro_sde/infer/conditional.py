@@ -13,7 +13,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import ObservedPath
-from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted, survey
+from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
+from numpyro_sde.models.survey import survey
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.defensive import with_own_steps

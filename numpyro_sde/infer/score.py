@@ -14,8 +14,9 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.state_space import ObservedPath, draw_starts, with_starts
 from numpyro_sde.filters.particle import Particle
-from numpyro_sde.models.reading import NO_PATH, read_model, refuse_weighted, survey
+from numpyro_sde.models.reading import NO_PATH, read_model, refuse_weighted
 from numpyro_sde.models.stack import outside_all_handlers, peel
+from numpyro_sde.models.survey import survey
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import StateSpaceModel
 

@@ -37,10 +37,10 @@ from numpyro_sde.models.stack import (
     power_of,
 )
 from numpyro_sde.models.timewise import MixesTimesError, TimewiseMap, timewise_map
-from numpyro_sde.schemes.dependence import reachable, reaches_output
+from numpyro_sde.schemes.dependence import reaches_output
 
 # Begins the name of the call that a path's value comes from in a trace.
-_MARK = "value_of_path:"
+MARK = "value_of_path:"
 
 NO_PATH = (
     "the model has no latent SDEPath site. Hand over the model itself: without "
@@ -107,7 +107,7 @@ class Reader(Messenger):
         lead = shape[: len(shape) - path.event_dim]
         given = self.values.get(msg["name"])
         if self.marked:  # a value that depends on nothing, its own law neither
-            value = _marked(msg["name"], jnp.ones(shape, jnp.result_type(float)))
+            value = marked_value(msg["name"], jnp.ones(shape, jnp.result_type(float)))
         else:
             value = stand_in(path, lead) if given is None else given + 0.0
         plates = plates_around(msg)
@@ -193,7 +193,7 @@ def read_model(
     known = {k: v for k, v in (known or {}).items() if k not in hidden}
 
     def run(values: Mapping[str, Any]) -> Reader:
-        return _run(model, args, kwargs, known, values)
+        return run_aside(model, args, kwargs, known, values)
 
     reader = run(values or {})
     views = _attribute(run, reader, only)
@@ -246,7 +246,7 @@ def refuse_weighted(site: PathSite, name: str, engine: str) -> None:
         )
 
 
-def _run(
+def run_aside(
     model: Callable[..., Any],
     args: Any,
     kwargs: Any,
@@ -255,6 +255,7 @@ def _run(
     *,
     marked: bool = False,
 ) -> Reader:
+    """Run a model outside of all handlers, with values of its sites and paths."""
     reader = Reader(values, marked=marked)
     with outside_all_handlers(), trace(), seed(rng_seed=0), reader, substitute(data=known):
         reader.returned = model(*args, **kwargs)
@@ -313,7 +314,7 @@ def _provenance(
         found: list[Any] = []
         for name in unclear:
             seen = again.observations[name]
-            leaves = _parameters(seen)
+            leaves = parameters(seen)
             labels.extend([("seen", name), *(("emission", name) for _ in leaves)])
             found.extend([seen.law.observed_path, *leaves])
         return found
@@ -325,22 +326,23 @@ def _provenance(
     for i, (kind, site) in enumerate(labels):
         used = [n for n in names if reaches_output(closed.jaxpr, position[n], i)]
         if kind == "seen" and len(used) > 1:
-            _refuse_several(site, used)
+            refuse_several(site, used)
         if kind == "seen" and used:
             view = _view(closed, position[used[0]], i, reader.paths[used[0]], site, used[0])
             found[site] = used[0], view
         elif kind == "emission" and used:
-            _refuse_parameters(site, used[0])
+            refuse_parameters(site, used[0])
     return found
 
 
-def _parameters(seen: _Observation) -> list[Any]:
+def parameters(seen: _Observation) -> list[Any]:
     """What an emission is given besides the state."""
     leaves = jax.tree_util.tree_leaves((seen.law.emission, seen.mask, seen.message["scale"]))
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
 
-def _refuse_parameters(site: str, path: str) -> None:
+def refuse_parameters(site: str, path: str) -> None:
+    """Raise a `ValueError` for a statement whose parameters depend on the path."""
     raise ValueError(
         f"observe({site!r}): its params, inputs, mask or scale depend on path {path!r}; use the "
         "state that emission(t, x) is given"
@@ -358,123 +360,26 @@ def view_of(
     known = {name: value for name, value in known.items() if name != path}
 
     def run(values: Mapping[str, Any]) -> Reader:
-        return _run(model, args, kwargs, known, values)
+        return run_aside(model, args, kwargs, known, values)
 
     return _provenance(run, run({}), [site], path)[site][1]
 
 
-class Survey(NamedTuple):
-    """Who uses the latent paths of a model.
-
-    Attributes:
-        observed: for each statement, with data or without, the path that it observes.
-        densities: for each path, other sites whose density uses it.
-        values: for each path, deterministic sites that are made of it.
-        transformed: for each path that the model computes with before it observes it, the
-            statements on what it makes of it.
-        returned: for each such path, which leaves of what the model returns are made of it.
-    """
-
-    observed: dict[str, str]
-    densities: dict[str, list[str]]
-    values: dict[str, list[str]]
-    transformed: dict[str, set[str]]
-    returned: dict[str, list[bool]]
-
-    def refuse_other_uses(self) -> None:
-        """Raise where the density of a site other than an observation uses a path.
-
-        Raises:
-            ValueError: naming the paths and the sites.
-        """
-        if self.densities:
-            text = "; ".join(f"{name!r} in {sites}" for name, sites in self.densities.items())
-            raise ValueError(
-                "an engine that treats a path by its states sees the path's law and its observe "
-                f"statements only, but the density of other sites uses it: {text}. State them with "
-                "nsde.observe, or sample the path with reparam.GuidedReparam and NUTS"
-            )
-
-
-def survey(model: Callable[..., Any], args: Any, kwargs: Any) -> Survey:
-    """Find who uses the paths of a model, by one trace of it; nothing is computed.
-
-    Raises:
-        ValueError: a statement made of several paths, or parameters of one that depend on a path.
-    """
-    labels: list[tuple[str, str]] = []
-    direct: set[str] = set()
-
-    def outputs() -> list[Any]:
-        reader = _run(model, args, kwargs, {}, {}, marked=True)
-        own = {id(site.value) for site in reader.paths.values()}
-        found: list[Any] = []
-        leaves = jax.tree_util.tree_leaves(reader.returned)
-        labels.extend(("return", "") for _ in leaves)
-        found.extend(leaf if isinstance(leaf, jax.Array) else 0.0 for leaf in leaves)
-        for name, seen in reader.observations.items():
-            if identity_of_path(seen.law.observed_path) in own:
-                direct.add(name)
-            leaves = _parameters(seen)
-            labels.extend([("seen", name), *(("emission", name) for _ in leaves)])
-            found.extend([seen.law.observed_path, *leaves])
-        for name, site in reader.paths.items():
-            leaves = [a for a in jax.tree_util.tree_leaves(site.law) if isinstance(a, jax.Array)]
-            labels.extend(("density", name) for _ in leaves)
-            found.extend(leaves)
-        for name, other in reader.others.items():
-            if isinstance(other, tuple):
-                labels.append(("density", name))
-                found.append(jnp.sum(other[0].log_prob(other[1])))
-            else:
-                leaves = [a for a in jax.tree_util.tree_leaves(other) if isinstance(a, jax.Array)]
-                labels.extend(("value", name) for _ in leaves)
-                found.extend(leaves)
-        return found
-
-    jaxpr = jax.make_jaxpr(outputs)().jaxpr
-    paths = {
-        eqn.params["name"].removeprefix(_MARK): eqn.outvars
-        for eqn in jaxpr.eqns
-        if str(eqn.params.get("name", "")).startswith(_MARK)
-    }
-    found = Survey({}, {}, {}, {}, {})
-    for path, variables in paths.items():
-        reached = list(zip(labels, reachable(jaxpr, variables), strict=True))
-        for (kind, site), used in reached:
-            if not used or kind == "return":
-                continue
-            if kind == "emission":
-                _refuse_parameters(site, path)
-            if kind == "seen":
-                if site in found.observed:
-                    _refuse_several(site, [found.observed[site], path])
-                found.observed[site] = path
-                if site not in direct:
-                    found.transformed.setdefault(path, set()).add(site)
-            else:
-                uses = found.densities if kind == "density" else found.values
-                if site not in uses.setdefault(path, []):
-                    uses[path].append(site)
-        if path in found.transformed:
-            found.returned[path] = [used for (kind, _), used in reached if kind == "return"]
-    return found
-
-
-def _refuse_several(site: str, paths: list[str]) -> None:
+def refuse_several(site: str, paths: list[str]) -> None:
+    """Raise a `ValueError` for a statement on what is made of several paths."""
     raise ValueError(
         f"observe({site!r}) sees what is made of several paths, {paths}: write them as one path "
         "with a vector state, or leave them latent"
     )
 
 
-def _marked(name: str, value: Array) -> Array:
+def marked_value(name: str, value: Array) -> Array:
     """The value, its origin told by the name of a call in the trace."""
 
     def path_value(value: Array) -> Array:
         return value + 0.0
 
-    path_value.__name__ = _MARK + name
+    path_value.__name__ = MARK + name
     return jax.jit(path_value)(value)
 
 

@@ -8,7 +8,8 @@ import pytest
 from numpyro import handlers
 
 import numpyro_sde as nsde
-from numpyro_sde.models.reading import read_model, survey
+from numpyro_sde.models.reading import read_model
+from numpyro_sde.models.survey import survey
 
 TIMES = np.array([0.0, 1.0, 1.5])
 Y = np.array([0.3, 0.4, 1.0])
