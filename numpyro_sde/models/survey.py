@@ -12,6 +12,7 @@ from numpyro_sde.distributions.clocks import identity_of_path
 from numpyro_sde.models.reading import (
     MARK,
     parameters,
+    refuse_parameters,
     refuse_several,
     run_aside,
 )
