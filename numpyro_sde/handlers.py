@@ -273,7 +273,7 @@ class marginalize(Messenger):  # noqa: N801
             law, _ = peel(law)
         stand_in = law.stand_in if isinstance(law, MarginalPath) else None
         if stand_in is not None and stand_in.owner is self:
-            stand_in.note(law, msg["value"])
+            stand_in.note(msg["name"], law, msg["value"])
 
     def _outer_changes(self) -> list[_ChangePath]:
         """Handlers outside this one that would change the path, had they seen it."""

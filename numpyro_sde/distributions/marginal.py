@@ -387,12 +387,16 @@ class IntegratedPath(NoValue):
         self.mask, self.plates, self.owner = mask, plates, owner
         self.index = np.arange(path.num_times) if index is None else index
         self.seen: list[tuple[Statement, Array]] = []
+        self.sites: list[str] = []
 
     def view(self, index: np.ndarray) -> IntegratedPath:
         """The same path as seen by a model that knows only some of its times."""
         seen = copy.copy(self)
         seen.index = self.index[index]
-        seen.seen = self.seen  # what is said of one view is said of the path
+        seen.seen, seen.sites = (
+            self.seen,
+            self.sites,
+        )  # what is said of one view is said of the path
         return seen
 
     @property
@@ -413,7 +417,8 @@ class IntegratedPath(NoValue):
         law.stand_in = self
         return law
 
-    def note(self, law: MarginalPath, value: Array) -> None:
+    def note(self, site: str, law: MarginalPath, value: Array) -> None:
         """Remember a statement's data for the statements after it."""
         statement, y, _, _ = law.laid_out(value)
+        self.sites.append(site)
         self.seen.append((statement, y))

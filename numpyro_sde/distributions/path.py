@@ -18,18 +18,9 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.closures import refuse_closures
-from numpyro_sde.describe import html_table, one_line, path_entries
 from numpyro_sde.checks.data import as_data
-from numpyro_sde.distributions.arguments import (
-    as_events,
-    as_init,
-    check_forced,
-    checked_structure,
-    refuse_undeclared,
-    refuse_without_noise,
-    resolve_scheme,
-    with_flow,
-)
+from numpyro_sde.describe import html_table, one_line, path_entries
+from numpyro_sde.distributions import arguments
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,
@@ -118,14 +109,14 @@ class SDEPath(dist.Distribution):
             raise TypeError(f"sde must be an nsde.SDE, got {type(sde).__name__}")
         self.sde = sde
         self._set_clock(times)
-        self.init = as_init(init, counts=getattr(scheme, "counts", False))
+        self.init = arguments.as_init(init, counts=getattr(scheme, "counts", False))
         state_shape = self.init.event_shape
         if len(state_shape) > 1:
             raise ValueError(f"init must have event shape () or (d,), got {state_shape}")
-        self.events = as_events(events)
-        self.scheme = resolve_scheme(sde, scheme, state_shape)
+        self.events = arguments.as_events(events)
+        self.scheme = arguments.resolve_scheme(sde, scheme, state_shape)
         if scheme is None and any(one.flows for one in self.events):
-            self.scheme = with_flow(self.scheme)
+            self.scheme = arguments.with_flow(self.scheme)
         self.scheme_chosen = scheme is not None
         batch_shape = broadcast_batch(
             {
@@ -138,12 +129,12 @@ class SDEPath(dist.Distribution):
         batch = describe_batch(batch_shape)
         refuse_closures(sde.drift.function, "drift", batch)
         refuse_closures(sde.diffusion.function, "diffusion", batch)
-        self.structure = checked_structure(sde, self.init)
+        self.structure = arguments.checked_structure(sde, self.init)
         self.scheme.check(sde, state_shape)
         sde.check_scheme(self.scheme)
         self.forcing = None
         if sde.inputs is not None or self.events:
-            check_forced(sde, self.scheme, self.events)
+            arguments.check_forced(sde, self.scheme, self.events)
             self.forcing = Forcing(sde, self.events, self.times, self.dt, state_shape)
         whole = [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(self.scheme)]
         forced = [] if self.forcing is None else self.forcing.leaf_event_dims()
@@ -294,9 +285,9 @@ class SDEPath(dist.Distribution):
             density: Array = getattr(scheme, what)(sde, times, dt, x, cache)
             return density
 
-        refuse_undeclared(self.undeclared, self.batch_shape, shape)
+        arguments.refuse_undeclared(self.undeclared, self.batch_shape, shape)
         if self.num_times > 1:
-            refuse_without_noise(self.sde, self.state_shape)
+            arguments.refuse_without_noise(self.sde, self.state_shape)
         start = self._expanded_init().log_prob(self._take(value, 0))
         if self.num_times == 1:
             return start, None
@@ -467,7 +458,9 @@ class SDEPath(dist.Distribution):
         """
         del scheme
         batch = sde.batch_shape if isinstance(sde, SDE) else tuple(sde)
-        batch = jnp.broadcast_shapes(batch, *(one.batch_shape for one in as_events(events)))
+        batch = jnp.broadcast_shapes(
+            batch, *(one.batch_shape for one in arguments.as_events(events))
+        )
         if isinstance(init, dist.Distribution):
             init_batch, state = init.batch_shape, init.event_shape
         else:

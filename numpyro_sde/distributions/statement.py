@@ -171,7 +171,8 @@ class Statement(eqx.Module):
             marked = jnp.where(present, y, jnp.nan).reshape((*replicates, *shape))
             return jnp.sum(at(inputs, x, of_law, marked))
 
-        flat = (num_times, -1)
+        size = math.prod(replicates) * math.prod(shape)
+        flat = (num_times, size)
         values, present = values.reshape(flat), present.reshape(flat)
         if power is not None:  # to the power of zero nothing is said
             count = values.shape[1] // max(math.prod(replicates), 1)
@@ -186,6 +187,7 @@ class Statement(eqx.Module):
             gaussian=self.structure.gaussian,
             rows=rows,
             diagonal=self.structure.diagonal,
+            has_moments=self.structure.has_moments,
             law=None if replicates or power is not None else lambda u, x: at(u, x, _law),
             powered=power is not None,
         )

@@ -29,7 +29,7 @@ def exit_log_pmf(
         >>> round(float(exit_log_pmf([3.0, 2.0], 20, [0.7, 0.4], 0.25)), 4)
         -2.6794
     """
-    counts, hazards = jnp.asarray(counts), jnp.asarray(hazards)
+    counts, hazards, dt = jnp.asarray(counts), jnp.asarray(hazards), jnp.asarray(dt)
     total = jnp.sum(hazards)
     stay = number - jnp.sum(counts)
     log_leave = jnp.log(-jnp.expm1(-dt * total)) + jnp.log(hazards) - jnp.log(total)
@@ -57,7 +57,7 @@ def noisy_exit_log_pmf(
         >>> round(float(noisy_exit_log_pmf(0, 20, 0.7, 0.25, 0.3**0.5)), 3)
         -1.374
     """
-    k = jnp.asarray(count, jnp.result_type(float))
+    k, dt = jnp.asarray(count, jnp.result_type(float)), jnp.asarray(dt)
     j = jnp.arange(number + 1, dtype=k.dtype)
     inside = j <= k
     log_ways = gammaln(k + 1.0) - gammaln(j + 1.0) - gammaln(jnp.where(inside, k - j, 0.0) + 1.0)

@@ -9,7 +9,8 @@ import pytest
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.state_space import make_statement, run_method, run_on_model
+from numpyro_sde.distributions.state_space import run_method, run_on_model
+from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.filters import Particle
 from numpyro_sde.statespace.reference import believed_guide, kalman_reference
 

@@ -25,7 +25,7 @@ from numpyro_sde.diagnostics.compare.sites import (
     trace_model,
     unwrap,
 )
-from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath
+from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.handlers import marginalize, observed_paths
@@ -116,7 +116,7 @@ class Reading(NamedTuple):
                 model(*self.args, **self.kwargs)
             stand_ins = list(reader.paths.values())
         return [
-            *(_seen(stand_in, trace) for stand_in in stand_ins),
+            *(_seen(stand_in) for stand_in in stand_ins),
             *(_direct(name, trace[name]) for name in self.direct),
         ]
 
@@ -144,19 +144,12 @@ class Reading(NamedTuple):
         return call
 
 
-def _seen(stand_in: IntegratedPath, trace: Mapping[str, Any]) -> SeenPath:
-    names = []
-    for statement, _ in stand_in.seen:
-        for name, site in trace.items():
-            law = unwrap(site["fn"]) if site["type"] == "sample" else None
-            if isinstance(law, MarginalPath) and law.statement is statement:
-                names.append(name)
-                break
+def _seen(stand_in: IntegratedPath) -> SeenPath:
     data = list(stand_in.seen)
     lead = jnp.broadcast_shapes(
         stand_in.lead, *(np.shape(y)[: np.ndim(y) - len(s.event_shape)] for s, y in data)
     )
-    return SeenPath(stand_in.name, stand_in.path, lead, data, names)
+    return SeenPath(stand_in.name, stand_in.path, lead, data, list(stand_in.sites))
 
 
 def _direct(name: str, site: Mapping[str, Any]) -> DirectPath:
