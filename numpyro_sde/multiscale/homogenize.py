@@ -233,6 +233,7 @@ def _coefficients(
     elif isinstance(method, GreenKubo):
         if invariant is not None or rule is not None:
             raise ValueError("invariant and quadrature are not used with method=GreenKubo(...)")
+        _require_noise(system, fast)
         noise = fast_noise_shape(system, fast)
         first, lags = method.num_steps
         z = independent(
@@ -244,6 +245,22 @@ def _coefficients(
             f"method must be 'wong_zakai', CellProblem() or GreenKubo(), got {method!r}"
         )
     return Partial(_part, 0, solve), Partial(_part, 1, solve)
+
+
+def _require_noise(system: SlowFastSDE, fast: tuple[int, ...]) -> None:
+    """Refuse fast dynamics without noise: chains from one start would all be the same one."""
+    if any(degree_of(system, "fast_diffusion", argument, fast) for argument in "txy"):
+        return
+    with jax.ensure_compile_time_eval():
+        t, x, y = (jnp.zeros(shape) for shape in ((), system.slow_shape, fast))
+        size = call(system.functions["fast_diffusion"], t, x, y, system.user_params)
+        if isinstance(size, jax.core.Tracer) or bool(jnp.any(size != 0)):
+            return
+    raise ValueError(
+        "GreenKubo() averages over chains that all begin at `start`, and with fast_diffusion zero "
+        "they stay one and the same: no correlation can be read off them (NaN). Give the fast "
+        "variable noise, or state its law: CellProblem() with invariant="
+    )
 
 
 def _rule_for(degree: int, dim: int) -> AbstractRule:

@@ -8,6 +8,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 import state_space as ss
+from scipy.linalg import expm, solve_continuous_lyapunov
 
 from numpyro_sde.filters.closure import closure_check
 from numpyro_sde.filters.extended import ExtendedKalman
@@ -67,24 +68,63 @@ def closed_moments(x0, ends):
 
 @pytest.mark.usefixtures("x64")
 def test_error_falls_with_the_fourth_power_of_the_step():
-    exact = propagate(BENES, 0.5, [0.0, 2.0], MomentMatching(substeps=64))
+    exact = propagate(BENES, 0.5, [0.0, 0.8], MomentMatching(substeps=64))
     errors = []
     for substeps in (4, 8):
-        result = propagate(BENES, 0.5, [0.0, 2.0], MomentMatching(substeps=substeps))
+        result = propagate(BENES, 0.5, [0.0, 0.8], MomentMatching(substeps=substeps))
         errors.append(abs(float(result.cov[-1, 0, 0] - exact.cov[-1, 0, 0])))
     assert 12.0 < errors[0] / errors[1] < 20.0
 
 
 @pytest.mark.usefixtures("x64")
-def test_covariance_stays_semidefinite_where_the_step_is_far_too_long():
-    # One step of 40 relaxation times: the answer is useless, but no covariance is indefinite.
+def test_a_stiff_drift_is_integrated_within_its_stability_or_not_at_all():
+    # One step of 39 relaxation times of the fast state, one of the slow one.
     A, L = np.array([[0.0, 1.0], [-30.0, -40.0]]), np.array([[0.0], [1.0]])
     built = ss.build(ss.linear_sde(A, np.zeros(2), L), [0.0, 1.0], np.ones(2), np.zeros((2, 2)))
-    method = MomentMatching(substeps=1)
-    cov = jax.jit(lambda m: method.filter(built._replace(init_mean=m)).cov[-1])(built.init_mean)
-    values = np.linalg.eigvalsh(cov)
-    assert values.min() >= -1e-12 * values.max()
-    assert np.isfinite(values).all()
+
+    def last(substeps, scale=1.0):
+        model = built._replace(sde=ss.linear_sde(scale * A, np.zeros(2), L))
+        result = jax.jit(
+            lambda m: MomentMatching(substeps=substeps).filter(model._replace(init_mean=m))
+        )(built.init_mean)
+        return np.asarray(result.mean[-1]), np.asarray(result.cov[-1])
+
+    F, stationary = expm(A), solve_continuous_lyapunov(A, -L @ L.T)
+    Q = stationary - F @ stationary @ F.T
+    mean, cov = last(4)
+    np.testing.assert_allclose(mean, F @ np.ones(2), rtol=1e-3)
+    np.testing.assert_allclose(cov, Q, rtol=1e-3, atol=1e-3 * Q.max())
+    assert np.linalg.eigvalsh(cov).min() > 0.0
+    assert np.isnan(last(1)[1]).all()  # 49 steps of a quarter of a relaxation time are not enough
+    assert np.isnan(last(4, 10.0)[1]).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_substeps_follow_the_stiffest_series_of_a_batch_and_differentiate():
+    def log_likelihood(rate, method=None):
+        sde = SDE(lambda t, x, p: -p * x, lambda t, x, p: jnp.sqrt(p), params=rate)
+        y = np.array([[0.4], [-0.2], [0.5]])
+        devices = [ss.linear_instrument(np.eye(1), np.array([[0.09]]), y)]
+        built = ss.build(sde, [0.0, 1.0, 2.0], np.ones(1), np.eye(1), devices, scalar=True)
+        return (MomentMatching() if method is None else method).log_likelihood(built)
+
+    def exact(rate):
+        F, Q = jnp.exp(-rate), 0.5 * -jnp.expm1(-2 * rate)
+        m, P, total = 1.0, 1.0, 0.0
+        for k, y in enumerate((0.4, -0.2, 0.5)):
+            if k:
+                m, P = F * m, F**2 * P + Q
+            S = P + 0.09
+            total += -0.5 * ((y - m) ** 2 / S + jnp.log(2 * jnp.pi * S))
+            m, P = m + P / S * (y - m), P * 0.09 / S
+        return total
+
+    rates = jnp.array([0.3, 5.0, 45.0, 1e3])
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(log_likelihood)))(rates)
+    wanted, wanted_slopes = jax.jit(jax.vmap(jax.value_and_grad(exact)))(rates)
+    np.testing.assert_allclose(values[:3], wanted[:3], rtol=2e-4)
+    np.testing.assert_allclose(slopes[:3], wanted_slopes[:3], rtol=1e-2, atol=2e-4)
+    assert np.isnan(values[3])
 
 
 @pytest.mark.parametrize("method", [ExtendedKalman(), UnscentedKalman(), MomentMatching()])

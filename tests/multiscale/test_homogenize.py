@@ -209,6 +209,21 @@ def test_wrong_arguments_are_refused(arguments, error, match):
         nsde.homogenize(*arguments)
 
 
+def test_simulation_without_noise_is_refused_with_its_reason():
+    still = nsde.SlowFastSDE(
+        lambda t, x, y: -x,
+        lambda t, x, y: 0.1,
+        lambda t, x, y: jnp.stack([y[1], -y[0]]),
+        lambda t, x, y: jnp.zeros(2),
+        0.1,
+        fast_dim=2,
+        scaling="homogenization",
+        slow_forcing=lambda t, x, y: y[0],
+    )
+    with pytest.raises(ValueError, match="fast_diffusion zero they stay one and the same"):
+        nsde.homogenize(still, GreenKubo(64))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
