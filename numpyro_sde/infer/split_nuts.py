@@ -22,25 +22,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.handlers import seed
 from numpyro.infer import NUTS, init_to_median
 from numpyro.infer.hmc import HMCState, momentum_generator
 from numpyro.infer.hmc_util import (
     IntegratorState,
     build_tree,
     euclidean_kinetic_energy,
-    warmup_adapter,
 )
+from numpyro.infer.util import ParamInfo, constrain_fn, potential_energy
 from numpyro.util import is_prng_key
 
+from numpyro_sde.infer.searched import (
+    Adaptation,
+    draw_near_mode,
+    first_state,
+    search_start,
+    start_near_mode,
+)
 from numpyro_sde.reparam.path import is_innovation
+from numpyro_sde.reparam.planning import Found
 
-# Largest angle of a step: two doublings then go round more than half a circle and turn back,
-# three gradients a draw. Nothing is gained by more, and at a full circle nothing would move.
-_LARGEST_STEP = 1.2
+# Largest angle of a step: three doublings then go round more than half a circle and turn back,
+# seven gradients a draw. Steps of 1.2 need three, for half the effective draws at most; at a full
+# circle nothing would move.
+_LARGEST_STEP = 0.85
 # Numbers of steps of the shorter of two trees that may step over the turn together, and how near
 # such a step size is left alone.
-_TREES = (3, 7, 15, 31)
+_TREES = (7, 15, 31)
 _MARGIN = 0.05
 
 
@@ -58,13 +69,14 @@ class SplitNUTS(NUTS):
         innovations: names of the sites that are nearly standard normal a posteriori; None: all
             that the reparametrisations of this package make (`*_innov`).
         dense_mass: as in NUTS, of the remaining sites; True (the default): one dense block.
-        init_strategy: where chains begin; the default is near the prior's medians, where the
-            innovations are near zero and the path near the mean of its guide.
-        target_accept_prob: as in NUTS; the default is the best for Hamiltonian Monte Carlo in many
-            dimensions (Beskos et al. 2013, "Optimal tuning of the hybrid Monte Carlo algorithm").
-            Raise it where draws diverge.
-        **options: those of `numpyro.infer.NUTS`. `infer.guided_metric` gives a start and a metric
-            that need little warm-up.
+        init_strategy: where chains begin. None: for guided paths a draw of the normal
+            approximation at the mode that their search has found, with the curvature there as the
+            first metric of the other sites; else near the prior's medians.
+        target_accept_prob: as in NUTS. In many dimensions 0.65 is the best for a given number of
+            gradients (Beskos et al. 2013, "Optimal tuning of the hybrid Monte Carlo algorithm");
+            a draw of the default is worth more, and where compiling takes longer than sampling
+            that counts. Raise it where draws diverge.
+        **options: those of `numpyro.infer.NUTS`.
 
     Raises:
         TypeError: `model` is no function; an option that NUTS does not know.
@@ -94,8 +106,8 @@ class SplitNUTS(NUTS):
         *,
         innovations: Sequence[str] | None = None,
         dense_mass: bool | list[tuple[str, ...]] = True,
-        init_strategy: Callable[..., Any] = init_to_median,
-        target_accept_prob: float = 0.65,
+        init_strategy: Callable[..., Any] | None = None,
+        target_accept_prob: float = 0.8,
         **options: Any,
     ) -> None:
         if not callable(model):
@@ -103,7 +115,7 @@ class SplitNUTS(NUTS):
         super().__init__(
             model,
             dense_mass=dense_mass,
-            init_strategy=init_strategy,
+            init_strategy=init_to_median if init_strategy is None else init_strategy,
             target_accept_prob=target_accept_prob,
             **options,
         )
@@ -113,6 +125,8 @@ class SplitNUTS(NUTS):
         self._asked_dense: Any = dense_mass
         self._asked_inverse: Any = options.get("inverse_mass_matrix")
         self._num_warmup = 0
+        heuristic = options.get("find_heuristic_step_size", False)
+        self._may_search = init_strategy is None and not heuristic
 
     def init(
         self,
@@ -124,17 +138,65 @@ class SplitNUTS(NUTS):
     ) -> HMCState:
         self._num_warmup = num_warmup
         kwargs = {} if model_kwargs is None else model_kwargs
-        state = super().init(rng_key, num_warmup, init_params, model_args, kwargs)
+        state = None
+        if self._may_search and init_params is None:
+            state = self._searched_state(rng_key, model_args, kwargs)
+        if state is None:
+            state = super().init(rng_key, num_warmup, init_params, model_args, kwargs)
         self._sample_fn = self._draw
         adapted = state.adapt_state
         return state._replace(adapt_state=adapted._replace(step_size=self._size(adapted)))
+
+    def _searched_state(self, rng_key: Any, args: Any, kwargs: Any) -> HMCState | None:
+        """A state from what guided paths found; None where they found nothing."""
+        found = search_start(self._model, args, kwargs)
+        if found is None:
+            return None
+        model = seed(self._model, 0)
+        self._potential_fn_gen = lambda *args, **kwargs: partial(
+            potential_energy, model, args, kwargs
+        )
+        self._postprocess_fn = lambda *args, **kwargs: partial(
+            constrain_fn, model, args, kwargs, return_deterministic=True
+        )
+        # Supports may depend on values: constraining runs the model.
+        self._inv_transforms, self._dynamic_support = {}, True
+        self._set_metric(found.mode, batch=0, found=found)
+        begin = partial(
+            first_state,
+            self._adaptation(),
+            inverse_mass=self._inverse_mass_matrix,
+            step_size=jnp.asarray(self._step_size, jnp.result_type(float)),
+        )
+
+        def traced(key: Any) -> HMCState:
+            draw_key, key = jax.random.split(key)
+            z = draw_near_mode(found, partial(jax.random.normal, draw_key))
+            potential = self.get_potential_fn(args, kwargs)
+            value, slope = jax.value_and_grad(potential)(z)
+            return begin(start=ParamInfo(z, value, slope), key=key)
+
+        single = is_prng_key(rng_key)
+        if isinstance(rng_key, jax.core.Tracer):  # chains in parallel
+            return traced(rng_key) if single else jax.vmap(traced)(rng_key)
+        if single:
+            start = start_near_mode(found, rng_key)
+            return None if start is None else begin(start=start, key=rng_key)
+        starts = [start_near_mode(found, key) for key in rng_key]
+        if any(start is None for start in starts):
+            return None
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *starts)
+        return jax.vmap(lambda start, key: begin(start=start, key=key))(stacked, rng_key)
 
     def _init_state(
         self, rng_key: Any, model_args: Any, model_kwargs: Any, init_params: Any
     ) -> Any:
         start = super()._init_state(rng_key, model_args, model_kwargs, init_params)
-        z = getattr(start, "z", start)
-        batch = 0 if is_prng_key(rng_key) else 1  # axes of chains in one program
+        # Chains in one program come with an axis of their own.
+        self._set_metric(getattr(start, "z", start), 0 if is_prng_key(rng_key) else 1)
+        return start
+
+    def _set_metric(self, z: Any, batch: int, found: Found | None = None) -> None:
         names = self._innovation_names(z)
         others = tuple(sorted(set(z) - set(names)))
         if isinstance(self._asked_dense, bool):
@@ -142,9 +204,27 @@ class SplitNUTS(NUTS):
         given = self._asked_inverse
         if given is not None and not isinstance(given, dict):
             given = {others: given}
+        if given is None and found is not None and found.names == others:
+            given = self._curvature(others, found)
         size = sum(math.prod(z[name].shape[batch:]) for name in names)
         self._inverse_mass_matrix = {**(given or {}), names: jnp.ones(size)}
-        return start
+
+    def _curvature(self, others: tuple[str, ...], found: Found) -> dict[tuple[str, ...], Any]:
+        """The first metric of the sites that are no innovations; empty for NumPyro's."""
+        if found.covariance is None or not isinstance(self._asked_dense, bool):
+            return {}
+        whole = found.covariance if self._asked_dense else np.diagonal(found.covariance)
+        return {others: jnp.asarray(whole, jnp.result_type(float))}
+
+    def _adaptation(self) -> Adaptation:
+        return Adaptation(
+            self._num_warmup,
+            self._adapt_step_size,
+            self._adapt_mass_matrix,
+            tuple(tuple(block) for block in self._dense_mass),
+            self._target_accept_prob,
+            self._regularize_mass_matrix,
+        )
 
     def _innovation_names(self, z: dict[str, Any]) -> tuple[str, ...]:
         if self._innovations is not None:
@@ -169,20 +249,33 @@ class SplitNUTS(NUTS):
         names = self._innovation_names(state.z)
         key, momentum_key, tree_key = jax.random.split(state.rng_key, 3)
         adapted = state.adapt_state
-        r = momentum_generator(state.z, adapted.mass_matrix_sqrt, momentum_key)
+        # One vector for each block of the metric: trees hold ten copies of a position.
+        packing = _Packing.of(adapted.inverse_mass_matrix, state.z)
+        metric = packing.relabel(adapted.inverse_mass_matrix)
+        z, slope = packing.pack(state.z), packing.pack(state.z_grad)
+        r = momentum_generator(z, packing.relabel(adapted.mass_matrix_sqrt), momentum_key)
         depths = self._max_tree_depth
         depths = depths if isinstance(depths, tuple) else (depths, depths)
         warming = state.i < self._num_warmup
         tree = build_tree(
-            split_step(potential, names, self._forward_mode_differentiation),
+            split_step(
+                lambda z: potential(packing.unpack(z)),
+                packing.labels_of(names),
+                self._forward_mode_differentiation,
+            ),
             euclidean_kinetic_energy,
-            IntegratorState(state.z, r, state.potential_energy, state.z_grad),
-            adapted.inverse_mass_matrix,
+            IntegratorState(z, r, state.potential_energy, slope),
+            metric,
             adapted.step_size,
             tree_key,
             max_tree_depth=(jnp.where(warming, *depths), max(depths)),
         )
-        now = IntegratorState(tree.z_proposal, r, tree.z_proposal_pe, tree.z_proposal_grad)
+        now = IntegratorState(
+            packing.unpack(tree.z_proposal),
+            None,
+            tree.z_proposal_pe,
+            packing.unpack(tree.z_proposal_grad),
+        )
         accept = tree.sum_accept_probs / tree.num_proposals
         adapted = jax.lax.cond(
             warming,
@@ -210,14 +303,7 @@ class SplitNUTS(NUTS):
 
     def _adapt(self, i: Array, accept: Array, now: Any, adapted: Any, names: Any) -> Any:
         """NumPyro's warm-up, after which the innovations have unit metric again."""
-        _, update = warmup_adapter(
-            self._num_warmup,
-            adapt_step_size=self._adapt_step_size,
-            adapt_mass_matrix=self._adapt_mass_matrix,
-            dense_mass=self._dense_mass,
-            target_accept_prob=self._target_accept_prob,
-            regularize_mass_matrix=self._regularize_mass_matrix,
-        )
+        _, update = self._adaptation().adapter()
         new = update(i, accept, now, adapted)
         one = jnp.ones_like(new.inverse_mass_matrix[names])
         return new._replace(
@@ -226,6 +312,46 @@ class SplitNUTS(NUTS):
             mass_matrix_sqrt={**new.mass_matrix_sqrt, names: one},
             mass_matrix_sqrt_inv={**new.mass_matrix_sqrt_inv, names: one},
         )
+
+
+class _Packing:
+    """The sites of each block of a metric as one vector.
+
+    Args:
+        blocks: names of the sites of each block, in the order in which the metric has them.
+        shapes: shapes of the sites.
+    """
+
+    def __init__(
+        self, blocks: tuple[tuple[str, ...], ...], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        self.blocks, self.shapes = blocks, shapes
+
+    @classmethod
+    def of(cls, metric: dict[tuple[str, ...], Any], z: dict[str, Array]) -> _Packing:
+        return cls(tuple(metric), {name: jnp.shape(value) for name, value in z.items()})
+
+    def relabel(self, metric: dict[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+        return {(str(i),): metric[block] for i, block in enumerate(self.blocks)}
+
+    def labels_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(i) for i, block in enumerate(self.blocks) if set(block) <= set(names))
+
+    def pack(self, z: dict[str, Array]) -> dict[str, Array]:
+        return {
+            str(i): jnp.concatenate([jnp.ravel(z[name]) for name in block])
+            for i, block in enumerate(self.blocks)
+        }
+
+    def unpack(self, packed: dict[str, Array]) -> dict[str, Array]:
+        z = {}
+        for i, block in enumerate(self.blocks):
+            start = 0
+            for name in block:
+                stop = start + math.prod(self.shapes[name])
+                z[name] = jnp.reshape(packed[str(i)][start:stop], self.shapes[name])
+                start = stop
+        return z
 
 
 def _turning(step: Float[Array, " *chains"]) -> Float[Array, " *chains"]:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
-from numpyro.distributions import biject_to
-from numpyro.handlers import reparam, seed, substitute
-from numpyro.infer.initialization import init_to_median
 from numpyro.infer.reparam import Reparam
-from numpyro.infer.util import log_density
-from scipy.optimize import minimize
 
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
@@ -34,23 +28,24 @@ from numpyro_sde.reparam.path import (
     leave_alone,
     unwrap,
 )
+from numpyro_sde.reparam.planning import (
+    Arguments,
+    Found,
+    Guiding,
+    Plan,
+    Program,
+    compile_program,
+    note,
+    search,
+)
 from numpyro_sde.statespace.guide import Guide, guided_path, guided_start, make_guide
 from numpyro_sde.statespace.model import StateSpaceModel
-from numpyro_sde.statespace.reference import believed_guide, data_reference
+from numpyro_sde.statespace.reference import believed_guide, data_reference, seen_reference
 
 Reference = Literal["smoother", "data"]
 
-# Rounds of search for the plug-in parameters, each along a new reference path, and steps in one.
-_ROUNDS, _STEPS = 3, 20
+# Data sets, and models, whose plans are kept.
 _MAX_PLANS = 4
-
-
-class Plan(NamedTuple):
-    """Where to linearise, and the guide at the plug-in parameters; NumPy arrays."""
-
-    reference: np.ndarray  # (*lead, N, d)
-    H: np.ndarray  # (*lead, N, d, d)
-    e: np.ndarray  # (*lead, N, d)
 
 
 class GuidedReparam(Reparam):
@@ -117,10 +112,11 @@ class GuidedReparam(Reparam):
         self.reference = reference
         self.at = None if at is None else dict(at)
         self.frozen = frozen
-        self._plans: list[tuple[Any, bytes, dict[str, Plan]]] = []
+        self._plans: list[tuple[Any, bytes, Found]] = []
+        self._programs: list[tuple[Any, Program]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": []}
+        return {**self.__dict__, "_plans": [], "_programs": []}
 
     def refreshed(self, name: str, samples: Mapping[str, ArrayLike]) -> GuidedReparam:
         """The same guide along the mean of posterior draws, at their mean parameters.
@@ -157,7 +153,10 @@ class GuidedReparam(Reparam):
         # States that the user gave are the reference as they are.
         searched = self.frozen or isinstance(self.reference, str)
         if searched and run.is_concrete and _is_concrete(site.path, data):
-            plan = self._plan(run).get(name)
+            found = self._search(run, data)
+            if found is not None:
+                plan = found.plans.get(name)
+                note(found)
         if plan is None:
             return None, _guided_site(name, site, data, self._given(name, site), None)[0]
         guide = plan if self.frozen else None
@@ -179,20 +178,37 @@ class GuidedReparam(Reparam):
             ) from None
         return jnp.reshape(states, (*site.lead, path.num_times, -1))
 
-    def _plan(self, run: Run) -> dict[str, Plan]:
+    def _search(self, run: Run, data: list[tuple[Statement, Array]]) -> Found | None:
         """Find the plug-in parameters and the reference paths, once for each data set."""
         key = run.digest()
-        for fn, known, plans in self._plans:
+        for fn, known, found in self._plans:
             if fn is run.fn and known == key:
-                return plans
-        try:
-            with outside_all_handlers():
-                plans, users = _make_plans(run)
-        except (jax.errors.JAXTypeError, jax.errors.UnexpectedTracerError):
-            return {}  # the model closes over traced values: nothing is known beforehand
-        for user in users:
-            user._plans = [*user._plans[1 - _MAX_PLANS :], (run.fn, key, plans)]
-        return plans
+                return found
+        with outside_all_handlers():
+            arguments = Arguments(run, [y for _, y in data])
+            for chosen in (arguments, arguments.all_static()):
+                try:
+                    program = self._program(run, chosen)
+                except (jax.errors.JAXTypeError, jax.errors.UnexpectedTracerError):
+                    # The model asks for the numbers of its data, or closes over traced values:
+                    # then nothing is known beforehand.
+                    continue
+                found = search(program, chosen.data)
+                for user in program.users:
+                    user._plans = [*user._plans[1 - _MAX_PLANS :], (run.fn, key, found)]
+                return found
+        return None
+
+    def _program(self, run: Run, arguments: Arguments) -> Program:
+        """The compiled density, once for a model and the shapes of its data."""
+        key = arguments.key()
+        for fn, program in self._programs:
+            if fn is run.fn and program.key == key:
+                return program
+        program = compile_program(run, arguments, _GUIDING)
+        for user in program.users:
+            user._programs = [*user._programs[1 - _MAX_PLANS :], (run.fn, program)]
+        return program
 
 
 def _is_concrete(path: SDEPath, data: list[tuple[Statement, Array]]) -> bool:
@@ -216,14 +232,7 @@ def _guided_site(
 ) -> tuple[Array, Any]:
     """Make the auxiliary sites and the factor of a path; give it, the guide and the states used."""
     path = site.path
-    path._require_innovations()
-    path.scheme.require_smooth("GuidedReparam")
-    start = path.fixed_start
-    normal = start is None and is_gaussian(path.init)
-    if normal:
-        start = latent(f"{name}_init_innov", path.init, site, path.state_shape)
-    elif start is None:
-        start = latent(f"{name}_init", path.init, site)
+    start, normal = _start_sites(name, site)
     z = latent(f"{name}_innov", path.init, site, path.innovation_shape)
     dims: tuple[int, ...] = (len(path.state_shape), len(path.innovation_shape))
     if not data:
@@ -262,6 +271,19 @@ def _guided_site(
     return value, (guide, states)
 
 
+def _start_sites(name: str, site: Unwrapped) -> tuple[Array, bool]:
+    """The first state or the site that makes it, and whether that is one of standard normals."""
+    path = site.path
+    path._require_innovations()
+    path.scheme.require_smooth("GuidedReparam")
+    start = path.fixed_start
+    if start is not None:
+        return start, False
+    if is_gaussian(path.init):
+        return latent(f"{name}_init_innov", path.init, site, path.state_shape), True
+    return latent(f"{name}_init", path.init, site), False
+
+
 def _filled(model: StateSpaceModel, start: Array) -> Float[Array, " d"]:
     """The user's first state, or its normals, with zeros for what the model carries besides."""
     start = jnp.ravel(start)
@@ -283,129 +305,38 @@ def _prior_start(path: SDEPath, z: Array) -> Array:
     return x0 if path.state_shape else x0[..., 0]
 
 
-class _Along(Reparam):
-    """A guided path along a reference handed in, for the search of the plug-in parameters."""
-
-    def __init__(self, owner: GuidedReparam, references: Mapping[str, Any], found: dict) -> None:
-        self.owner, self.references, self.found = owner, references, found
-
-    def __call__(self, name: str, fn: Any, obs: Any) -> tuple[None, Array]:  # noqa: ARG002
-        site = unwrap(name, fn, self.owner)
-        run = enclosing_run(sys._getframe(1), name, type(self.owner).__name__)
-        data = look_ahead(name, run)
-        reference = self.references.get(name)
-        if reference is None:
-            reference = self.owner._given(name, site)
-        value, found = _guided_site(name, site, data, reference, None)
-        if found is not None:
-            guide, states = found
-            self.found[name] = (states, guide)
-        return None, value
+def _along(name: str, site: Unwrapped, run: Run, reference: Any) -> tuple[Array, Any]:
+    return _guided_site(name, site, look_ahead(name, run), reference, None)
 
 
-def _make_plans(run: Run) -> tuple[dict[str, Plan], list[GuidedReparam]]:
-    """Search for the posterior mode along the guided paths, moving the reference to them."""
-    users: list[GuidedReparam] = []
-    given: set[str] = set()  # paths along states that the user gave
+def _first(
+    owner: GuidedReparam, name: str, site: Unwrapped, run: Run, careful: bool
+) -> tuple[Array, Array, Array]:
+    """A first path and reference, before any search, and the components that data have placed."""
+    data, path = look_ahead(name, run), site.path
+    _start_sites(name, site)
+    latent(f"{name}_innov", path.init, site, path.innovation_shape)
+    given = owner._given(name, site)
+    everything = jnp.array(True)
+    if not isinstance(given, str):
+        model_reference = run_on_model(path, site.lead, data, carried, (given,), (2,))
+        value = jnp.reshape(given, site.lead + path.event_shape)
+        remember_value(value, path.clock)
+        return value, model_reference, everything
 
-    def guided_model(references: Mapping[str, Any], found: dict) -> Any:
-        def config(site: Any) -> Any:
-            chosen = run.config(site)
-            if not isinstance(chosen, GuidedReparam):
-                return chosen
-            if not any(chosen is user for user in users):
-                users.append(chosen)
-            if not isinstance(chosen.reference, str):
-                given.add(site["name"])
-            return _Along(chosen, references, found)
+    def one(model: StateSpaceModel) -> tuple[Array, Array, Array]:
+        seen = everything
+        if given == "data":
+            reference = data_reference(model)
+        elif careful:
+            reference = believed_guide(model).guide.reference
+        else:
+            reference, seen = seen_reference(model)
+        return model.visible(reference), reference, seen
 
-        return run.conditioned(reparam(run.fn, config=config))
-
-    median = init_to_median(num_samples=15)
-
-    unravel: list[Any] = []
-
-    def start() -> tuple[Any, Any]:
-        """Unconstrained medians of the free sites as one vector, and the guided paths there."""
-        free: dict[str, Array] = {}
-        found: dict[str, Any] = {}
-
-        def value(site: Any) -> Any:
-            fixed = _given_value(site, users)
-            if fixed is not None or site["type"] != "sample" or site["is_observed"]:
-                return fixed
-            value = median(site)
-            if value is not None and not site["fn"].support.is_discrete:
-                free[site["name"]] = biject_to(site["fn"].support).inv(value)
-            return value
-
-        substitute(seed(guided_model({}, found), 0), substitute_fn=value)(*run.args, **run.kwargs)
-        flat, back = ravel_pytree(free)
-        unravel.append(back)
-        return flat.astype(jnp.result_type(float)), found
-
-    def objective(flat: Array, references: Any) -> tuple[Array, Any]:
-        """Minus the log density of unconstrained values with innovations of zero."""
-        unconstrained = unravel[0](flat)
-        found: dict[str, Any] = {}
-        log_det = [jnp.zeros(())]
-
-        def value(site: Any) -> Any:
-            u = unconstrained.get(site["name"])
-            if u is None:
-                return _given_value(site, users)
-            transform = biject_to(site["fn"].support)
-            value = transform(u)
-            log_det.append(jnp.sum(transform.log_abs_det_jacobian(u, value)))
-            return value
-
-        model = substitute(seed(guided_model(references, found), 0), substitute_fn=value)
-        log_joint, _ = log_density(model, run.args, run.kwargs, {})
-        return -(log_joint + sum(log_det)), found
-
-    # Compiled ahead of time: a compiled function runs at once, also inside an outer trace.
-    flat, found = jax.tree.map(np.asarray, jax.jit(start).lower().compile()())
-    references = _moved(found, given)
-    both = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    return _search(both.lower(flat, references).compile(), flat, references, given), users
+    value, reference, seen = run_on_model(path, site.lead, data, one)
+    remember_value(value, path.clock)
+    return value, reference, seen
 
 
-def _given_value(site: Any, users: list[GuidedReparam]) -> Any:
-    """A plug-in value that the user gave; zero for innovations, so that paths are guided means."""
-    if site["type"] == "sample" and is_innovation(site["name"]):
-        return jnp.zeros(site["fn"].shape())
-    for user in users:
-        if user.at is not None and site["name"] in user.at:
-            return jnp.asarray(user.at[site["name"]])
-    return None
-
-
-def _search(
-    objective: Any, flat: np.ndarray, references: dict[str, Any], given: set[str]
-) -> dict[str, Plan]:
-    """Alternate between parameters that fit best and the guided paths at them."""
-
-    def evaluate(x: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray]:
-        (value, found), gradient = objective(x.astype(flat.dtype), references)
-        return jax.tree.map(np.asarray, (value, found, gradient))
-
-    def on_host(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, _, gradient = evaluate(x)
-        finite = bool(np.isfinite(value))
-        return (float(value) if finite else 1e30), np.nan_to_num(gradient.astype(np.float64))
-
-    best = flat.astype(np.float64)
-    for _ in range(_ROUNDS):
-        if best.size:
-            options = {"maxiter": _STEPS}
-            best = minimize(on_host, best, jac=True, method="L-BFGS-B", options=options).x
-        references = _moved(evaluate(best)[1], given)
-    return {name: Plan(*guide) for name, (_, guide) in evaluate(best)[1].items()}
-
-
-def _moved(found: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """The guided paths as the next references; those given, and what is not finite, stay."""
-    return {
-        name: guide.reference if name in given or not np.all(np.isfinite(states)) else states
-        for name, (states, guide) in found.items()
-    }
+_GUIDING = Guiding(lambda chosen: isinstance(chosen, GuidedReparam), _along, _first)

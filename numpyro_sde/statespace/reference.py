@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.information import (
     LinearizedSteps,
     backward_information,
@@ -39,7 +40,7 @@ from numpyro_sde.statespace.guide import (
     speaks_by_variance,
 )
 from numpyro_sde.statespace.linearized import filter_linearized
-from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.model import Instrument, StateSpaceModel
 
 # Scoring steps from the start towards the state that one observation alone points to.
 _SCORING_STEPS = 12
@@ -96,10 +97,39 @@ def data_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
         return points[best, jnp.arange(N)], None
 
     x, _ = lax.scan(improve, start, None, _SCORING_STEPS)
-    J, _ = observations_along(model, x)
+    return _between(model, x, observations_along(model, x)[0])[0]
+
+
+def seen_reference(model: StateSpaceModel) -> tuple[Float[Array, "N d"], Bool[Array, " d"]]:
+    """States that normal observations point to, interpolated, and the components that they see.
+
+    One step of scoring from the mean of the start: quick to compile, and exact where what is
+    observed is affine in the state with a noise that does not depend on it. Other emissions see
+    nothing here.
+    """
+    start = jnp.broadcast_to(model.init_mean, (model.num_times, model.dim))
+    if any(not _is_plain(model, instrument) for instrument in model.instruments):
+        return start, jnp.zeros(model.dim, bool)
+    J, s = observations_along(model, start)
+    x = start + spd_solve(_with_ridge(J), s[..., None])[..., 0]
+    return _between(model, _keep_positive(model, x), J)
+
+
+def _is_plain(model: StateSpaceModel, instrument: Instrument) -> bool:
+    """Whether an emission is normal, affine in the state with a covariance free of it."""
+    inputs = first_inputs(instrument)
+    if not instrument.gaussian or not has_moments(instrument, inputs, model.init_mean):
+        return False
+    mean, cov = degrees(lambda x: instrument.moments(inputs, x), model.init_mean)
+    return mean <= 1 and cov == 0
+
+
+def _between(model: StateSpaceModel, x: Array, J: Array) -> tuple[Array, Array]:
+    """States interpolated between the times that see them, by component, and which are seen."""
     seen = diagonal(J) > 0
     times = jnp.asarray(model.times, x.dtype)
-    return jax.vmap(lambda seen, x: _interpolate(times, seen, x), (1, 1), 1)(seen, x)
+    states = jax.vmap(lambda seen, x: _interpolate(times, seen, x), (1, 1), 1)(seen, x)
+    return states, jnp.any(seen, axis=0)
 
 
 def _interpolate(times: Array, seen: Array, x: Array) -> Array:
