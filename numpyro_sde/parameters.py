@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from numpyro_sde.runtime.entry import Held
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -20,26 +22,27 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 class Code(eqx.Module):
     """A user's function: array leaves are data, everything else is static.
 
-    Plain functions are static, compared by identity. Callable pytrees (an Equinox network, a
-    `jax.tree_util.Partial`) keep their arrays traced, shared by all series.
+    Plain functions are static, compared by their code and what they hold. Callable pytrees (an
+    Equinox network, a `jax.tree_util.Partial`) keep their arrays traced, shared by all series.
     """
 
     arrays: tuple[Any, ...]
     static: Any = eqx.field(static=True)
+    holds_function: ClassVar[bool] = True
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         arrays, static = eqx.partition(fn, eqx.is_array)
         leaves, treedef = jax.tree_util.tree_flatten(arrays, is_leaf=lambda x: x is None)
         self.arrays = tuple(leaves)
         rest, rest_def = jax.tree_util.tree_flatten(static, is_leaf=lambda x: x is None)
-        self.static = (treedef, tuple(rest), rest_def)
+        self.static = (treedef, tuple(Held(leaf) for leaf in rest), rest_def)
 
     @property
     def function(self) -> Callable[..., Any]:
         """The callable, with its current arrays."""
         treedef, rest, rest_def = self.static
         arrays = jax.tree_util.tree_unflatten(treedef, self.arrays)
-        static = jax.tree_util.tree_unflatten(rest_def, rest)
+        static = jax.tree_util.tree_unflatten(rest_def, [held.value for held in rest])
         return cast("Callable[..., Any]", eqx.combine(arrays, static))
 
     def __call__(self, *args: Any) -> Any:

@@ -7,16 +7,17 @@ such arrays are looked for, and refused by name; what varies over a plate goes t
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any, cast
 
 import equinox as eqx
 import jax
 import numpy as np
+
+from numpyro_sde.runtime.entry import globals_read
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 # Functions of these packages hold tables of their own and are called on the caller's arrays.
@@ -92,21 +93,9 @@ def _captured(fn: Any) -> list[tuple[str, Any]]:
     captured += zip(positional[len(positional) - len(defaults) :], defaults, strict=True)
     captured += (fn.__kwdefaults__ or {}).items()
     captured += [
-        (name, fn.__globals__[name])
-        for name in _globals_read(fn.__code__)
-        if name in fn.__globals__
+        (name, fn.__globals__[name]) for name in globals_read(fn.__code__) if name in fn.__globals__
     ]
     return captured
-
-
-@functools.lru_cache(maxsize=1024)
-def _globals_read(code: CodeType) -> tuple[str, ...]:
-    # co_names also lists attributes: `x.T` must not be taken for a global named T.
-    names = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names += _globals_read(constant)
-    return tuple(dict.fromkeys(names))
 
 
 def refuse_closures(fn: Callable[..., Any], role: str, batch: str) -> None:

@@ -105,7 +105,7 @@ class Adaptation(NamedTuple):
         options = self._asdict()
         num_warmup = options.pop("num_warmup")
         options["dense_mass"] = list(self.dense_mass)
-        return warmup_adapter(num_warmup, **options)  # type: ignore[no-any-return]
+        return warmup_adapter(num_warmup, **options)
 
 
 @partial(jax.jit, static_argnums=0)

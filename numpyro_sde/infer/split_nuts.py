@@ -160,7 +160,8 @@ class SplitNUTS(NUTS):
             constrain_fn, model, args, kwargs, return_deterministic=True
         )
         # Supports may depend on values: constraining runs the model.
-        self._inv_transforms, self._dynamic_support = {}, True
+        self._inv_transforms: Any = {}
+        self._dynamic_support = True
         self._set_metric(found.mode, batch=0, found=found)
         begin = partial(
             first_state,

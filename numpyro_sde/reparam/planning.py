@@ -166,7 +166,7 @@ class Arguments:
             next(rest) if is_data else leaf
             for leaf, is_data in zip(self.leaves, self.is_data, strict=True)
         ]
-        args, kwargs, conditioned = self.treedef.unflatten(leaves)
+        args, kwargs, conditioned = jax.tree_util.tree_unflatten(self.treedef, leaves)
         outer = tuple(_with_data(c, d) for c, d in zip(run.conditions, conditioned, strict=True))
         return run._replace(args=args, kwargs=kwargs, conditions=outer)
 

@@ -8,25 +8,31 @@ they are compared by what they hold, so that the same model built a second time 
 
 from __future__ import annotations
 
+import dis
 import types
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
 import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None))
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), range, np.dtype, np.generic)
+# What these packages define does not change between calls.
+_LIBRARIES = {"builtins", "equinox", "jax", "jaxlib", "numpy", "numpyro", "numpyro_sde", "scipy"}
+_MOST_DEPTH = 20
 
 
 class Held:
-    """A value that decides what a program is, compared by what it holds.
+    """A value that decides what a program is, compared by what it held when this was made.
 
-    Host arrays by their numbers; functions by their code, defaults and what they close over; other
-    values by their own equality, or identity where they have no hash.
+    Host arrays by their numbers; functions by their code, defaults, what they close over and the
+    globals that they read; modules, classes and other values that cannot change by identity. What
+    may change unseen (an object with attributes) is equal to nothing, itself included.
 
     Example:
         >>> def make(scale):
@@ -37,72 +43,106 @@ class Held:
         True
     """
 
-    __slots__ = ("_hash", "value")
+    __slots__ = ("_hash", "_key", "value")
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self._hash = _hash_of(value)
+        self._key = _snapshot(value, {}, 0)
+        self._hash = hash(self._key)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        return Held, (self.value,)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and _same(self.value, other.value)
+        return isinstance(other, Held) and self._key == other._key
 
 
-def _hash_of(value: Any) -> int:
+class _Same:
+    """A value compared by identity, and kept alive so that its identity stays its own."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _snapshot(value: Any, seen: dict[int, int], depth: int) -> Any:
+    """What a value holds now, hashable."""
+    if isinstance(value, _PLAIN):
+        return type(value), repr(value) if isinstance(value, float) else value
     if isinstance(value, np.ndarray):
-        return hash((value.shape, value.dtype.str, value.tobytes()))
+        # An array of objects holds what may change.
+        data = object() if value.dtype.hasobject else value.tobytes()
+        return np.ndarray, value.shape, value.dtype.str, data
+    if id(value) in seen:  # a function that calls itself
+        return "seen", seen[id(value)]
+    if depth > _MOST_DEPTH:
+        return object()
+    again = partial(_snapshot, seen={**seen, id(value): len(seen)}, depth=depth + 1)
+    if isinstance(value, tuple | list):
+        return type(value), tuple(again(v) for v in value)
+    if isinstance(value, dict):
+        return dict, tuple((again(k), again(v)) for k, v in value.items())
+    if isinstance(value, partial):
+        return partial, again(value.func), again(value.args), again(value.keywords)
     if isinstance(value, types.FunctionType):
-        return hash(value.__code__)
+        return value.__code__, *(again(v) for v in _captured(value))
+    if isinstance(value, types.MethodType):
+        return types.MethodType, again(value.__func__), again(value.__self__)
+    if callable(getattr(value, "__wrapped__", None)):  # jax.jit and other decorators
+        return _Same(value), again(value.__wrapped__)
+    if isinstance(value, Held):
+        return value._key
+    fixed = types.ModuleType, type, types.BuiltinFunctionType, eqx.Module
+    if isinstance(value, (*fixed, jax.Array)) or _of_a_library(type(value)):
+        return _Same(value)
+    return object()
+
+
+def _captured(fn: types.FunctionType) -> list[Any]:
+    """What a function closes over, its defaults, and the globals that it reads."""
+    cells = [_content(cell) for cell in fn.__closure__ or ()]
+    # The globals of packages do not change between calls.
+    names = () if _of_a_library(fn) else globals_read(fn.__code__)
+    reads = [fn.__globals__[name] for name in names if name in fn.__globals__]
+    return [cells, fn.__defaults__, fn.__kwdefaults__, reads]
+
+
+def _content(cell: Any) -> Any:
     try:
-        return hash(value)
-    except TypeError:
-        return id(value)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        same = a.shape == b.shape and a.dtype == b.dtype
-        return same and a.tobytes() == b.tobytes()
-    if isinstance(a, types.FunctionType) and isinstance(b, types.FunctionType):
-        return _same_function(a, b)
-    if type(a) is not type(b):
-        return False
-    try:
-        hash(a)
-    except TypeError:
-        return False
-    return bool(a == b)
-
-
-def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:
-    if a.__code__ is not b.__code__ or a.__globals__ is not b.__globals__:
-        return False
-    if a.__kwdefaults__ or b.__kwdefaults__:
-        return False
-    held = [_closed_over(f) for f in (a, b)]
-    if any(cells is None for cells in held) or len(held[0]) != len(held[1]):
-        return False
-    return all(_same_cell(x, y) for x, y in zip(*held, strict=True))
-
-
-def _closed_over(fn: types.FunctionType) -> Any:
-    try:
-        return [cell.cell_contents for cell in fn.__closure__ or ()] + list(fn.__defaults__ or ())
+        return cell.cell_contents
     except ValueError:  # a name that is not bound yet
         return None
 
 
-def _same_cell(a: Any, b: Any) -> bool:
-    # Not by equality of any object: that of a mutable one may hold now and not later.
-    plain = isinstance(a, (*_PLAIN, types.FunctionType))
-    return a is b or (plain and type(a) is type(b) and _same(a, b))
+@lru_cache(maxsize=1024)
+def globals_read(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the globals that a function reads, those of functions inside it included.
+
+    Example:
+        >>> globals_read((lambda x: np.sin(x).T).__code__)
+        ('np',)
+    """
+    # co_names also lists attributes: `x.T` must not be taken for a global named T.
+    names = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += globals_read(constant)
+    return tuple(dict.fromkeys(names))
 
 
-def split(tree: Any) -> tuple[tuple[Any, tuple[Held | None, ...]], list[Any]]:
+def _of_a_library(obj: Any) -> bool:
+    return (getattr(obj, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+
+
+def split(tree: Any) -> tuple[tuple[Any, ...], list[Any]]:
     """What decides a program in a pytree of anything, and its data.
 
     Example:
@@ -111,14 +151,21 @@ def split(tree: Any) -> tuple[tuple[Any, tuple[Held | None, ...]], list[Any]]:
         ([(2,)], True)
     """
     leaves, treedef = jax.tree_util.tree_flatten(tree)
+    # A function inside a law was looked at when the law was made: what it reads may have changed.
+    parts = jax.tree_util.tree_leaves(tree, is_leaf=_holds_function)
+    functions = tuple(Held(part.function) for part in parts if _holds_function(part))
     is_data = [isinstance(leaf, jax.Array | float | np.floating) for leaf in leaves]
     held = tuple(None if d else Held(leaf) for leaf, d in zip(leaves, is_data, strict=True))
-    return (treedef, held), [leaf for leaf, d in zip(leaves, is_data, strict=True) if d]
+    return (treedef, held, functions), [leaf for leaf, d in zip(leaves, is_data, strict=True) if d]
 
 
-def join(static: tuple[Any, tuple[Held | None, ...]], data: list[Any]) -> Any:
+def _holds_function(part: Any) -> bool:
+    return bool(getattr(type(part), "holds_function", False))
+
+
+def join(static: tuple[Any, ...], data: list[Any]) -> Any:
     """Undo `split`, with other data perhaps."""
-    treedef, held = static
+    treedef, held, _ = static
     rest = iter(data)
     return treedef.unflatten([next(rest) if h is None else h.value for h in held])
 
@@ -135,15 +182,14 @@ def entry_point(fn: Callable[P, R]) -> Callable[P, R]:
     """
 
     @partial(jax.jit, static_argnums=0)
+    @wraps(fn, updated=(), assigned=("__name__", "__qualname__", "__module__"))
     def run(static: Any, data: list[Any]) -> Any:
         args, kwargs = join(static, data)
         return fn(*args, **kwargs)
 
-    run.__name__ = getattr(fn, "__name__", "entry_point")
-
     @wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         static, data = split((args, kwargs))
-        return run(static, data)  # type: ignore[no-any-return]
+        return run(static, data)
 
     return call

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -17,6 +19,7 @@ from numpyro_sde.distributions.state_space import run_method
 from numpyro_sde.distributions.statement import Statement, make_statement
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.observe import check_data, check_indices
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.smc.online import OnlineSums
 from numpyro_sde.smc.two_filter import TwoFilterResult
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
@@ -65,8 +68,12 @@ def filter_path(
         ((3, 1), (3, 1, 1))
     """
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
-    return run_method(
-        path, lead, [(statement, y)], method, lambda method, model: method.filter(model)
+    if isinstance(method, Particle):  # its result holds the model; it compiles inside
+        return run_method(path, lead, [(statement, y)], method, _filter)
+    result = _run(path, statement, jnp.asarray(y), method, _filter, lead, _is_complete(y))
+    # Times of the host stay as they are.
+    return (
+        eqx.tree_at(lambda r: r.times, result, path.times) if np.ndim(path.times) == 1 else result
     )
 
 
@@ -133,10 +140,8 @@ def filter_additive(
     _require_particles(method)
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
 
-    def run(method: Any, model: StateSpaceModel) -> OnlineSums:
-        return method.additive(model, functional, num_backward=num_backward)
-
-    return run_method(path, lead, [(statement, y)], method, run)
+    run = partial(_sums, functional=functional, num_backward=num_backward)
+    return _run(path, statement, jnp.asarray(y), method, run, lead, _is_complete(y))
 
 
 def two_filter(
@@ -203,10 +208,56 @@ def two_filter(
     _require_particles(method)
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
 
-    def run(method: Any, model: StateSpaceModel) -> TwoFilterResult:
-        return method.two_filter(model, join=join)
+    run = partial(_both_ways, join=join)
+    return _run(path, statement, jnp.asarray(y), method, run, lead, _is_complete(y))
+
+
+@entry_point
+def _run(
+    path: SDEPath,
+    statement: Statement,
+    y: Array,
+    method: AbstractFilter,
+    fn: Callable[[Any, StateSpaceModel], Any],
+    lead: tuple[int, ...],
+    complete: bool,
+) -> Any:
+    """Map `fn(method, model)` over the batch; compiled once for a structure."""
+
+    def run(method: AbstractFilter, model: StateSpaceModel) -> Any:
+        return fn(method, _without_gaps(model) if complete else model)
 
     return run_method(path, lead, [(statement, y)], method, run)
+
+
+def _filter(method: AbstractFilter, model: StateSpaceModel) -> FilterResult:
+    return method.filter(model)
+
+
+def _sums(
+    method: Particle, model: StateSpaceModel, functional: Callable[..., Array], num_backward: int
+) -> OnlineSums:
+    return method.additive(model, functional, num_backward=num_backward)
+
+
+def _both_ways(method: Particle, model: StateSpaceModel, join: str) -> TwoFilterResult:
+    return method.two_filter(model, join=join)
+
+
+def _is_complete(y: Any) -> bool:
+    """Whether data are known before tracing to have no gaps, so that filters need no masks."""
+    known = isinstance(y, np.ndarray) and y.dtype.kind in "fiub"
+    return known and not np.any(np.isnan(y))
+
+
+def _without_gaps(model: StateSpaceModel) -> StateSpaceModel:
+    """The model, told on the host that nothing is missing at the times observed."""
+    instruments = []
+    for instrument in model.instruments:
+        present: Any = np.zeros(instrument.present.shape, bool)
+        present[instrument.rows] = True
+        instruments.append(instrument._replace(present=present))
+    return model._replace(instruments=tuple(instruments))
 
 
 def _require_particles(method: Any) -> None:

@@ -7,6 +7,7 @@ vectors `(d,)` here, scalar processes included. Batches are mapped by the caller
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import equinox as eqx
@@ -298,8 +299,7 @@ class FilterResult(eqx.Module):
 
     def smooth(self) -> tuple[Float[Array, "N d"], Float[Array, "N d d"]]:
         """Smoothed means and covariances, given all observations."""
-        smoothed = moments_backward(self.backward_kernel())
-        return smoothed.mean, smoothed.cov
+        return _smooth(self)
 
     def sample(self, key: PRNGKeyArray, num_draws: int = 1) -> Float[Array, "draws N d"]:
         """Draw paths from the smoothing law: forward filtering, backward sampling.
@@ -307,8 +307,19 @@ class FilterResult(eqx.Module):
         Exact for linear-Gaussian models (Carter and Kohn 1994); for the approximate filters a
         draw of the Gaussian approximation.
         """
-        normals = jax.random.normal(key, (num_draws, *self.mean.shape), self.mean.dtype)
-        return draw_backward(self.backward_kernel(), normals)
+        return _sample(self, key, num_draws)
+
+
+@jax.jit
+def _smooth(result: FilterResult) -> tuple[Float[Array, "N d"], Float[Array, "N d d"]]:
+    smoothed = moments_backward(result.backward_kernel())
+    return smoothed.mean, smoothed.cov
+
+
+@partial(jax.jit, static_argnums=2)
+def _sample(result: FilterResult, key: PRNGKeyArray, num_draws: int) -> Float[Array, "draws N d"]:
+    normals = jax.random.normal(key, (num_draws, *result.mean.shape), result.mean.dtype)
+    return draw_backward(result.backward_kernel(), normals)
 
 
 def _right_divide(cross: Array, cov: Array) -> Array:

@@ -1,0 +1,93 @@
+"""A second call of a public function compiles nothing: not with new data, nor a model made anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+import numpyro_sde as nsde
+from numpyro_sde.runtime.clock import Stopwatch
+from numpyro_sde.runtime.entry import entry_point
+
+TIMES = np.arange(9.0)
+FILTERS = {
+    "Kalman": nsde.filters.Kalman,
+    "ExtendedKalman": nsde.filters.ExtendedKalman,
+    "UnscentedKalman": nsde.filters.UnscentedKalman,
+    "MomentMatching": nsde.filters.MomentMatching,
+    "EnsembleKalman": lambda: nsde.filters.EnsembleKalman(20),
+}
+
+
+def data(seed):
+    return np.random.default_rng(seed).normal(size=len(TIMES))
+
+
+def path(rate):
+    """A law made anew, functions included."""
+    sde = nsde.SDE(lambda t, x, p: -p * x, lambda t, x, p: 0.5, params=jnp.asarray(rate))
+    return nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0), scheme=nsde.schemes.Euler())
+
+
+def filtered(make, rate, seed):
+    return nsde.filter_path(path(rate), lambda t, x: dist.Normal(x, 0.1), data(seed), method=make())
+
+
+def programs(call, *args):
+    with Stopwatch() as watch:
+        result = jax.block_until_ready(call(*args))
+    return watch.programs, result
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter_path_smooth_and_sample(name):
+    make = FILTERS[name]
+
+    def run(rate, seed):
+        result = filtered(make, rate, seed)
+        key = jax.random.key(seed)
+        return result.log_likelihood, result.smooth(), result.sample(key, 3)
+
+    assert programs(run, 1.0, 0)[0] > 0
+    again, (second, *_) = programs(run, 0.7, 1)
+    assert again == 0
+    # It is the second model's likelihood of the second data.
+    jax.clear_caches()
+    np.testing.assert_allclose(second, filtered(make, 0.7, 1).log_likelihood, rtol=1e-5)
+
+
+def test_what_a_function_reads_counts():
+    noise = 0.1
+
+    def run(emission):
+        result = nsde.filter_path(path(1.0), emission, data(0), method=nsde.filters.Kalman())
+        return result.log_likelihood
+
+    def emission(t, x):
+        return dist.Normal(x, noise)
+
+    quiet = run(emission)
+    noise = 2.0
+    loud = run(emission)
+    assert abs(float(loud - quiet)) > 1.0
+    expected = run(lambda t, x: dist.Normal(x, 2.0))
+    np.testing.assert_allclose(loud, expected, rtol=1e-6)
+
+
+def test_what_may_change_unseen_is_compiled_again():
+    class Settings:
+        scale = 1.0
+
+    settings = Settings()
+
+    @entry_point
+    def scaled(x, fn):
+        return fn(x)
+
+    def fn(x):
+        return settings.scale * x
+
+    assert float(scaled(jnp.ones(()), fn)) == 1.0
+    settings.scale = 3.0
+    assert float(scaled(jnp.ones(()), fn)) == 3.0
