@@ -8,6 +8,7 @@ a `StateSpaceModel` and return a `FilterResult`.
 from numpyro_sde.filters.closure import ClosureReport, closure_check
 from numpyro_sde.filters.ensemble import EnsembleKalman
 from numpyro_sde.filters.extended import ExtendedKalman
+from numpyro_sde.filters.forward import Forward, ForwardResult
 from numpyro_sde.filters.kalman import Kalman
 from numpyro_sde.filters.moment_matching import MomentMatching
 from numpyro_sde.filters.particle import Particle, ParticleCollapseWarning, ParticleResult
@@ -20,6 +21,8 @@ __all__ = [
     "EnsembleKalman",
     "ExtendedKalman",
     "FilterResult",
+    "Forward",
+    "ForwardResult",
     "Instrument",
     "Kalman",
     "MomentMatching",

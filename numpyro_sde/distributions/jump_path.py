@@ -1,0 +1,159 @@
+"""The law of the states of a Markov jump process at given times, as a NumPyro distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
+from numpyro.distributions import constraints
+
+from numpyro_sde.distributions.batching import map_batch
+from numpyro_sde.distributions.clocks import remember_value
+from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.grid import TimeGrid
+from numpyro_sde.jumps.chain import MarkovJumpProcess
+from numpyro_sde.schemes.markov_jumps import ChainEquation, MarkovJumps
+
+
+class JumpPath(SDEPath):
+    """The law of the states of a Markov jump process at T times.
+
+    Event shape `(T,)`, whole numbers `0..num_states - 1` (int32). An emission sees one state's
+    number: `lambda t, s, p: dist.Normal(p["mean"][s], 0.1)` with `event_dims={"mean": 1}`. The path
+    is discrete: integrate it out with `filters.Forward()`, which is exact and has derivatives, or
+    draw it with `infer.ConditionalForward` in a Gibbs sampler.
+
+    Args:
+        chain: the process.
+        times: strictly increasing times, shape `(*batch, T)`, or a `TimeGrid`.
+        init: law of the first state: "stationary", a state, or a `Categorical`.
+        validate_args: as for every NumPyro distribution.
+
+    Raises:
+        ValueError: unsorted, repeated or non-finite times; a state that there is not; a
+            `Categorical` over another number of states; "stationary" for a process in which some
+            state cannot be reached from another.
+        TypeError: arguments of the wrong kind.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro_sde as nsde
+        >>> chain = nsde.MarkovJumpProcess(jnp.array([[0.0, 1.0], [3.0, 0.0]]), 2)
+        >>> path = nsde.JumpPath(chain, [0.0, 0.5, 2.0], init="stationary")
+        >>> s = path.sample(jax.random.key(0), (4,))
+        >>> s.shape, s.dtype.name, path.log_prob(s).shape
+        ((4, 3), 'int32', (4,))
+    """
+
+    def __init__(
+        self,
+        chain: MarkovJumpProcess,
+        times: ArrayLike | TimeGrid,
+        init: dist.Distribution | ArrayLike | str = "stationary",
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(chain, MarkovJumpProcess):
+            raise TypeError(f"chain must be an nsde.MarkovJumpProcess, got {type(chain).__name__}")
+        start = start_law(chain, init)
+        self._of_equation(ChainEquation(chain, start), times, validate_args)
+
+    def _of_equation(
+        self, equation: ChainEquation, times: Any, validate_args: bool | None = None
+    ) -> None:
+        start = dist.Categorical(probs=equation.start, validate_args=False)
+        super().__init__(equation, times, start, scheme=MarkovJumps(), validate_args=validate_args)
+
+    @classmethod
+    def of_equation(cls, equation: ChainEquation, times: Any) -> JumpPath:
+        """The law of a chain whose start, and what its states stand for, are known."""
+        new = object.__new__(cls)
+        new._of_equation(equation, times)
+        return new
+
+    @property
+    def equation(self) -> ChainEquation:
+        """The chain with the law of its start."""
+        assert isinstance(self.sde, ChainEquation)
+        return self.sde
+
+    @property
+    def chain(self) -> MarkovJumpProcess:
+        """The process."""
+        return self.equation.chain
+
+    @property
+    def state_dtype(self) -> Any:
+        """Type of a state: whole numbers."""
+        return jnp.int32
+
+    @property
+    def has_rsample(self) -> bool:
+        return False
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.integer_interval(0, self.chain.num_states - 1), 1)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Int[Array, "*n T"]:
+        path = super().sample(key, sample_shape).astype(jnp.int32)
+        remember_value(path, self.clock)
+        return path
+
+    def replace(self, *, times: Any = None, init: Any = None, **others: Any) -> JumpPath:
+        """The same law at other times, or with another start."""
+        if any(value is not None for value in others.values()):
+            names = ", ".join(name for name, value in others.items() if value is not None)
+            raise ValueError(f"the law of a Markov jump process has no {names} to replace")
+        times = (self.grid or self.times) if times is None else times
+        if init is not None:
+            return JumpPath(self.chain, times, init)
+        return JumpPath.of_equation(self.equation, times)
+
+
+def start_law(chain: MarkovJumpProcess, init: Any) -> Array:
+    """Probabilities of the first state, `(*batch, n)`.
+
+    Raises:
+        ValueError: an unknown start, or a stationary one of a reducible process.
+        TypeError: a start of the wrong kind.
+    """
+    n = chain.num_states
+    if isinstance(init, str):
+        if init != "stationary":
+            raise ValueError(
+                f'init must be "stationary", a state or a Categorical, got the string {init!r}'
+            )
+        if chain.is_reducible():
+            raise ValueError(
+                'init="stationary" needs a process in which every state can be reached from every '
+                "other: this one has no single stationary law. Give a state or a Categorical"
+            )
+        return map_batch(
+            lambda one: one.stationary_law(),
+            chain.batch_shape,
+            (chain,),
+            (chain.leaf_event_dims(),),
+        )
+    if isinstance(init, dist.Distribution):
+        probs = getattr(init, "probs", None)
+        if not init.is_discrete or probs is None or init.event_shape != () or probs.ndim < 1:
+            raise TypeError(
+                f"init must be a Categorical over the {n} states, got a {type(init).__name__}"
+            )
+        if probs.shape[-1] != n:
+            raise ValueError(
+                f"init must be a Categorical over the {n} states, got one over {probs.shape[-1]}"
+            )
+        return probs
+    state = jnp.asarray(init)
+    if not jnp.issubdtype(state.dtype, jnp.integer):
+        raise TypeError(f"init must be a state, a whole number, got {init!r} of type {state.dtype}")
+    if not isinstance(state, jax.core.Tracer):
+        known = np.asarray(state)
+        if np.any(known < 0) or np.any(known >= n):
+            raise ValueError(f"init must be a state in 0..{n - 1}, got {init}")
+    return jax.nn.one_hot(state, n, dtype=jnp.result_type(float))
