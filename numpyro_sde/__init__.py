@@ -21,6 +21,8 @@ from numpyro_sde import (
     schemes,
 )
 from numpyro_sde.accumulate import accumulate
+from numpyro_sde.distributions.compound_poisson import CompoundPoisson
+from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.reactions import ReactionPath
 from numpyro_sde.distributions.steady_state import steady_state
@@ -43,9 +45,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SDE",
+    "CompoundPoisson",
     "ConditionalFlow",
     "Events",
     "Input",
+    "JumpPath",
     "MarkovJumpProcess",
     "ReactionNetwork",
     "ReactionPath",

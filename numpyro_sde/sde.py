@@ -8,7 +8,7 @@ object with longer leaves; code is static. A path law maps over both (`distribut
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import equinox as eqx
@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from numpyro_sde.describe import describe_entries, describe_value, html_table, one_line
 from numpyro_sde.inputs import Input, Inputs, StepInputs
+from numpyro_sde.noise.jumps import AbstractJumps
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.noise import AbstractNoise, Brownian
 from numpyro_sde.parameters import Code, Parameters, as_function, broadcast_batch
@@ -61,6 +62,7 @@ class SDE(eqx.Module):
             values at the time as a dict `u`, last: `drift(t, x, p, u)`.
         event_dims: dimensions of each parameter that belong to one process, by key (default 0
             each; `{"A": 2}` for a matrix). Leading dimensions are the batch.
+        jumps: a source of jumps such as `nsde.CompoundPoisson`, or several.
         noise: the driving noise.
         interpretation: "ito" or "stratonovich".
 
@@ -83,6 +85,7 @@ class SDE(eqx.Module):
     parameters: Parameters
     drift: Code
     diffusion: Code
+    jumps: tuple[AbstractJumps, ...]
     noise: AbstractNoise
     interpretation: str = eqx.field(static=True)
     inputs: Inputs | StepInputs | None
@@ -97,6 +100,7 @@ class SDE(eqx.Module):
         params: Any = None,
         event_dims: Any = None,
         inputs: Mapping[str, Input] | None = None,
+        jumps: AbstractJumps | Sequence[AbstractJumps] = (),
         noise: AbstractNoise | None = None,
         interpretation: str = "ito",
     ) -> None:
@@ -111,6 +115,14 @@ class SDE(eqx.Module):
                 f"{type(noise).__name__}"
             )
         self.parameters = Parameters(params, event_dims)
+        self.jumps = (jumps,) if isinstance(jumps, AbstractJumps) else tuple(jumps)
+        for one in self.jumps:
+            if not isinstance(one, AbstractJumps):
+                raise TypeError(
+                    f"jumps must be nsde.CompoundPoisson(rate, size), or several, got {one!r}"
+                )
+        if self.jumps and (inputs is not None or not isinstance(noise, Brownian)):
+            raise ValueError("jumps go with Brownian noise and without inputs")
         self.inputs = None if inputs is None else Inputs(inputs)
         self.push = None
         optional = {"p": ("params", params is not None)}
@@ -208,10 +220,24 @@ class SDE(eqx.Module):
 
     def default_transition(self) -> AbstractScheme | None:
         """The transition law where none is named; None for `Euler()`."""
+        if self.jumps:
+            from numpyro_sde.schemes.jump_euler import JumpEuler  # schemes know equations
+
+            return JumpEuler()
         return self.exact_transition()
 
     def check_scheme(self, scheme: AbstractScheme) -> None:
         """Raise a `ValueError` for a scheme that would leave out part of this equation."""
+        if self.jumps and not scheme.has_jumps:
+            raise ValueError(
+                f"{type(scheme).__name__} would leave out the jumps of this SDE: use JumpEuler(), "
+                "or JumpMixture() for a scalar process"
+            )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What coefficients get after time and state: the parameters, if there are any."""
+        return () if self.params is None else (self.params,)
 
     def restart(self, x: Array) -> Array:
         """A state at the beginning of a step: accumulators, where there are any, at zero."""

@@ -152,6 +152,8 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
     `scheme_chosen` tells which; the continuous one has constant coefficients and is driven by
     Brownian motion.
     """
+    if model.sde.jumps:
+        _refuse("the SDE has jumps, use Particle(proposal='bootstrap')")
     if model.scheme_chosen:
         shape = model.state_shape
         if shape is None:

@@ -133,7 +133,7 @@ class MomentMatching(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "MomentMatching()", continuous=True)
         check_moments(model, "MomentMatching()", self.emission)
-        if model.scheme_chosen and not model.scheme.approximates_sde:
+        if (model.scheme_chosen or model.sde.jumps) and not model.scheme.approximates_sde:
             raise ValueError(
                 "MomentMatching() integrates the moments of the SDE's drift and diffusion and uses "
                 f"no scheme: what {type(model.scheme).__name__}() adds to them would be dropped. "

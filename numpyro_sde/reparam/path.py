@@ -241,6 +241,7 @@ class BridgeReparam(Reparam):
 
 
 def _check_bridgeable(name: str, path: SDEPath) -> None:
+    path.scheme.require_smooth(f"BridgeReparam: site {name!r}")
     if path.scheme.has_memory:
         raise ValueError(
             f"BridgeReparam: site {name!r} has noise {type(path.sde.noise).__name__}, which "

@@ -7,6 +7,7 @@ from numpyro_sde.schemes.diffrax_solver import DiffraxSolver
 from numpyro_sde.schemes.euler import Euler
 from numpyro_sde.schemes.exact import Exact
 from numpyro_sde.schemes.hermite import HermiteExpansion
+from numpyro_sde.schemes.jump_euler import JumpEuler, JumpMixture
 from numpyro_sde.schemes.kessler import Kessler
 from numpyro_sde.schemes.langevin_steps import LangevinSteps
 from numpyro_sde.schemes.linear_noise import LinearNoise
@@ -27,6 +28,8 @@ __all__ = [
     "Gillespie",
     "HermiteExpansion",
     "HighOrderStrang",
+    "JumpEuler",
+    "JumpMixture",
     "Kessler",
     "LangevinSteps",
     "LinearNoise",

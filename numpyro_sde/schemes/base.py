@@ -35,7 +35,7 @@ class AbstractScheme(eqx.Module):
     say), so that a method which works on the SDE itself may stand for it.
     `smooth`: the next state is a smooth map of the innovations, so that what differentiates a step
     may take it. `restarts`: accumulators in the state start again at zero in each step. `counts`:
-    states are whole numbers.
+    states are whole numbers. `has_jumps`: the jumps of an SDE that has any are in the step.
 
     Example:
         >>> from numpyro_sde import schemes
@@ -53,6 +53,7 @@ class AbstractScheme(eqx.Module):
     smooth: ClassVar[bool] = True
     restarts: ClassVar[bool] = False
     counts: ClassVar[bool] = False
+    has_jumps: ClassVar[bool] = False
 
     def resolve(self, sde: SDE) -> AbstractScheme:  # noqa: ARG002
         """Return the scheme to use for this SDE (itself, unless it delegates)."""
