@@ -32,6 +32,7 @@ from numpyro_sde.grid import TimeGrid
 from numpyro_sde.inputs import Input
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.jumps.reactions import ReactionNetwork
+from numpyro_sde.jumps.switching import SwitchingSDE
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
 from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
@@ -55,6 +56,7 @@ __all__ = [
     "ReactionPath",
     "SDEPath",
     "SlowFastSDE",
+    "SwitchingSDE",
     "TimeGrid",
     "accumulate",
     "average",

@@ -19,9 +19,9 @@ from jaxtyping import Array
 
 from numpyro_sde.describe import describe_entries, describe_value, html_table, one_line
 from numpyro_sde.inputs import Input, Inputs, StepInputs
-from numpyro_sde.noise.jumps import AbstractJumps
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.noise import AbstractNoise, Brownian
+from numpyro_sde.noise.jumps import AbstractJumps
 from numpyro_sde.parameters import Code, Parameters, as_function, broadcast_batch
 
 if TYPE_CHECKING:
@@ -226,6 +226,10 @@ class SDE(eqx.Module):
             return JumpEuler()
         return self.exact_transition()
 
+    def adapt(self, scheme: Any, state_shape: tuple[int, ...]) -> Any:  # noqa: ARG002
+        """The scheme to use where one was named, or None was; itself, unless states are hidden."""
+        return scheme
+
     def check_scheme(self, scheme: AbstractScheme) -> None:
         """Raise a `ValueError` for a scheme that would leave out part of this equation."""
         if self.jumps and not scheme.has_jumps:
@@ -235,6 +239,11 @@ class SDE(eqx.Module):
             )
 
     @property
+    def is_diffusion(self) -> bool:
+        """Whether drift and diffusion are all that moves a state: no jumps, no hidden regime."""
+        return not self.jumps
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """What coefficients get after time and state: the parameters, if there are any."""
         return () if self.params is None else (self.params,)
@@ -242,12 +251,6 @@ class SDE(eqx.Module):
     def restart(self, x: Array) -> Array:
         """A state at the beginning of a step: accumulators, where there are any, at zero."""
         return x
-
-    def noise_covariance_at(self, t: Any, x: Any) -> Array:
-        """Instantaneous covariance `L L'` of an unbatched process, `(d, d)`."""
-        x = jnp.asarray(x)
-        columns = self.diffusion_columns_at(t, x).reshape(x.size, -1)
-        return columns @ columns.T
 
     @property
     def positive(self) -> bool:

@@ -48,6 +48,7 @@ def as_init(init: Any, *, counts: bool = False) -> dist.Distribution:
 
 def resolve_scheme(sde: SDE, scheme: Any, state_shape: tuple[int, ...]) -> AbstractScheme:
     """The scheme to use: that named, else the process's own, else Euler's."""
+    scheme = sde.adapt(scheme, state_shape)
     if scheme is None or isinstance(scheme, AbstractScheme):
         scheme = driven_scheme(sde, scheme, state_shape)
     if scheme is None:

@@ -103,9 +103,7 @@ class CompoundPoisson(AbstractJumps):
             raise TypeError(f"size must return a distribution, got {type(law).__name__}")
         shape = law.batch_shape + law.event_shape
         if shape not in ((), jnp.shape(x)):
-            raise ValueError(
-                f"size must have the shape of the state {jnp.shape(x)}, got {shape}"
-            )
+            raise ValueError(f"size must have the shape of the state {jnp.shape(x)}, got {shape}")
         return law
 
     def draw_size(self, key: PRNGKeyArray, t: Any, x: Array, args: tuple[Any, ...]) -> Array:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
 from numpyro.distributions import constraints
 
-from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.jumps.chain import MarkovJumpProcess
+from numpyro_sde.jumps.starts import start_law
 from numpyro_sde.schemes.markov_jumps import ChainEquation, MarkovJumps
 
 
@@ -96,7 +94,9 @@ class JumpPath(SDEPath):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.integer_interval(0, self.chain.num_states - 1), 1)
+        return constraints.independent(
+            constraints.integer_interval(0, self.chain.num_states - 1), 1
+        )
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Int[Array, "*n T"]:
         path = super().sample(key, sample_shape).astype(jnp.int32)
@@ -112,48 +112,3 @@ class JumpPath(SDEPath):
         if init is not None:
             return JumpPath(self.chain, times, init)
         return JumpPath.of_equation(self.equation, times)
-
-
-def start_law(chain: MarkovJumpProcess, init: Any) -> Array:
-    """Probabilities of the first state, `(*batch, n)`.
-
-    Raises:
-        ValueError: an unknown start, or a stationary one of a reducible process.
-        TypeError: a start of the wrong kind.
-    """
-    n = chain.num_states
-    if isinstance(init, str):
-        if init != "stationary":
-            raise ValueError(
-                f'init must be "stationary", a state or a Categorical, got the string {init!r}'
-            )
-        if chain.is_reducible():
-            raise ValueError(
-                'init="stationary" needs a process in which every state can be reached from every '
-                "other: this one has no single stationary law. Give a state or a Categorical"
-            )
-        return map_batch(
-            lambda one: one.stationary_law(),
-            chain.batch_shape,
-            (chain,),
-            (chain.leaf_event_dims(),),
-        )
-    if isinstance(init, dist.Distribution):
-        probs = getattr(init, "probs", None)
-        if not init.is_discrete or probs is None or init.event_shape != () or probs.ndim < 1:
-            raise TypeError(
-                f"init must be a Categorical over the {n} states, got a {type(init).__name__}"
-            )
-        if probs.shape[-1] != n:
-            raise ValueError(
-                f"init must be a Categorical over the {n} states, got one over {probs.shape[-1]}"
-            )
-        return probs
-    state = jnp.asarray(init)
-    if not jnp.issubdtype(state.dtype, jnp.integer):
-        raise TypeError(f"init must be a state, a whole number, got {init!r} of type {state.dtype}")
-    if not isinstance(state, jax.core.Tracer):
-        known = np.asarray(state)
-        if np.any(known < 0) or np.any(known >= n):
-            raise ValueError(f"init must be a state in 0..{n - 1}, got {init}")
-    return jax.nn.one_hot(state, n, dtype=jnp.result_type(float))

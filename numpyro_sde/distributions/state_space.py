@@ -16,6 +16,7 @@ from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.fractional_linear import markovian_sde
 from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
+from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import covariance_uses_state
 
@@ -220,14 +221,22 @@ def with_starts(model: StateSpaceModel, *starts: Array) -> StateSpaceModel:
     if not starts:
         return model
     states = jnp.reshape(starts[0], (starts[0].shape[0], -1))
-    # A noise with memory starts with a bank of mean zero.
+    # A noise with memory starts with a bank of mean zero; a regime not drawn yet is -1.
     memory = model.dim - states.shape[1]
-    return model._replace(starts=jnp.pad(states, ((0, 0), (0, memory))))
+    hidden = -1.0 if isinstance(model.scheme, SwitchingSteps) else 0.0
+    return model._replace(starts=jnp.pad(states, ((0, 0), (0, memory)), constant_values=hidden))
 
 
 def with_memory(model: StateSpaceModel, state_shape: tuple[int, ...]) -> StateSpaceModel:
     """The model with all that its scheme carries; the same where the noise has no memory."""
     scheme = model.scheme
+    if isinstance(scheme, SwitchingSteps):  # no regime has been drawn yet
+        return model._replace(
+            init_mean=jnp.append(model.init_mean, -1.0),
+            init_cov=jnp.pad(model.init_cov, ((0, 1), (0, 1))),
+            scalar=False,
+            state_shape=state_shape,
+        )
     if not isinstance(scheme, MemoryScheme):
         return model
     count, size = scheme.num_noises(model.sde), num_states(model.sde)

@@ -12,10 +12,13 @@ from numpyro_sde.filters.forward import Forward, ForwardResult
 from numpyro_sde.filters.kalman import Kalman
 from numpyro_sde.filters.moment_matching import MomentMatching
 from numpyro_sde.filters.particle import Particle, ParticleCollapseWarning, ParticleResult
+from numpyro_sde.filters.regimes import GPB, IMM, RegimeResult
 from numpyro_sde.filters.unscented import UnscentedKalman
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 
 __all__ = [
+    "GPB",
+    "IMM",
     "AbstractFilter",
     "ClosureReport",
     "EnsembleKalman",
@@ -29,6 +32,7 @@ __all__ = [
     "Particle",
     "ParticleCollapseWarning",
     "ParticleResult",
+    "RegimeResult",
     "StateSpaceModel",
     "UnscentedKalman",
     "closure_check",

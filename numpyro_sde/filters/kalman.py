@@ -152,8 +152,11 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
     `scheme_chosen` tells which; the continuous one has constant coefficients and is driven by
     Brownian motion.
     """
-    if model.sde.jumps:
-        _refuse("the SDE has jumps, use Particle(proposal='bootstrap')")
+    if not model.sde.is_diffusion:
+        _refuse(
+            f"a {type(model.sde).__name__} with scheme {type(model.scheme).__name__} jumps, or "
+            "follows a hidden regime"
+        )
     if model.scheme_chosen:
         shape = model.state_shape
         if shape is None:

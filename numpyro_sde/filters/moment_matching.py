@@ -133,16 +133,12 @@ class MomentMatching(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "MomentMatching()", continuous=True)
         check_moments(model, "MomentMatching()", self.emission)
-        if (model.scheme_chosen or model.sde.jumps) and not model.scheme.approximates_sde:
+        follows = model.sde.is_diffusion and model.scheme.approximates_sde
+        if not (follows or (model.sde.is_diffusion and not model.scheme_chosen)):
             raise ValueError(
                 "MomentMatching() integrates the moments of the SDE's drift and diffusion and uses "
                 f"no scheme: what {type(model.scheme).__name__}() adds to them would be dropped. "
                 "Leave the scheme out, or use Particle() or EnsembleKalman(), which take its steps"
-            )
-        if getattr(model.sde, "accumulated", ()):
-            raise ValueError(
-                "MomentMatching() would accumulate fluxes without end: use laws.LinearNoise() with "
-                "ExtendedKalman(), which counts since the last time of the path"
             )
         self.rule(model.dim)
 

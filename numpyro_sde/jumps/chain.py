@@ -143,7 +143,8 @@ class MarkovJumpProcess(eqx.Module):
         if self.batch_shape or any(isinstance(a, jax.core.Tracer) for a in leaves):
             values = leaves[0] if self.rates.function is _given else None
         else:
-            values = self._call()
+            with jax.ensure_compile_time_eval():  # known inside a trace, too
+                values = self._call()
         if values is None or isinstance(values, jax.core.Tracer):
             return
         array = np.asarray(values)
@@ -219,11 +220,15 @@ class MarkovJumpProcess(eqx.Module):
         """Whether the host can tell that some state is never reached from another."""
         leaves = jax.tree_util.tree_leaves(self)
         known = not self.batch_shape and not any(isinstance(a, jax.core.Tracer) for a in leaves)
+        source, target = self.edge_arrays
         if known:
-            rates = np.asarray(self.generator)
-            source, target = np.nonzero(rates * (1 - np.eye(self.num_states)) > 0.0)
-        else:
-            source, target = self.edge_arrays
+            with jax.ensure_compile_time_eval():  # known inside a trace, too
+                rates = self.rates_at
+            if not isinstance(rates, jax.core.Tracer):
+                known_rates = np.asarray(rates)
+                if self.edges is None:
+                    known_rates = known_rates[source, target]
+                source, target = source[known_rates > 0.0], target[known_rates > 0.0]
         return not generators.is_irreducible(source, target, self.num_states)
 
     def transition_matrix(self, t: ArrayLike) -> Float[Array, "*t n n"]:

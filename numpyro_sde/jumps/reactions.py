@@ -6,7 +6,7 @@ how often some reactions fired since the last time of the path: incidence of an 
 reaction.
 """
 
-# ruff: noqa: ARG001, ARG002
+# ruff: noqa: ARG001
 # Functions of one protocol share its arguments, used or not.
 
 from __future__ import annotations
@@ -238,11 +238,6 @@ class ReactionNetwork(ChemicalLangevin):
         x = jnp.asarray(x)[: self.num_species]
         return _rates_at(self._code[0], self._code[2], x, self.params)
 
-    def noise_covariance_at(self, t: Any, x: Array) -> Float[Array, "d d"]:
-        """Instantaneous covariance `S diag(a) S'`; linear in the rates, so of any sign."""
-        whole = jnp.asarray(_stack(self._code[1], self.accumulated), x.dtype)
-        return (whole * self.propensities_at(x)) @ whole.T
-
     def restart(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """A state with its accumulators at zero."""
         if not self.accumulated:
@@ -260,6 +255,10 @@ class ReactionNetwork(ChemicalLangevin):
                 lambda network: (network.drift, network.diffusion), self, (drift, diffusion)
             ),
         )
+
+    @property
+    def is_diffusion(self) -> bool:
+        return not self.accumulated  # these start again at each time of the path
 
     def check_scheme(self, scheme: Any) -> None:
         """Refuse a scheme under which accumulators would never start again.

@@ -17,7 +17,6 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,7 +216,7 @@ class JumpMixture(JumpEuler):
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
         x = jnp.asarray(x, jnp.result_type(x, float))
         log_weights, means, covs = mixture(self.base, sde, t, dt, x, cache)
-        return _quantile(z, log_weights, means, jnp.sqrt(covs[:, 0, 0]))
+        return _quantile(jnp.reshape(z, ()), log_weights, means, jnp.sqrt(covs[:, 0, 0]))
 
     def invert(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
@@ -242,7 +241,9 @@ def _tail_and_slope(y: Array, log_weights: Array, means: Array, sd: Array) -> tu
     return log_tail, jnp.exp(log_density - log_tail)
 
 
-def _solve(target: Array, log_weights: Array, means: Array, sd: Array, lo: Array, hi: Array) -> Array:
+def _solve(
+    target: Array, log_weights: Array, means: Array, sd: Array, lo: Array, hi: Array
+) -> Array:
     """Where the log distribution function takes a value, with its derivatives."""
 
     def halve(bracket: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:

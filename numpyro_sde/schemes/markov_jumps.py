@@ -1,8 +1,8 @@
 """The exact transition of a Markov jump process, and the process in the form of an equation.
 
 A path law, its engines and its maps over batches ask an equation for parameters and a scheme for
-steps. `ChainEquation` answers for a Markov jump process, whose state is a number `0..n-1`; drift and
-diffusion it has none, so engines that need them must not take it, which the scheme says.
+steps. `ChainEquation` answers for a Markov jump process, whose state is a number `0..n-1`; it has
+no drift and no diffusion, so engines that need them must not take it, which the scheme says.
 """
 
 # ruff: noqa: ARG001, ARG002
@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from jax.scipy.special import ndtr
+from jaxtyping import Array, Float
 
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.jumps.sparse import Edges, propagate
@@ -60,6 +60,10 @@ class ChainEquation(SDE):
         dims = [*self.chain.leaf_event_dims(), 1]
         leaves = jax.tree_util.tree_leaves(self)
         return dims + [jnp.ndim(leaf) for leaf in leaves[len(dims) :]]
+
+    @property
+    def is_diffusion(self) -> bool:
+        return False
 
     @property
     def edges(self) -> Edges:
