@@ -38,7 +38,7 @@ def test_known_values(x64):
 
 
 def test_many_states_go_along_the_edges(x64):
-    n = 200
+    n = 80
     edges = [(i, i + 1) for i in range(n - 1)] + [(i + 1, i) for i in range(n - 1)]
     chain = nsde.MarkovJumpProcess(np.r_[np.full(n - 1, 2.0), np.ones(n - 1)], n, edges=edges)
     assert chain.matrix_free
