@@ -205,7 +205,8 @@ class SDEPath(dist.Distribution):
     def support(self) -> constraints.Constraint:
         one: Any = constraints.real
         if self.sde.positive and self.scheme.keeps_positive:
-            one = constraints.positive
+            zero = self.scheme.reaches_zero
+            one = constraints.nonnegative if zero else constraints.positive
         start = self.fixed_start
         if start is not None:
             return cast("constraints.Constraint", FixedStart(start, one, len(self.state_shape)))

@@ -165,7 +165,10 @@ class LogNormalTransition(AbstractScheme):
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
         slope, scale = _log_coefficients(sde)
         root = jnp.sqrt(dt) if cache is None else cache[0]
-        return x * jnp.exp(slope * dt + scale * root * z)
+        value = x * jnp.exp(slope * dt + scale * root * z)
+        # what underflows is the smallest number, not 0, which the process never reaches
+        tiny = jnp.finfo(value.dtype).tiny
+        return jnp.where((x > 0.0) & (value < tiny), tiny, value)
 
     def invert(
         self,
@@ -178,8 +181,12 @@ class LogNormalTransition(AbstractScheme):
     ) -> Array:
         slope, scale = _log_coefficients(sde)
         root = jnp.sqrt(dt) if cache is None else cache[0]
-        # log1p of the relative change keeps the digits of short steps.
-        return (jnp.log1p((x_next - x) / x) - slope * dt) / (scale * root)
+        # log1p of the relative change keeps the digits of short steps, and has none of a crash.
+        change = (x_next - x) / x
+        small = jnp.abs(change) < 0.5
+        far = jnp.log(jnp.where(small, 1.0, x_next)) - jnp.log(jnp.where(small, 1.0, x))
+        moved = jnp.where(small, jnp.log1p(jnp.where(small, change, 0.0)), far)
+        return (moved - slope * dt) / (scale * root)
 
 
 def _log_coefficients(sde: SDE) -> tuple[Array, Array]:

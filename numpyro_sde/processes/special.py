@@ -191,7 +191,8 @@ def log_noncentral_gamma(
             rounded arguments; derivatives reach it as an argument of its own.
 
     Returns:
-        The log density; -inf for `v <= 0`, NaN for `shape <= 0` or `u < 0`.
+        The log density; NaN for `shape <= 0` or `u < 0`, -inf for `v < 0`. At `v = 0` its limit
+        from above: infinite below a shape of 1 (two degrees of freedom), `-u` at 1, -inf above.
 
     Example:
         >>> from numpyro_sde.processes.special import log_noncentral_gamma
@@ -200,7 +201,8 @@ def log_noncentral_gamma(
     """
     v, shape, u, gap = _as_floats(v, shape, u, gap)
     valid = (shape > 0.0) & (u >= 0.0) & ~jnp.isnan(v)
-    inside = valid & (v > 0.0)
+    inside, at_zero = valid & (v > 0.0), v == 0.0
+    edge = jnp.where(shape < 1.0, jnp.inf, jnp.where(shape == 1.0, -u, -jnp.inf))
     v, shape, u = (jnp.where(inside, a, b) for a, b in ((v, 1.0), (shape, 1.0), (u, 1.0)))
     gap = jnp.where(inside, gap, -1.0)
     accuracy = _accuracy(v.dtype)
@@ -209,7 +211,8 @@ def log_noncentral_gamma(
     series = _series_log_density(v, shape, u, near, accuracy)
     debye = _debye_log_density(v, q, u, gap, ~near, accuracy)
     value = jnp.where(near, series, debye)
-    return jnp.where(inside, value, jnp.where(valid, -jnp.inf, jnp.nan))
+    outside = jnp.where(at_zero, edge, -jnp.inf)
+    return jnp.where(inside, value, jnp.where(valid, outside, jnp.nan))
 
 
 def _series_log_density(v: Array, shape: Array, u: Array, use: Array, accuracy: _Accuracy) -> Array:

@@ -100,13 +100,19 @@ class CoxIngersollRoss(SDE):
         return mean, 0.5 * mean * self.scale**2 / self.rate
 
     def stationary_log_density(self, x: ArrayLike) -> Float[Array, "..."]:
-        """Log density of the stationary Gamma law at `x`, elementwise; -inf for `x <= 0`."""
+        """Log density of the stationary Gamma law at `x`, elementwise; -inf for `x < 0`.
+
+        At 0 it is the limit from above, infinite below two degrees of freedom.
+        """
+        x = jnp.asarray(x)
         inverse = 2.0 * jnp.where(self.rate > 0.0, self.rate, jnp.nan) / self.scale**2
         shape = inverse * self.mean
-        inside = jnp.asarray(x) > 0.0
+        inside = x > 0.0
+        edge = jnp.where(shape < 1.0, jnp.inf, jnp.where(shape == 1.0, jnp.log(inverse), -jnp.inf))
+        outside = jnp.where(x == 0.0, edge, -jnp.inf)
         x = jnp.where(inside, x, 1.0)
         value = shape * jnp.log(inverse) - gammaln(shape) + (shape - 1.0) * jnp.log(x) - inverse * x
-        return jnp.where(inside | jnp.isnan(shape), value, -jnp.inf)
+        return jnp.where(inside | jnp.isnan(shape), value, outside)
 
 
 class NoncentralChiSquaredTransition(AbstractScheme):
@@ -119,7 +125,9 @@ class NoncentralChiSquaredTransition(AbstractScheme):
     its second-order Cornish-Fisher expansion, whose error is below 1e-5 of the spread.
 
     The log density is exact to about 3e-15 relative in float64 and 2e-6 in float32, and
-    differentiable in parameters and both states.
+    differentiable in parameters and both states. At a next state of exactly 0 it is the limit from
+    above: infinite below two degrees of freedom, `4 rate mean < scale^2 * 2`; finite at two;
+    -inf above. Draws are above 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro_sde as nsde
@@ -133,6 +141,7 @@ class NoncentralChiSquaredTransition(AbstractScheme):
 
     has_innovations: ClassVar[bool] = False
     keeps_positive: ClassVar[bool] = True
+    reaches_zero: ClassVar[bool] = True
 
     def log_density(
         self,
@@ -174,7 +183,10 @@ class NoncentralChiSquaredTransition(AbstractScheme):
         )
         # Divided by c before the square, which short steps would blow up to 1 / dt.
         squared = (jnp.sqrt(decay * x) + z / jnp.sqrt(2.0 * c)) ** 2
-        return gamma / c + jnp.where(by_normal, squared, 0.0)
+        # With few degrees of freedom much of the law lies below the smallest float32: a draw is
+        # the smallest number there is, not 0, where the density is no number.
+        smallest = jnp.finfo(dtype).tiny * jnp.maximum(1.0, 1.0 / c)
+        return jnp.maximum(gamma / c + jnp.where(by_normal, squared, 0.0), smallest)
 
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
         raise TypeError(_NO_INNOVATIONS)

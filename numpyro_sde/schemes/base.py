@@ -31,6 +31,7 @@ class AbstractScheme(eqx.Module):
     Subclasses state what they can do: `has_density`, a transition density; `has_innovations`,
     the next state as a map of standard normal innovations. One of the two is always there.
     `has_memory`: the state of `step` carries more than the user's, which `visible` takes out.
+    `keeps_positive`: positive states stay so; `reaches_zero`: the density stands at 0 too.
     `approximates_sde`: the step is that of drift and diffusion and adds nothing to them (jumps,
     say), so that a method which works on the SDE itself may stand for it.
     `smooth`: the next state is a smooth map of the innovations, so that what differentiates a step
@@ -48,6 +49,7 @@ class AbstractScheme(eqx.Module):
     has_density: ClassVar[bool] = True
     has_innovations: ClassVar[bool] = True
     keeps_positive: ClassVar[bool] = False
+    reaches_zero: ClassVar[bool] = False
     has_memory: ClassVar[bool] = False
     approximates_sde: ClassVar[bool] = False
     smooth: ClassVar[bool] = True

@@ -76,6 +76,10 @@ class ForcedScheme(AbstractScheme):
         return self.inner.keeps_positive
 
     @property
+    def reaches_zero(self) -> bool:  # type: ignore[override]
+        return self.inner.reaches_zero
+
+    @property
     def approximates_sde(self) -> bool:  # type: ignore[override]
         return self.inner.approximates_sde
 

@@ -95,3 +95,41 @@ def test_ckls_volatility(exponent):
     assert float(sde.diffusion_at(0.0, 4.0)) == pytest.approx(0.3 * 4.0**exponent, rel=1e-6)
     assert float(sde.drift_at(0.0, 4.0)) == pytest.approx(0.2, rel=1e-6)
     assert sde.exact_transition() is None
+
+
+@pytest.mark.parametrize("df", [0.5, 2.0, 3.0])
+@pytest.mark.parametrize("validate", [False, True])
+def test_density_at_exactly_zero_is_the_limit_from_above(df, validate, x64):
+    """SciPy's noncentral chi-squared a little above 0, and the three limits."""
+    cir = CoxIngersollRoss(rate=1.0, mean=df / 4.0, scale=1.0)
+    path = nsde.SDEPath(cir, [0.0, 0.5], 0.3, validate_args=validate)
+    c = 2.0 / (1.0 - np.exp(-0.5))
+    near = stats.ncx2.logpdf(2 * c * 1e-9, df, 2 * c * 0.3 * np.exp(-0.5)) + np.log(2 * c)
+    at_zero, above = (float(path.log_prob(jnp.array([0.3, x]))) for x in (0.0, 1e-9))
+    assert above == pytest.approx(near, rel=1e-6)
+    if df == 2.0:
+        assert at_zero == pytest.approx(near, rel=1e-6)
+    else:
+        assert at_zero == (np.inf if df < 2.0 else -np.inf)
+    stationary = float(cir.stationary_log_density(0.0))
+    assert stationary == pytest.approx({0.5: np.inf, 2.0: np.log(2.0), 3.0: -np.inf}[df])
+    assert np.isfinite(jax.grad(lambda x: path.log_prob(jnp.array([0.3, x])))(0.0))
+
+
+@pytest.mark.parametrize("df", [0.02, 0.2, 1.0])
+def test_draws_in_float32_are_never_zero_and_have_a_density(df):
+    """With 0.02 degrees of freedom most of the law lies below the smallest float32."""
+    cir = CoxIngersollRoss(rate=1.0, mean=df / 4.0, scale=1.0)
+    path = nsde.SDEPath(cir, np.linspace(0.0, 2.0, 5), 1e-3)
+    draws = jax.jit(lambda k: path.sample(k, (2000,)))(jax.random.key(0))
+    assert draws.dtype == jnp.float32
+    assert float(draws.min()) > 0.0
+    assert np.isfinite(jax.jit(path.log_prob)(draws)).all()
+
+
+def test_prices_that_underflow_are_not_zero():
+    gbm = nsde.processes.GeometricBrownianMotion(drift=0.0, volatility=12.0)
+    path = nsde.SDEPath(gbm, [0.0, 1.0, 2.0], 1.0)
+    draws = jax.jit(lambda k: path.sample(k, (200,)))(jax.random.key(1))
+    assert float(draws.min()) > 0.0
+    assert np.isfinite(jax.jit(path.log_prob)(draws)).all()
