@@ -21,6 +21,7 @@ from numpyro_sde import (
     schemes,
 )
 from numpyro_sde.accumulate import accumulate
+from numpyro_sde.diagnostics.prediction.forecast import forecast
 from numpyro_sde.distributions.compound_poisson import CompoundPoisson
 from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.path import SDEPath
@@ -70,6 +71,7 @@ __all__ = [
     "filter_additive",
     "filter_path",
     "filters",
+    "forecast",
     "guides",
     "handlers",
     "homogenize",

@@ -460,3 +460,9 @@ class refine(_ChangePath):  # noqa: N801
             )
         grid = TimeGrid(np.asarray(path.times), self.max_step)
         return path.replace(times=grid), grid.index
+
+
+# At the end, because it builds on what stands above.
+from numpyro_sde.states.extend import extend  # noqa: E402
+
+__all__ = ["discretize", "drive", "extend", "marginalize", "refine"]

@@ -27,7 +27,7 @@ LAYERS = [
             "reparam.bridge",
         ),
         "jumps",
-        *("parameters", "inputs", "events"),
+        *("parameters", "inputs", "events", "joining"),
         "laws",
         *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
         *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),

@@ -9,6 +9,7 @@ from numpyro_sde.diagnostics.compare.guide_quality import GuideQuality, guide_qu
 from numpyro_sde.diagnostics.compare.plots import plot_fits, plot_paths
 from numpyro_sde.diagnostics.compare.refine import refine_fit
 from numpyro_sde.diagnostics.compare.timing import Timing, timed
+from numpyro_sde.diagnostics.prediction.forecast import Forecast
 from numpyro_sde.diagnostics.prediction.leave_future import LeaveFutureOut, lfo
 from numpyro_sde.diagnostics.prediction.models_compared import ModelComparison, compare_models
 from numpyro_sde.diagnostics.prediction.one_step import Predictions, k_step
@@ -23,6 +24,7 @@ __all__ = [
     "AveragedDrift",
     "FilteredEstimate",
     "FitComparison",
+    "Forecast",
     "GuideQuality",
     "LeaveFutureOut",
     "ModelComparison",

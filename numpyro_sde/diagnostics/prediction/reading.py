@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro import handlers as numpyro_handlers
 
 from numpyro_sde.diagnostics.compare.draws import complete_draws, flatten_draws, read_fit
-from numpyro_sde.diagnostics.compare.path_places import strip_treatments
+from numpyro_sde.diagnostics.compare.path_places import find_paths, strip_treatments
 from numpyro_sde.diagnostics.compare.sites import (
     hold_values,
     is_latent,
@@ -25,7 +25,9 @@ from numpyro_sde.diagnostics.compare.sites import (
     trace_model,
     unwrap,
 )
+from numpyro_sde.distributions.clocks import identity_of_path, times_shown
 from numpyro_sde.distributions.marginal import IntegratedPath
+from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.handlers import marginalize, observed_paths
@@ -80,6 +82,7 @@ class Reading(NamedTuple):
         integrated: Names of the paths that it integrates out.
         direct: Names of the paths that are observed directly.
         fitted_model: The model as it was fitted, with whatever treats its paths.
+        last_rows: For each path the index of its last datum, shape `lead`; for forecasts only.
     """
 
     samples: dict[str, np.ndarray]
@@ -91,6 +94,12 @@ class Reading(NamedTuple):
     integrated: frozenset[str]
     direct: tuple[str, ...]
     fitted_model: Callable[..., Any]
+    last_rows: Mapping[str, np.ndarray] = {}
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Names of all paths of which something is known."""
+        return self.integrated | frozenset(self.last_rows)
 
     @property
     def num_draws(self) -> int:
@@ -187,17 +196,115 @@ def read_predictive(
             path, or the fit lacks draws of a parameter.
         TypeError: If `method` is no filter.
     """
+    found, samples, trace = _read(
+        fit, caller, method, model, model_args, model_kwargs, num_samples, rng_key
+    )
+    _check(caller, trace, found.integrated, found.direct, found.method, samples)
+    latent = {
+        name
+        for name, site in trace.items()
+        if name not in found.integrated and (is_latent(site) or site["type"] == "param")
+    }
+    kept = {name: value for name, value in samples.items() if name in latent}
+    if not found.integrated:
+        found = found._replace(method=None)
+    return found._replace(samples=kept or _NO_PARAMETERS)
+
+
+def read_for_forecast(
+    fit: Any,
+    *,
+    method: AbstractFilter | None,
+    model: Callable[..., Any] | None,
+    model_args: tuple[Any, ...],
+    model_kwargs: Mapping[str, Any] | None,
+    num_samples: int,
+    rng_key: PRNGKeyArray,
+) -> Reading:
+    """Read a fit for draws at further times; a latent path may stay so. Arguments as above.
+
+    Raises:
+        ValueError: If there is no path, or the fit lacks draws of a parameter or of a latent path.
+    """
+    caller = "forecast"
+    found, samples, trace = _read(
+        fit, caller, method, model, model_args, model_kwargs, num_samples, rng_key
+    )
+    paths = [
+        name
+        for name, site in trace.items()
+        if site["type"] == "sample" and isinstance(unwrap(site["fn"]), SDEPath)
+    ]
+    if not paths:
+        raise ValueError(f"{caller}: the model has no SDEPath")
+    integrated = found.integrated if found.method is not None else frozenset()
+    _require_draws(caller, trace, integrated, samples)
+    kept = {
+        name: value
+        for name, value in samples.items()
+        if name in trace and name not in integrated and trace[name]["type"] in ("sample", "param")
+    }
+    rows = {name: _last_row(name, trace) for name in paths}
+    return found._replace(samples=kept or _NO_PARAMETERS, integrated=integrated, last_rows=rows)
+
+
+# A model without parameters: one draw of nothing in particular.
+_NO_PARAMETERS = {"": np.zeros((1,))}
+
+
+def _last_row(name: str, trace: Mapping[str, Any]) -> np.ndarray:
+    """Index of the last datum of each series of a path; its last time where all is known."""
+    site = trace[name]
+    path = unwrap(site["fn"])
+    end = path.num_times - 1
+    lead = np.shape(site["value"])[: np.ndim(site["value"]) - path.event_dim]
+    last = np.full(lead, -1)
+    if site["is_observed"]:
+        return np.full(lead, end)
+    for other in trace.values():
+        law = unwrap(other["fn"]) if other["type"] == "sample" else None
+        if not isinstance(law, EmissionPath) or identity_of_path(law.observed_path) != id(
+            site["value"]
+        ):
+            continue
+        shown = times_shown(law.observed_path)
+        rows = np.asarray(law.observed_rows) % len(np.arange(end + 1) if shown is None else shown)
+        rows = rows if shown is None else np.asarray(shown)[rows]
+        value = np.asarray(other["value"], np.float64)
+        size = len(law.event_shape)
+        there = ~np.isnan(value).reshape(*value.shape[: value.ndim - size + 1], -1).all(axis=-1)
+        latest = np.where(there, rows, -1).max(axis=-1, initial=-1)
+        last = np.maximum(last, latest)
+    return np.where(last < 0, end if not last.any() else 0, last)
+
+
+def _read(
+    fit: Any,
+    caller: str,
+    method: AbstractFilter | None,
+    model: Callable[..., Any] | None,
+    model_args: tuple[Any, ...],
+    model_kwargs: Mapping[str, Any] | None,
+    num_samples: int,
+    rng_key: PRNGKeyArray,
+) -> tuple[Reading, dict[str, np.ndarray], dict[str, Any]]:
+    """A fit, all its draws, and a trace of its plain model under the first of them."""
     if method is not None and not isinstance(method, AbstractFilter):
         raise TypeError(f"method must be one of nsde.filters, got {method!r}")
     draws = read_fit(fit, model=model, model_args=model_args, model_kwargs=model_kwargs)
     if draws.model is None:
         raise ValueError(f"{caller} needs the model that was fitted: give model=")
+    fitted = draws.model
+    inner, own = strip_treatments(fitted)
+    paths = find_paths(inner, draws.model_args, draws.model_kwargs)
     draws = complete_draws(
-        draws, num_samples=num_samples, rng_key=rng_key, log_likelihood=False, num_times=None
+        draws,
+        num_samples=num_samples,
+        rng_key=rng_key,
+        log_likelihood=False,
+        num_times=None,
+        deterministic=[name for name in paths if own is None and method is None],
     )
-    assert draws.model is not None
-    inner, own = strip_treatments(draws.model)
-    method = method or own
     samples = flatten_draws(draws.posterior)
     first = {name: jnp.asarray(value[0]) for name, value in samples.items()}
     trace = trace_model(
@@ -209,26 +316,18 @@ def read_predictive(
         if is_observation(site) and isinstance(unwrap(site["fn"]), SDEPath)
     )
     integrated = frozenset(observed_paths(inner, draws.model_args, draws.model_kwargs))
-    _check(caller, trace, integrated, direct, method, samples)
-    latent = {
-        name
-        for name, site in trace.items()
-        if name not in integrated and (is_latent(site) or site["type"] == "param")
-    }
-    kept = {name: value for name, value in samples.items() if name in latent}
-    if not kept:  # a model without parameters: one draw of nothing in particular
-        kept = {"": np.zeros((1,))}
-    return Reading(
-        samples=kept,
+    found = Reading(
+        samples={},
         model=inner,
         args=draws.model_args,
         kwargs=draws.model_kwargs,
         params=draws.params,
-        method=method if integrated else None,
+        method=method or own,
         integrated=integrated,
         direct=direct,
-        fitted_model=draws.model,
+        fitted_model=fitted,
     )
+    return found, samples, trace
 
 
 def _check(
@@ -250,6 +349,12 @@ def _check(
             "linear), by which it is integrated out under the fit's parameter draws, or fit "
             "handlers.marginalize(model, method=...)"
         )
+    _require_draws(caller, trace, integrated, samples)
+
+
+def _require_draws(
+    caller: str, trace: Mapping[str, Any], integrated: frozenset[str], samples: Mapping[str, Any]
+) -> None:
     lost = [
         name
         for name, site in trace.items()
