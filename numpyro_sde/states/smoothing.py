@@ -12,9 +12,9 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
-from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.grid import TimeGrid, check_times
+from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.joining import join_clocks
 from numpyro_sde.statespace.model import AbstractFilter
 
 
@@ -40,8 +40,9 @@ def smooth(
         *model_args: arguments of the model as when it was fitted, the data included.
         method: the filter; None takes that of `handlers.marginalize`.
         rng_key: key for the draws.
-        times: times at which to draw the paths instead of their own, increasing, shape
-            `(F,)`: before, between or past the data (forecasts).
+        times: times at which to draw the paths instead of their own, increasing, shape `(F,)`, or
+            `(*batch, F)` with a clock for each series of a panel: between the data for a finer
+            picture, or past them.
         batch_size: how many draws to treat at once (memory against speed).
         **model_kwargs: keyword arguments of the model.
 
@@ -76,8 +77,6 @@ def smooth(
         raise TypeError(f"method must be one of nsde.filters, got {method!r}")
     if times is not None:
         times = check_times(times)
-        if times.ndim != 1:
-            raise ValueError(f"times must have shape (F,), got {times.shape}")
     names = observed_paths(inner, model_args, model_kwargs)
     if not names:
         raise ValueError("smooth: the model has no latent SDEPath site that it observes")
@@ -131,28 +130,29 @@ def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRN
     if times is None:
         draws = draw_smoothed(path, method, data, lead, key)
         return jnp.take(draws, stand_in.index, axis=len(lead))
-    if isinstance(path.times, jax.core.Tracer) or np.ndim(path.times) != 1:
+    if isinstance(path.times, jax.core.Tracer):
         raise ValueError(
-            f"smooth: times= needs one clock known before tracing, but path {stand_in.name!r} has "
-            f"times of shape {jnp.shape(path.times)}"
+            f"smooth: times= needs a clock known before tracing, but path {stand_in.name!r} has "
+            f"traced times of shape {jnp.shape(path.times)}"
         )
-    old = np.asarray(path.times)
-    merged = np.union1d(old, times)
-    if path.grid is None:
-        grid, place = merged, np.arange(merged.size)
-    else:  # a forecast takes steps no longer than those of the path's own grid
-        fine = TimeGrid(merged, float(path.dt.max()))
-        grid, place = fine.times, fine.index
-    row_of_old = place[np.searchsorted(merged, old)]
-    moved = [(s.moved(row_of_old[s.rows.index]), y) for s, y in data]
-    draws = draw_smoothed(_on_grid(path, grid), method, moved, lead, key)
-    return jnp.take(draws, place[np.searchsorted(merged, times)], axis=len(lead))
+    # Past the data steps are no longer than those of the path's own grid.
+    step = None if path.grid is None or not np.size(path.dt) else float(np.max(path.dt))
+    clock = join_clocks(path.times, times, step)
+    moved = [(s.moved(clock.old[s.rows.index]), y) for s, y in data]
+    draws = draw_smoothed(path.replace(times=clock.grid), method, moved, lead, key)
+    return take_times(draws, clock.place, len(path.state_shape))
 
 
-def _on_grid(path: SDEPath, times: np.ndarray) -> SDEPath:
-    if times[0] < path.times[0]:
-        raise ValueError(
-            f"smooth: times start at {times[0]}, before the path does at {path.times[0]}; the "
-            "law of the first state holds there and not earlier"
-        )
-    return path.replace(times=times)
+def take_times(states: Array, place: np.ndarray, state_dim: int) -> Array:
+    """States at grid indices, `(F,)` or `(*batch, F)` where they differ between series.
+
+    Args:
+        states: `(*lead, N, *state)`.
+        place: the indices.
+        state_dim: dimensions of one state.
+    """
+    axis = states.ndim - state_dim - 1
+    if place.ndim == 1:
+        return jnp.take(states, place, axis=axis)
+    index = np.broadcast_to(place, (*states.shape[:axis], place.shape[-1]))
+    return jnp.take_along_axis(states, index.reshape(*index.shape, *(1,) * state_dim), axis=axis)

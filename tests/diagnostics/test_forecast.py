@@ -109,6 +109,27 @@ def test_panels_with_own_clocks(latent):
     np.testing.assert_allclose(x.coords["time_value"], ahead_times)
 
 
+def test_smooth_on_a_finer_clock_for_panels():
+    """Each series at times of its own, between and past its data; 4,000 draws."""
+    times, data = np.stack([TIMES, 1.5 * TIMES]), np.stack([Y, Y[::-1]])
+    finer = np.array([[0.2, 0.4, 2.0, 3.5], [0.1, 1.0, 4.0, 5.5]])
+
+    def panel(times, y):
+        with numpyro.plate("series", 2):
+            model(times, y)
+
+    samples = {"unused": np.zeros((NUM, 2))}
+    found = nsde.smooth(
+        panel, samples, times, data, method=nsde.filters.Kalman(), rng_key=KEY, times=finer
+    )["x"]
+    assert found.shape == (NUM, 2, 4)
+    for k in range(2):
+        order = np.array([0, 1, 2, 3])
+        if k == 0:  # a time of the data themselves
+            order = np.array([0, 2, 3])
+        check(np.asarray(found)[:, k, order], *exact(times[k], data[k], finer[k, order]))
+
+
 def test_a_latent_path_starts_at_its_last_datum_not_at_its_filling():
     """The last two rows have no data: the forecast may begin there, and is the same law."""
     times = np.concatenate([TIMES, [4.0, 5.0]])

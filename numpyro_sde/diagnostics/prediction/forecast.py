@@ -31,6 +31,7 @@ from numpyro_sde.events import Events
 from numpyro_sde.handlers import extend
 from numpyro_sde.inputs import Input
 from numpyro_sde.schemes.memory import MemoryScheme
+from numpyro_sde.states.smoothing import take_times
 from numpyro_sde.statespace.model import AbstractFilter
 
 _BATCH = 32  # draws treated at once
@@ -308,7 +309,10 @@ class _Plan:
             if name not in states:
                 known = trace[name]["value"] if trace[name]["is_observed"] else values[name]
                 states[name] = self._gone_on(name, law, known, keys[name])
-        ahead = {name: _take(states[name], places[name], law) for name, law in laws.items()}
+        ahead = {
+            name: take_times(states[name], places[name], len(law.state_shape))
+            for name, law in laws.items()
+        }
         self.state_dims = {name: len(law.state_shape) for name, law in laws.items()}
         owners = {id(site["value"]): name for name, site in trace.items() if name in laws}
         emissions: dict[str, EmissionPath] = {}
@@ -439,13 +443,3 @@ class _Plan:
                 lambda e: e.inputs, emission, inputs, is_leaf=lambda leaf: leaf is None
             )
         return EmissionPath(emission, jnp.asarray(self.times), states, path.state_shape)
-
-
-def _take(states: Array, place: np.ndarray, law: SDEPath) -> Array:
-    """States at grid indices, which may differ between series."""
-    axis = states.ndim - law.event_dim
-    if place.ndim == 1:
-        return jnp.take(states, place, axis=axis)
-    index = np.broadcast_to(place, (*states.shape[:axis], place.shape[-1]))
-    index = index.reshape(*index.shape, *(1,) * len(law.state_shape))
-    return jnp.take_along_axis(states, index, axis=axis)
