@@ -17,6 +17,7 @@ from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.fractional_linear import markovian_sde
 from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
 from numpyro_sde.schemes.switching import SwitchingSteps
+from numpyro_sde.statespace.checks import typed_key
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import covariance_uses_state
 
@@ -180,6 +181,7 @@ def run_seeded(
     dims: tuple[int, ...] = (),
 ) -> Any:
     """Map `fn(model, key, *arrays)` over `lead`, each element with a key and starts of its own."""
+    key = typed_key(key)
     # Split before use: a child made by `fold_in` may be one that `split` makes.
     start_key, own = jax.random.split(key) if key.ndim == 0 else (key[0], key)
     starts = draw_starts(path, lead, num_starts, start_key)

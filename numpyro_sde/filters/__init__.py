@@ -11,9 +11,16 @@ from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.forward import Forward, ForwardResult
 from numpyro_sde.filters.kalman import Kalman
 from numpyro_sde.filters.moment_matching import MomentMatching
-from numpyro_sde.filters.particle import Particle, ParticleCollapseWarning, ParticleResult
+from numpyro_sde.filters.particle import (
+    Particle,
+    ParticleCollapseWarning,
+    UnreliableFilterWarning,
+)
+from numpyro_sde.filters.particle_result import ParticleResult, Reliability
 from numpyro_sde.filters.regimes import GPB, IMM, RegimeResult
 from numpyro_sde.filters.unscented import UnscentedKalman
+from numpyro_sde.smc.proposals import Proposal, plain_step
+from numpyro_sde.smc.resampling import Resampling
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 
 __all__ = [
@@ -32,8 +39,13 @@ __all__ = [
     "Particle",
     "ParticleCollapseWarning",
     "ParticleResult",
+    "Proposal",
     "RegimeResult",
+    "Reliability",
+    "Resampling",
     "StateSpaceModel",
+    "UnreliableFilterWarning",
     "UnscentedKalman",
     "closure_check",
+    "plain_step",
 ]

@@ -13,25 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_sde.filters.particle_result import ParticleResult, Reliability
 from numpyro_sde.smc.backward import Dynamics, invertible
 from numpyro_sde.smc.conditional import bridge_reference
+from numpyro_sde.smc.defensive import Auto, Defensive
+from numpyro_sde.smc.next_observation import ModifiedBridge, ResidualBridge
 from numpyro_sde.smc.online import OnlineSums, additive_online
-from numpyro_sde.smc.particle_filter import (
-    History,
-    Run,
-    Setting,
-    make_setting,
-    over_particles,
-    run_filter,
-)
-from numpyro_sde.smc.proposals import Guided
-from numpyro_sde.smc.resampling import SCHEMES
-from numpyro_sde.smc.smoothers import additive, draw_paths, fixed_lag, genealogy
+from numpyro_sde.smc.particle_filter import Run, run_filter
+from numpyro_sde.smc.proposals import Guided, Proposal
+from numpyro_sde.smc.race import Race, race
+from numpyro_sde.smc.resampling import SCHEMES, Resampling, effective_size
+from numpyro_sde.smc.settings import PROPOSALS, Setting, make_setting, name_of
+from numpyro_sde.smc.tails import pareto_shape
 from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
-from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count
-from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
+from numpyro_sde.statespace.bounds import largest_log_likelihood
+from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count, typed_key
+from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
-SMOOTHERS = ("mcmc", "exact", "rejection", "genealogy")
+# Folded into the key of a filter for the race before it.
+_RACE = 7
 
 
 class ParticleCollapseWarning(RuntimeWarning):
@@ -44,15 +44,60 @@ class ParticleCollapseWarning(RuntimeWarning):
     """
 
 
-def _warn_of_collapse(log_likelihood: Any) -> None:
+class UnreliableFilterWarning(RuntimeWarning):
+    """A particle filter whose own signs speak against its log likelihood.
+
+    `ParticleResult.reliability` has the numbers.
+
+    Example:
+        >>> import warnings, numpyro_sde as nsde
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", nsde.filters.UnreliableFilterWarning)
+    """
+
+
+def _remedy(proposal: str) -> str:
+    """What else to try than what is in use."""
+    others = [name for name in ("auto", "guided", "bootstrap") if name != proposal]
+    return f"use more particles, proposal={others[0]!r} or {others[1]!r}"
+
+
+def _warn(proposal: str, log_likelihood: Any, largest: Any) -> None:
+    """Say what is wrong with log likelihoods, on the host."""
     if np.any(np.isneginf(log_likelihood)):
         warnings.warn(
             "all particles had weight zero, so the log likelihood is -inf: the data are "
-            "impossible or far from every particle; use more particles, proposal='guided', or a "
-            "wider emission",
+            f"impossible or far from every particle; {_remedy(proposal)}, or a wider emission",
             ParticleCollapseWarning,
             stacklevel=2,
         )
+    if np.any(_is_above(log_likelihood, largest)):
+        warnings.warn(
+            f"the estimated log likelihood {np.max(log_likelihood):.6g} is above the largest that "
+            f"the data can have, {np.max(largest):.6g}, so it is given as NaN: weights of a few "
+            f"particles have run away; {_remedy(proposal)}",
+            UnreliableFilterWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_result(proposal: str, log_likelihood: Any, reliability: Reliability) -> None:
+    _warn(proposal, log_likelihood, reliability.largest)
+    if np.ndim(log_likelihood):
+        return  # a panel: each element's reliability is in the result
+    found = reliability.complaints()
+    if found and np.isfinite(log_likelihood):
+        warnings.warn(
+            f"this particle filter may miss a part of the law: {'; '.join(found)}. For a better "
+            f"estimate {_remedy(proposal)}, or observe more often there",
+            UnreliableFilterWarning,
+            stacklevel=2,
+        )
+
+
+def _is_above(log_likelihood: Any, largest: Any) -> Any:
+    """Whether an estimate is impossible, rounding left aside."""
+    return log_likelihood > largest + 1e-3 * (1.0 + abs(largest))
 
 
 @jax.custom_jvp
@@ -81,11 +126,14 @@ class Particle(AbstractFilter):
 
     Args:
         num_particles: number of particles.
-        proposal: how they move between observations: "guided" (given all later observations of
-            the linearised model; best wherever linearising works), "bootstrap" (the model's own
-            steps), "auxiliary", "modified_bridge" or "residual_bridge" (towards the next
-            observation only).
-        resampling: "systematic", "stratified", "residual", "multinomial", "ssp" or "killing".
+        proposal: how they move between observations: "auto" (guided where the model is linear and
+            normal, else the best of guided, bootstrap and their mixture, raced on short filters
+            with random numbers of their own), "guided" (given all later observations of the
+            linearised model; best wherever linearising works), "bootstrap" (the model's own steps),
+            "defensive" (guided and own steps mixed), "auxiliary", "modified_bridge" or
+            "residual_bridge" (towards the next observation only); or a `filters.Proposal`.
+        resampling: "systematic", "stratified", "residual", "multinomial", "ssp" or "killing", or
+            a `filters.Resampling`.
         ess_threshold: share of the particles below which the effective sample size calls for
             resampling; 1 resamples at every observation.
         seed: seed of the random numbers.
@@ -97,7 +145,12 @@ class Particle(AbstractFilter):
     Raises:
         ValueError: an unknown or impossible option. When used: noise that is not Brownian, or a
             scheme without innovations.
-        TypeError: a count that is no integer.
+        TypeError: a count that is no integer, a key that is none.
+
+    Warns:
+        ParticleCollapseWarning: all particles had weight zero.
+        UnreliableFilterWarning: the estimate is above what the data allow (it is NaN then), or,
+            from `filter`, its own signs speak against it: it names the time and a remedy.
 
     Example:
         >>> import numpyro.distributions as dist, numpyro_sde as nsde
@@ -112,8 +165,8 @@ class Particle(AbstractFilter):
     """
 
     num_particles: int = eqx.field(static=True)
-    proposal: str = eqx.field(static=True)
-    resampling: str = eqx.field(static=True)
+    mover: Proposal
+    resampler: Any = eqx.field(static=True)
     ess_threshold: float = eqx.field(static=True)
     seed: int = eqx.field(static=True)
     history: bool = eqx.field(static=True)
@@ -123,22 +176,32 @@ class Particle(AbstractFilter):
         self,
         num_particles: int = 1000,
         *,
-        proposal: str = "guided",
-        resampling: str = "systematic",
+        proposal: str | Proposal = "auto",
+        resampling: str | Resampling = "systematic",
         ess_threshold: float = 0.5,
         seed: int = 0,
         history: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> None:
-        make_setting(num_particles, proposal, resampling, ess_threshold)
+        setting = make_setting(num_particles, proposal, resampling, ess_threshold)
         check_count("seed", seed, least=0)
         self.num_particles = num_particles
-        self.proposal = proposal
-        self.resampling = resampling
+        self.mover = setting.proposal
+        self.resampler = setting.resampler
         self.ess_threshold = float(ess_threshold)
         self.seed = seed
         self.history = history
-        self.key = key
+        self.key = None if key is None else typed_key(key)
+
+    @property
+    def proposal(self) -> str | Proposal:
+        """How particles move: a name, or a user's own proposal."""
+        return name_of(self.mover, PROPOSALS)
+
+    @property
+    def resampling(self) -> str | Resampling:
+        """How particles are resampled: a name, or a user's own scheme."""
+        return name_of(self.resampler, SCHEMES)
 
     @property
     def random_key(self) -> PRNGKeyArray:
@@ -147,8 +210,8 @@ class Particle(AbstractFilter):
 
     def _with(self, **changes: Any) -> Particle:
         kept = {
-            "proposal": self.proposal,
-            "resampling": self.resampling,
+            "proposal": self.mover,
+            "resampling": self.resampler,
             "ess_threshold": self.ess_threshold,
             "seed": self.seed,
             "history": self.history,
@@ -174,7 +237,19 @@ class Particle(AbstractFilter):
     @property
     def setting(self) -> Setting:
         """What the engine needs to know."""
-        return make_setting(self.num_particles, self.proposal, self.resampling, self.ess_threshold)
+        return Setting(self.num_particles, self.mover, self.resampler, self.ess_threshold)
+
+    def _raced(self, model: StateSpaceModel) -> tuple[Setting, Race | None, PRNGKeyArray]:
+        """The setting for a model, and the key of the filter itself.
+
+        The race has random numbers of its own, so that the estimate stays unbiased.
+        """
+        key = self.random_key
+        if not isinstance(self.mover, Auto):
+            return self.setting, None, key
+        race_key = jax.random.fold_in(key if key.ndim == 0 else key[0], _RACE)
+        setting, raced = race(model, self.setting, race_key)
+        return setting, raced, key
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "Particle()")
@@ -183,17 +258,19 @@ class Particle(AbstractFilter):
                 f"Particle() moves particles by the scheme's innovations, which "
                 f"{type(model.scheme).__name__} has not: use Euler(), Milstein() or Exact()"
             )
-        if self.proposal not in ("bootstrap", "auxiliary"):
+        if isinstance(self.mover, Guided | ModifiedBridge | ResidualBridge):
             model.scheme.require_smooth(f"Particle(proposal={self.proposal!r})")
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
-        run = run_filter(model, self.setting, self.random_key)
-        jax.debug.callback(_warn_of_collapse, run.log_likelihood)
-        return _without_gradient(run.log_likelihood)
+        setting, _, key = self._raced(model)
+        value = run_filter(model, setting, key).log_likelihood
+        largest = largest_log_likelihood(model)
+        jax.debug.callback(partial(_warn, str(self.proposal)), value, largest)
+        return _without_gradient(jnp.where(_is_above(value, largest), jnp.nan, value))
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
-        run = run_filter(model, self.setting, self.random_key, diagnose=True)
-        return _without_gradient(run.increments)
+        setting, _, key = self._raced(model)
+        return _without_gradient(run_filter(model, setting, key, diagnose=True).increments)
 
     def additive(
         self,
@@ -204,16 +281,18 @@ class Particle(AbstractFilter):
     ) -> OnlineSums:
         """Smoothed sums along the path while the filter runs: see `nsde.filter_additive`."""
         self._check_weighing(model, "filter_additive")
-        run = partial(additive_online, model, self.setting, self.random_key, functional)
+        setting, _, key = self._raced(model)
+        run = partial(additive_online, model, setting, key, functional)
         result = jax.jit(lambda: run(num_backward=num_backward))()
-        jax.debug.callback(_warn_of_collapse, result.log_likelihood)
+        jax.debug.callback(partial(_warn, str(self.proposal)), result.log_likelihood, jnp.inf)
         return result
 
     def two_filter(self, model: StateSpaceModel, *, join: str = "all") -> TwoFilterResult:
         """Smoothed marginals by particles that run both ways: see `nsde.two_filter`."""
         check_choice("join", join, JOINS)
         self._check_weighing(model, "two_filter")
-        return jax.jit(lambda: two_filter(model, self.setting, self.random_key, join=join))()
+        setting, _, key = self._raced(model)
+        return jax.jit(lambda: two_filter(model, setting, key, join=join))()
 
     def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
         reason = invertible(model)
@@ -233,12 +312,16 @@ class Particle(AbstractFilter):
         """
         # Compiled as one: outside `jit` every operation would be compiled apart.
         result = jax.jit(lambda: self._filter(model))()
-        jax.debug.callback(_warn_of_collapse, result.log_likelihood)
-        return result
+        jax.debug.callback(
+            partial(_warn_of_result, str(self.proposal)), result.log_likelihood, result.reliability
+        )
+        value = result.log_likelihood
+        above = _is_above(value, result.reliability.largest)
+        return eqx.tree_at(lambda r: r.log_likelihood, result, jnp.where(above, jnp.nan, value))
 
     def _filter(self, model: StateSpaceModel) -> ParticleResult:
-        run_key, second_key = jax.random.split(self.random_key)
-        setting = self.setting
+        setting, raced, key = self._raced(model)
+        run_key, second_key = jax.random.split(key) if key.ndim == 0 else (key, key)
         plan = setting.proposal.plan(model)
         run = run_filter(
             model,
@@ -249,21 +332,53 @@ class Particle(AbstractFilter):
             history=self.history,
             plan=plan,
         )
+        variance = spread = jnp.full((), jnp.nan, model.init_mean.dtype)
         if self.num_particles > 1:
             multinomial = setting._replace(resampler=SCHEMES["multinomial"])
-            variance = run_filter(model, multinomial, second_key, variance=True, plan=plan).variance
-        else:
-            variance = jnp.full((), jnp.nan, model.init_mean.dtype)
+            second_key = second_key if second_key.ndim == 0 else second_key[0]
+            second = run_filter(model, multinomial, second_key, variance=True, plan=plan)
+            variance = second.variance
+            difference = jnp.abs(run.log_likelihood - second.log_likelihood)
+            # Two runs that agree to rounding have no spread, whatever their variance is.
+            floor = 1e-3 * (1.0 + jnp.abs(run.log_likelihood))
+            spread = difference / jnp.sqrt(2.0 * jnp.maximum(variance, 0.0) + floor)
+        index, weights = run.poorest
+        reliability = Reliability(
+            khat=pareto_shape(weights),
+            index=index,
+            time=jnp.asarray(model.times, model.init_mean.dtype)[index],
+            ess=effective_size(weights) / self.num_particles,
+            variance=variance,
+            spread=spread,
+            largest=largest_log_likelihood(model),
+            race=raced,
+        )
         law = guide = None
         if self.history:
             reference = bridge_reference(model, plan)
             law = Dynamics.of(model, reference)
-            guide = plan.nodes if isinstance(setting.proposal, Guided) else None
-        return _result(model, run, variance, law, guide)
+            guide = _guide_of(setting.proposal, plan.nodes)
+        return _result(model, run, variance, law, guide, reliability)
+
+
+def _guide_of(proposal: Proposal, nodes: Any) -> Any:
+    """What a proposal knew of later observations, for the draws of paths; None for nothing."""
+    if not isinstance(proposal, Guided):
+        return None
+    if not isinstance(proposal, Defensive):
+        return nodes
+    H, e, reference = nodes
+    silent = jnp.asarray(proposal.share) >= 1.0
+    return jnp.where(silent, 0.0, H), jnp.where(silent, 0.0, e), reference
 
 
 def _result(
-    model: StateSpaceModel, run: Run, variance: Array, law: Dynamics | None, guide: Any
+    model: StateSpaceModel,
+    run: Run,
+    variance: Array,
+    law: Dynamics | None,
+    guide: Any,
+    reliability: Reliability,
 ) -> ParticleResult:
     before_mean, before_cov, mean, cov = run.moments
     history = run.history
@@ -281,163 +396,8 @@ def _result(
         variance=variance,
         ess=run.ess,
         resampled=run.resampled,
+        reliability=reliability,
         history=history,
         law=law,
         guide=guide,
     )
-
-
-class ParticleResult(FilterResult):
-    """What a particle filter returns.
-
-    Moments are those of the weighted particles. With `history=True` the smoothing law can be
-    drawn from, path by path.
-
-    Attributes:
-        variance: estimated relative variance of the likelihood estimate, about that of
-            `log_likelihood`; useless where it is above 1 or so.
-        ess: effective sample sizes where particles may be resampled, `(N,)`.
-        resampled: whether they were, `(N,)`.
-        history: all particles and their ancestors, or None.
-        law: the path law, for smoothing, or None.
-        guide: what the proposal knew of later observations, or None.
-
-    Example:
-        >>> import jax, numpyro.distributions as dist, numpyro_sde as nsde
-        >>> sde = nsde.SDE(lambda t, x: x - x**3, lambda t, x: 0.5)
-        >>> path = nsde.SDEPath(sde, [0.0, 0.1, 0.2], init=dist.Normal(0.0, 1.0))
-        >>> result = nsde.filter_path(
-        ...     path, lambda t, x: dist.Normal(x, 0.5), [0.3, 0.2, -0.1],
-        ...     method=nsde.filters.Particle(100, history=True),
-        ... )
-        >>> result.sample(jax.random.key(0), 20).shape
-        (20, 3, 1)
-        >>> result.additive(jax.random.key(0), lambda t, dt, x, x_next: x * dt).shape
-        (2, 1)
-    """
-
-    variance: Any = None
-    ess: Any = None
-    resampled: Any = None
-    history: History | None = None
-    law: Dynamics | None = None
-    guide: Any = None
-
-    def _kept(self) -> tuple[Dynamics, History]:
-        if self.history is None or self.law is None:
-            raise ValueError(
-                "this particle filter kept no history: run it with Particle(..., history=True)"
-            )
-        return self.law, self.history
-
-    def _look_ahead(self, law: Dynamics) -> Callable[[Any, Array], Any] | None:
-        if self.guide is None:
-            return None
-        proposal = Guided()
-
-        def ahead(k: Any, x: Array) -> Any:
-            node = jax.tree.map(lambda a: a[k], self.guide)
-            return over_particles(lambda x: proposal.look_ahead(law.model, node, x), -1)(x)
-
-        return ahead
-
-    def sample(
-        self,
-        key: PRNGKeyArray,
-        num_draws: int = 1,
-        *,
-        method: str | None = None,
-        num_moves: int = 2,
-    ) -> Float[Array, "draws N d"]:
-        """Draw paths from the smoothing law.
-
-        Args:
-            key: random key.
-            num_draws: number of paths.
-            method: "mcmc" (linear cost), "exact" (all particles weighed at every block, with a
-                bridge each), "rejection" (only where every grid time is observed), "genealogy"
-                (ancestral lines: poor at the beginning of long series). None takes "mcmc" where
-                transitions have a density, else "genealogy".
-            num_moves: moves of "mcmc" in each block.
-
-        Raises:
-            ValueError: no history, an unknown method, or one that this model does not allow.
-        """
-        law, history = self._kept()
-        reason = invertible(law.model)
-        if method is None:
-            method = "genealogy" if reason else "mcmc"
-        check_choice("method", method, SMOOTHERS)
-        if reason and method != "genealogy":
-            raise ValueError(f"method={method!r} weighs transitions, but {reason}: use 'genealogy'")
-        if method == "rejection" and law.longest > 1:
-            raise ValueError(
-                "method='rejection' bounds the transition between observed times, but this grid "
-                f"has up to {law.longest} steps between them: use 'mcmc' or 'exact'"
-            )
-        draw = partial(
-            draw_paths,
-            num_draws=num_draws,
-            method=method,
-            num_moves=num_moves,
-            look_ahead=self._look_ahead(law),
-        )
-        return jax.jit(lambda: draw(law, history, key)[0])()
-
-    def smooth(
-        self, key: PRNGKeyArray | None = None, *, lag: int | None = None
-    ) -> tuple[Float[Array, "N d"], Float[Array, "N d d"]]:
-        """Smoothed means and covariances, given all observations or those of a lag.
-
-        Args:
-            key: random key of backward sampling, as many paths as particles; None for a fixed one.
-            lag: give the moments given data up to so many grid steps later instead.
-        """
-        _, history = self._kept()
-        if lag is not None:
-            check_count("lag", lag, least=0)
-            return fixed_lag(history, lag)
-        key = jax.random.key(0) if key is None else key
-        paths = self.sample(key, history.log_weights.shape[1])
-        mean = jnp.mean(paths, axis=0)
-        centred = paths - mean
-        return mean, jnp.einsum("kni,knj->nij", centred, centred) / paths.shape[0]
-
-    def genealogies(self) -> tuple[Float[Array, "M N d"], Float[Array, " M"]]:
-        """Ancestral lines of the last particles, and their normalised log weights."""
-        _, history = self._kept()
-        return genealogy(history), jax.nn.log_softmax(history.log_weights[-1])
-
-    def additive(
-        self,
-        key: PRNGKeyArray,
-        functional: Callable[[Array, Array, Array, Array], Array],
-        *,
-        num_backward: int = 2,
-    ) -> Float[Array, "blocks ..."]:
-        """Smoothed sums of `functional(t, dt, x, x_next)` along the path: PaRIS.
-
-        From the history that was kept; `nsde.filter_additive` needs none.
-
-        Args:
-            key: random key.
-            functional: the term of one grid step, states `(d,)`.
-            num_backward: ancestors drawn for each particle.
-
-        Returns:
-            The expected sum up to the end of each block between observed times, given the data up
-            to there; the last entry is given all data.
-
-        Raises:
-            ValueError: no history, a transition without density, or fewer than 2 ancestors.
-        """
-        law, history = self._kept()
-        reason = invertible(law.model)
-        if reason:
-            raise ValueError(f"additive weighs transitions, but {reason}")
-        run = partial(additive, num_backward=num_backward, look_ahead=self._look_ahead(law))
-        return jax.jit(lambda: run(law, history, key, functional))()
-
-    def backward_kernel(self) -> Any:
-        """Not for particles: they have no Gaussian backward kernel."""
-        raise TypeError("a particle filter has no Gaussian backward kernel: use sample or smooth")

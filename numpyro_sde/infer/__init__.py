@@ -7,6 +7,7 @@ from numpyro_sde.infer.metric import guided_metric
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
 from numpyro_sde.infer.pmmh import PMMH, PMMHState
+from numpyro_sde.infer.racing import Contestant, ProposalRace
 from numpyro_sde.infer.score import Score, score
 from numpyro_sde.infer.split_nuts import SplitNUTS
 
@@ -16,9 +17,11 @@ __all__ = [
     "BlackJAXState",
     "ConditionalSMC",
     "ConditionalSMCState",
+    "Contestant",
     "PMMHState",
     "ParisianEstimate",
     "ParticleGibbs",
+    "ProposalRace",
     "Score",
     "SplitNUTS",
     "UnderdampedLangevin",

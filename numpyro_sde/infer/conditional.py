@@ -16,10 +16,10 @@ from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
 from numpyro_sde.models.survey import survey
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import PROPOSALS, RENEWALS, conditional_smc, first_path
-from numpyro_sde.smc.defensive import with_own_steps
-from numpyro_sde.smc.particle_filter import Setting, make_setting
-from numpyro_sde.smc.proposals import Bootstrap
+from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
+from numpyro_sde.smc.proposals import Bootstrap, Proposal
+from numpyro_sde.smc.resampling import Resampling
+from numpyro_sde.smc.settings import Setting, make_setting, with_own_steps
 from numpyro_sde.statespace.checks import check_brownian, check_choice
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -63,11 +63,13 @@ class ConditionalSMC(MCMCKernel):
         model: the model, its path sites as they are: no `marginalize`, no reparametrisation.
         sites: names of the path sites; None for all of the model.
         num_particles: number of particles, at least 2.
-        proposal: "guided" or "bootstrap".
+        proposal: "auto" ("guided" where the model is linear and normal, else "defensive"),
+            "guided", "defensive", "bootstrap", or a `filters.Proposal` that can be retraced.
         own_share: probability with which a guided particle moves as the model does until the next
             observation. Weights are those of the mixture, never above its inverse: no path far from
-            what a normal guide expects is kept for long. None for 0.1 where an emission is not
-            normal or its variance depends on the state, as in stochastic volatility, else 0.
+            what a normal guide expects is kept for long. None for 0.25 under "auto", and under
+            "guided" for 0.1 where an emission is not normal or its variance depends on the state,
+            as in stochastic volatility, else 0.
         renewal: "backward" draws the path backward among all particles, with new bridges between
             observations; "ancestor" (grids of which every time is observed) gives the path new
             ancestors while the filter runs; "none" follows the ancestors, which all paths share at
@@ -106,10 +108,10 @@ class ConditionalSMC(MCMCKernel):
         sites: Sequence[str] | None = None,
         num_particles: int = 64,
         *,
-        proposal: str = "guided",
+        proposal: str | Proposal = "auto",
         own_share: float | None = None,
         renewal: str = "backward",
-        resampling: str = "systematic",
+        resampling: str | Resampling = "systematic",
         ess_threshold: float = 0.5,
     ) -> None:
         if not callable(model):
@@ -117,12 +119,13 @@ class ConditionalSMC(MCMCKernel):
         if isinstance(sites, str):
             raise TypeError(f"sites must be a list of names, got the string {sites!r}")
         self.setting = make_setting(
-            num_particles, proposal, resampling, ess_threshold, least=2, proposals=PROPOSALS
+            num_particles, proposal, resampling, ess_threshold, least=2, retraced=True
         )
         check_choice("renewal", renewal, RENEWALS)
-        if own_share is not None and proposal != "guided":
+        if own_share is not None and proposal not in ("auto", "guided"):
             raise ValueError(
-                f"own_share is of proposal='guided', got {own_share} with proposal={proposal!r}"
+                f"own_share is of proposal='guided' or 'auto', got {own_share} with "
+                f"proposal={proposal!r}"
             )
         if own_share is not None and not 0 <= own_share < 1:
             raise ValueError(f"own_share must be at least 0 and below 1, got {own_share}")
@@ -230,7 +233,7 @@ class ConditionalSMC(MCMCKernel):
                 "renewal='none', or use PMMH, or reparam.GuidedReparam with NUTS"
             )
         if not model.scheme.smooth:
-            if self.renewal != "none" or not isinstance(self.setting.proposal, Bootstrap):
+            if self.renewal != "none" or not isinstance(self._setting(model).proposal, Bootstrap):
                 model.scheme.require_smooth(
                     f"ConditionalSMC(proposal='guided' or renewal={self.renewal!r})"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +23,11 @@ from numpyro_sde.distributions.state_space import (
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.smc.backward import invertible
-from numpyro_sde.smc.conditional import PROPOSALS, conditional_smc, first_path
-from numpyro_sde.smc.defensive import with_own_steps
-from numpyro_sde.smc.particle_filter import Setting, make_setting
+from numpyro_sde.smc.conditional import conditional_smc, first_path
+from numpyro_sde.smc.proposals import Proposal
+from numpyro_sde.smc.settings import Setting, make_setting, with_own_steps
 from numpyro_sde.smc.smoothers import additive
-from numpyro_sde.statespace.checks import check_brownian, check_count
+from numpyro_sde.statespace.checks import check_brownian, check_count, typed_key
 from numpyro_sde.statespace.model import StateSpaceModel
 
 
@@ -61,7 +62,7 @@ def parisian_gibbs(
     num_iterations: int = 200,
     burn_in: int = 20,
     num_backward: int = 2,
-    proposal: str = "guided",
+    proposal: str | Proposal = "auto",
     params: Any = None,
     event_dims: Any = None,
     inputs: Any = None,
@@ -84,7 +85,7 @@ def parisian_gibbs(
         num_iterations: iterations, those of `burn_in` included.
         burn_in: iterations that are not averaged.
         num_backward: ancestors drawn for each particle, at least 2.
-        proposal: "guided" or "bootstrap".
+        proposal: as in `ConditionalSMC`.
         params: as in `observe`.
         event_dims: as in `observe`.
         inputs: as in `observe`.
@@ -125,34 +126,48 @@ def parisian_gibbs(
         check_count(name, value, least)
     if burn_in >= num_iterations:
         raise ValueError(f"burn_in must be below num_iterations = {num_iterations}, got {burn_in}")
-    setting = make_setting(num_particles, proposal, "systematic", 0.5, least=2, proposals=PROPOSALS)
+    setting = make_setting(num_particles, proposal, "systematic", 0.5, least=2, retraced=True)
     rows = np.arange(path.num_times) if at is None else check_indices("y", at, path.num_times)
     emissions = Emission(emission, params, event_dims, inputs, len(rows), ())
     statement = make_statement(emissions, rows, path.state_shape, ())
     check_data("y", obs, (), statement.event_shape, statement.structure)
     y = obs if isinstance(obs, np.ndarray) else jnp.asarray(obs)
-    start_key, rng_key = jax.random.split(rng_key)
+    start_key, rng_key = jax.random.split(typed_key(rng_key))
     starts = draw_starts(path, (), num_particles, start_key)
-
-    def run(model: StateSpaceModel, *starts: Array) -> Array:
-        model = with_starts(model, *starts)
-        check_brownian(model, "parisian_gibbs")
-        reason = invertible(model)
-        if reason:
-            raise ValueError(f"parisian_gibbs weighs transitions of the path, but {reason}")
-        own = with_own_steps(setting, model, None)
-        return _iterate(model, own, functional, rng_key, num_iterations, num_backward)
-
-    dims = tuple(1 + len(path.state_shape) for _ in starts)
-    trace = jax.jit(lambda *starts: run_on_model(path, (), [(statement, y)], run, starts, dims))(
-        *starts
-    )
+    run = _Iterations(setting, functional, num_iterations, num_backward)
+    trace = _compiled(run, path, statement, y, rng_key, starts)
     kept = trace[burn_in:]
     batches = max(2, int(np.sqrt(kept.shape[0])))
     size = kept.shape[0] // batches
     means = jnp.reshape(kept[: batches * size], (batches, size, *kept.shape[1:])).mean(axis=1)
     error = jnp.std(means, axis=0, ddof=1) / np.sqrt(batches)
     return ParisianEstimate(jnp.mean(kept, axis=0), error, trace)
+
+
+class _Iterations(NamedTuple):
+    """What is done with a model: static, so that it is compiled once."""
+
+    setting: Setting
+    functional: Callable[..., Array]
+    num_iterations: int
+    num_backward: int
+
+    def __call__(self, model: StateSpaceModel, key: PRNGKeyArray, *starts: Array) -> Array:
+        model = with_starts(model, *starts)
+        check_brownian(model, "parisian_gibbs")
+        reason = invertible(model)
+        if reason:
+            raise ValueError(f"parisian_gibbs weighs transitions of the path, but {reason}")
+        own = with_own_steps(self.setting, model, None)
+        return _iterate(model, own, self.functional, key, self.num_iterations, self.num_backward)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(
+    run: Any, path: SDEPath, statement: Any, y: Array, key: PRNGKeyArray, starts: Any
+) -> Array:
+    dims = (0, *(1 + len(path.state_shape) for _ in starts))
+    return run_on_model(path, (), [(statement, y)], run, (key, *starts), dims)
 
 
 def _iterate(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 from numpyro.infer import NUTS
@@ -14,10 +15,16 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_sde.infer.conditional import ConditionalSMC
-from numpyro_sde.infer.start import approximate_mode
+from numpyro_sde.infer.racing import ProposalRace, fingerprint, guide_is_exact, race_proposals
+from numpyro_sde.infer.start import Start, approximate_mode
+from numpyro_sde.smc.defensive import Auto
+from numpyro_sde.smc.settings import PROPOSALS
+from numpyro_sde.statespace.checks import typed_key
 
 # Chains begin this many standard deviations of the approximation apart.
 _SPREAD = 1.0
+# What "auto" races: proposals that can weigh the present path.
+_RACED = ("guided", "defensive", "bootstrap")
 
 
 class ParticleGibbs(Gibbs):
@@ -40,7 +47,9 @@ class ParticleGibbs(Gibbs):
         sites: names of the path sites; None for all.
         inner_options: keyword arguments of `inner`.
         **options: as of `ConditionalSMC`: `proposal`, `own_share`, `renewal`, `resampling`,
-            `ess_threshold`.
+            `ess_threshold`. Under proposal="auto" of a model that is not linear and normal,
+            "guided", "defensive" and "bootstrap" are raced at 16 points about the start, for each
+            data set; `proposals` shows the table.
 
     Raises:
         ValueError: as `ConditionalSMC`; or no other sites than paths.
@@ -84,6 +93,11 @@ class ParticleGibbs(Gibbs):
                 f"inner must make an MCMC kernel of a model, as NUTS does, got {rest!r}"
             )
         super().__init__([(paths, paths.select_sites), (rest, None)])
+        # The copy that runs: Gibbs binds its kernels to the model given the other sites.
+        self._paths = self.blocks[0][0]
+        self._is_raced = paths.setting.proposal == Auto() and paths.own_share is None
+        self.proposals: ProposalRace | None = None
+        self._races: dict[Any, ProposalRace | None] = {}
 
     def init(
         self,
@@ -100,9 +114,41 @@ class ParticleGibbs(Gibbs):
         """
         if init_params is None and is_prng_key(rng_key):
             kwargs = {} if model_kwargs is None else model_kwargs
-            start_key, rng_key = jax.random.split(rng_key)
-            start, _ = approximate_mode(self._model, model_args, kwargs, start_key)
+            mode_key, spread_key, race_key, rng_key = jax.random.split(typed_key(rng_key), 4)
+            start, _ = approximate_mode(self._model, model_args, kwargs, mode_key)
             flat, back = ravel_pytree(start.z)
-            spread = start.factor @ jax.random.normal(start_key, flat.shape, flat.dtype)
+            if self._is_raced and not isinstance(rng_key, jax.core.Tracer):
+                self._race(start, race_key, model_args, kwargs)
+            if self.proposals is not None:
+                flat = jnp.asarray(self.proposals.best_point, flat.dtype)
+            spread = start.factor @ jax.random.normal(spread_key, flat.shape, flat.dtype)
             init_params = back(flat + _SPREAD * spread)
         return super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
+
+    def _race(self, start: Start, key: PRNGKeyArray, args: Any, kwargs: Any) -> None:
+        """Take the proposal that wins on these data; what was found is kept with them."""
+        data = fingerprint(args, kwargs)
+        if data is None:
+            return
+        if data not in self._races:
+            exact = guide_is_exact(self._model, start.z, args, kwargs)
+            self._races[data] = (
+                None
+                if exact
+                else race_proposals(
+                    self._model,
+                    args,
+                    kwargs,
+                    start,
+                    key,
+                    names=_RACED,
+                    num_particles=self._paths.num_particles,
+                    options={
+                        "resampling": self._paths.setting.resampler,
+                        "ess_threshold": self._paths.setting.ess_threshold,
+                    },
+                )
+            )
+        self.proposals = found = self._races[data]
+        chosen = Auto() if found is None else PROPOSALS[found.chosen]()
+        self._paths.setting = self._paths.setting._replace(proposal=chosen)

@@ -20,31 +20,42 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import potential_energy
 from numpyro.util import is_prng_key
 
-from numpyro_sde.filters.particle import Particle
 from numpyro_sde.handlers import marginalize
+from numpyro_sde.infer.racing import (
+    LikelihoodEstimator,
+    ProposalRace,
+    estimated_log_density,
+    fingerprint,
+    guide_is_exact,
+    race_proposals,
+)
 from numpyro_sde.infer.start import approximate_mode
-from numpyro_sde.smc.particle_filter import make_setting, run_filter
-from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.smc.proposals import Proposal
+from numpyro_sde.smc.resampling import Resampling
+from numpyro_sde.smc.settings import make_setting
+from numpyro_sde.statespace.checks import typed_key
 
 # Standard deviation of the log likelihood to aim at.
 _TARGET_SD = 1.2
-_REPLICATES = 24
+_REPLICATES, _LEAST_REPLICATES = 24, 8
 _FIRST_PARTICLES = 4
+# What "auto" races, with so many particles.
+_RACED = ("guided", "bootstrap", "auxiliary", "defensive")
+_RACE_PARTICLES = 64
 _MOST_PARTICLES = 200_000
 
 
-class _Estimator(Particle):
-    """A particle filter inside its own kernel: no warnings, no refusal."""
+class _Tuned(NamedTuple):
+    """What a kernel has found for one data set."""
 
-    # Equinox would otherwise make another constructor from the fields.
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-
-    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
-        return run_filter(model, self.setting, self.random_key).log_likelihood
+    z: dict[str, Array]
+    factor: Array
+    method: LikelihoodEstimator
+    sd: float | None
+    race: ProposalRace | None
+    postprocess: Callable[..., Any]
 
 
 class PMMHState(NamedTuple):
@@ -87,9 +98,12 @@ class PMMH(MCMCKernel):
 
     Args:
         model: the model, its path sites as they are.
-        num_particles: number of particles; None chooses it at the start so that the standard
-            deviation of the log likelihood is near 1.2.
-        proposal: how particles move, as in `filters.Particle`.
+        num_particles: number of particles; None chooses it so that the standard deviation of the
+            log likelihood is near 1.2 at the worst of the central points, for each data set anew.
+        proposal: how particles move, as in `filters.Particle`. "auto" takes "guided" where the
+            model is linear and normal, where that is exact; else "guided", "bootstrap",
+            "auxiliary" and "defensive" are raced at 16 points about the start, those that miss
+            part of the likelihood are dropped, and `proposals` shows the table.
         resampling: scheme of the filter.
         ess_threshold: share of particles below which the effective size calls for resampling.
         correlation: share of the filter's random numbers that a proposal keeps, by stretches of
@@ -124,8 +138,8 @@ class PMMH(MCMCKernel):
         model: Callable[..., Any],
         num_particles: int | None = None,
         *,
-        proposal: str = "guided",
-        resampling: str = "systematic",
+        proposal: str | Proposal = "auto",
+        resampling: str | Resampling = "systematic",
         ess_threshold: float = 0.5,
         correlation: float = 0.0,
         target_accept_prob: float = 0.2,
@@ -148,15 +162,17 @@ class PMMH(MCMCKernel):
                 f"random numbers, got {resampling!r}"
             )
         self._model = model
+        self._given_particles = num_particles
         self.num_particles = num_particles
         self.proposal, self.resampling = proposal, resampling
         self.ess_threshold = ess_threshold
         self.correlation = correlation
         self.target_accept_prob = target_accept_prob
         self.log_likelihood_sd: float | None = None
+        self.proposals: ProposalRace | None = None
         self._num_warmup = 0
-        self._start: Any = None
-        self._postprocess: Any = None
+        self._tuned: dict[Any, _Tuned] = {}
+        self._current: _Tuned | None = None
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -171,67 +187,126 @@ class PMMH(MCMCKernel):
         return f"{self.num_particles} particles, acc. prob={float(state.mean_accept_prob):.2f}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_postprocess": None, "_start": None}
+        return {**self.__dict__, "_tuned": {}, "_current": None}
 
-    def _method(self, num_particles: int) -> _Estimator:
-        return _Estimator(
-            num_particles,
-            proposal=self.proposal,
-            resampling=self.resampling,
-            ess_threshold=self.ess_threshold,
-        )
+    def _options(self) -> dict[str, Any]:
+        return {"resampling": self.resampling, "ess_threshold": self.ess_threshold}
 
     def _log_density(
-        self, z: dict[str, Array], keys: PRNGKeyArray, args: Any, kwargs: Any, num_particles: int
+        self, z: dict[str, Array], keys: PRNGKeyArray, args: Any, kwargs: Any
     ) -> Array:
         """Estimated log density of unconstrained values; minus infinity where it fails."""
-        model = marginalize(self._model, method=self._method(num_particles).with_key(keys))
-        value = -potential_energy(model, args, kwargs, z)
-        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+        method = self._tuning.method.with_key(keys)
+        return estimated_log_density(self._model, method, z, args, kwargs)
+
+    @property
+    def _tuning(self) -> _Tuned:
+        if self._current is None:
+            raise RuntimeError("PMMH runs only after `tune` or `init`")
+        return self._current
 
     def tune(self, rng_key: PRNGKeyArray, *model_args: Any, **model_kwargs: Any) -> PMMH:
-        """Find a start, the shape of proposals and the number of particles.
+        """Find a start, the shape of proposals, how particles move and their number.
 
-        Done by the first run where that is not itself compiled (several chains at once on several
-        devices are: call this before).
+        Done by the first run on each data set where that is not itself compiled (several chains at
+        once on several devices are: call this before). What was found is kept with the data:
+        other data are tuned for anew.
 
         Returns:
             The kernel itself.
         """
-        init_key, size_key = jax.random.split(rng_key)
-        start, self._postprocess = approximate_mode(self._model, model_args, model_kwargs, init_key)
-        # The best scale of a random walk (Roberts, Gelman and Gilks 1997).
-        width = 2.38 / np.sqrt(start.factor.shape[0])
-        self._start = start.z, width * start.factor
-        if self.num_particles is None:
-            self._choose_size(size_key, start.z, model_args, model_kwargs)
+        found = self._tune(typed_key(rng_key), model_args, model_kwargs)
+        self._tuned[fingerprint(model_args, model_kwargs)] = found
+        self._use(found)
         return self
 
-    def _choose_size(self, key: PRNGKeyArray, z: dict[str, Array], args: Any, kwargs: Any) -> None:
-        """Raise the number of particles until the log likelihood is known well enough."""
+    def _tune(self, rng_key: PRNGKeyArray, args: Any, kwargs: Any) -> _Tuned:
+        init_key, race_key, size_key = jax.random.split(rng_key, 3)
+        start, postprocess = approximate_mode(self._model, args, kwargs, init_key)
+        raced, proposal = None, self.proposal
+        flat, back = ravel_pytree(start.z)
+        if proposal == "auto" and guide_is_exact(self._model, start.z, args, kwargs):
+            proposal = "guided"
+        elif proposal == "auto":
+            raced = race_proposals(
+                self._model,
+                args,
+                kwargs,
+                start,
+                race_key,
+                names=_RACED,
+                num_particles=self._given_particles or _RACE_PARTICLES,
+                options=self._options(),
+            )
+            proposal = raced.chosen
+            flat = jnp.asarray(raced.best_point, flat.dtype)
+        points = np.asarray(flat)[None] if raced is None else raced.central
+        size, sd = self._given_particles, None
+        if size is None:
+            size, sd = self._choose_size(size_key, points, back, proposal, args, kwargs)
+        # The best scale of a random walk (Roberts, Gelman and Gilks 1997).
+        width = 2.38 / np.sqrt(flat.size)
+        method = LikelihoodEstimator(size, proposal=proposal, **self._options())
+        return _Tuned(back(flat), width * start.factor, method, sd, raced, postprocess)
+
+    def _use(self, found: _Tuned) -> None:
+        self._current = found
+        self.num_particles, self.log_likelihood_sd = found.method.num_particles, found.sd
+        self.proposals = found.race
+
+    def _choose_size(
+        self,
+        key: PRNGKeyArray,
+        points: np.ndarray,
+        back: Callable[[Array], Any],
+        proposal: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> tuple[int, float]:
+        """Raise the number of particles until the log likelihood is known well enough.
+
+        What counts is the difference of two estimates that follow one another in the chain: with
+        `correlation` they share most random numbers (Tran et al. 2016), and it is smaller.
+        """
         size = _FIRST_PARTICLES
         while True:
-            keys = jax.random.split(jax.random.fold_in(key, size), _REPLICATES)
-            estimate = jax.jit(
-                lambda keys, n=size: lax.map(
-                    lambda k: self._log_density(z, k, args, kwargs, n), keys
+            method = LikelihoodEstimator(size, proposal=proposal, **self._options())
+
+            def pair(point: Array, key: PRNGKeyArray, method: Any = method) -> Array:
+                keep_key, *two = jax.random.split(key, 3)
+                first, fresh = (self._fresh(k) for k in two)
+                second = self._renewed(keep_key, first, fresh)
+                return jnp.stack(
+                    [
+                        estimated_log_density(
+                            self._model, method.with_key(k), back(point), args, kwargs
+                        )
+                        for k in (first, second)
+                    ]
                 )
-            )
-            values = np.asarray(estimate(keys), np.float64)
-            sd = float(np.std(values, ddof=1)) if np.all(np.isfinite(values)) else np.inf
+
+            run = jax.jit(lambda p, k, pair=pair: lax.map(lambda a: pair(*a), (p, k)))
+            count = max(_REPLICATES // len(points), _LEAST_REPLICATES)
+            keys = jax.random.split(jax.random.fold_in(key, size), count * len(points))
+            values = np.asarray(run(jnp.asarray(np.repeat(points, count, axis=0)), keys))
+            with np.errstate(invalid="ignore"):
+                differences = np.diff(values.astype(float), axis=1).reshape(len(points), count)
+            sds = np.sqrt(np.mean(differences**2, axis=1) / 2.0)
+            sd = float(np.max(np.where(np.isfinite(sds), sds, np.inf)))
             if sd <= _TARGET_SD or size >= _MOST_PARTICLES:
                 break
             growth = min(max((sd / _TARGET_SD) ** 2, 1.5), 8.0)
             size = int(min(np.ceil(size * growth), _MOST_PARTICLES))
         if not sd <= 2.0 * _TARGET_SD:
+            others = [n for n in ("auto", "guided", "bootstrap") if n != self.proposal]
             warnings.warn(
                 f"PMMH: with {size} particles the log likelihood still has a standard deviation of "
-                f"{sd:.3g}; chains will stick. Use proposal='guided', a start nearer the data, or "
-                "correlation",
+                f"{sd:.3g}; chains will stick. Use proposal={others[0]!r} or {others[1]!r}, a "
+                "start nearer the data, or correlation",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.num_particles, self.log_likelihood_sd = size, sd
+        return size, sd
 
     def init(
         self,
@@ -244,15 +319,9 @@ class PMMH(MCMCKernel):
         kwargs = {} if model_kwargs is None else model_kwargs
         self._num_warmup = num_warmup
         # Chains in one program come with a batch of keys.
-        tune_key = rng_key if is_prng_key(rng_key) else rng_key[0]
-        if self._start is None or self._postprocess is None:
-            if isinstance(rng_key, jax.core.Tracer):
-                raise ValueError(
-                    "PMMH chooses its start and number of particles before chains are compiled: "
-                    "call kernel.tune(rng_key, *model_args, **model_kwargs) first"
-                )
-            self.tune(tune_key, *model_args, **kwargs)
-        start, factor = self._start
+        rng_key = typed_key(rng_key)
+        self._find(rng_key if rng_key.ndim == 0 else rng_key[0], model_args, kwargs)
+        start, factor = self._tuning.z, self._tuning.factor
 
         def one(key: PRNGKeyArray, params: Any) -> PMMHState:
             key, move_key, noise_key = jax.random.split(key, 3)
@@ -263,7 +332,7 @@ class PMMH(MCMCKernel):
             else:
                 z = params
             keys = self._fresh(noise_key)
-            density = self._log_density(z, keys, model_args, kwargs, self._size)
+            density = self._log_density(z, keys, model_args, kwargs)
             zero = jnp.zeros((), flat.dtype)
             return PMMHState(
                 jnp.zeros((), int),
@@ -276,20 +345,38 @@ class PMMH(MCMCKernel):
                 key,
             )
 
-        if is_prng_key(rng_key):
+        if rng_key.ndim == 0:
             return jax.jit(one)(rng_key, init_params)
         return jax.jit(jax.vmap(one))(rng_key, init_params)
 
-    @property
-    def _size(self) -> int:
-        assert self.num_particles is not None
-        return self.num_particles
+    def _find(self, key: PRNGKeyArray, args: Any, kwargs: Any) -> None:
+        """Use what was found for these data, or find it."""
+        data = fingerprint(args, kwargs)
+        if data is None and self._current is not None:
+            return  # traced data: those that the kernel was tuned for
+        if data in self._tuned:
+            self._use(self._tuned[data])
+            return
+        if isinstance(key, jax.core.Tracer) or data is None:
+            raise ValueError(
+                "PMMH chooses its start and number of particles before chains are compiled: "
+                "call kernel.tune(rng_key, *model_args, **model_kwargs) first"
+            )
+        self.tune(key, *args, **kwargs)
 
     def _fresh(self, key: PRNGKeyArray) -> PRNGKeyArray:
         if self.correlation == 0:
             return key
         # As many stretches as keep the wanted share when about one of them is renewed.
         return jax.random.split(key, int(np.ceil(1.0 / (1.0 - self.correlation))))
+
+    def _renewed(self, key: PRNGKeyArray, kept: PRNGKeyArray, fresh: PRNGKeyArray) -> PRNGKeyArray:
+        """Random numbers of a proposal: all fresh, or some stretches of them."""
+        if self.correlation == 0:
+            return fresh
+        renew = jax.random.bernoulli(key, 1.0 - self.correlation, fresh.shape)
+        fresh, kept = jax.random.key_data(fresh), jax.random.key_data(kept)
+        return jax.random.wrap_key_data(jnp.where(renew[:, None], fresh, kept))
 
     def sample(self, state: PMMHState, model_args: Any, model_kwargs: Any) -> PMMHState:
         kwargs = {} if model_kwargs is None else model_kwargs
@@ -302,15 +389,8 @@ class PMMH(MCMCKernel):
         flat, back = ravel_pytree(state.z)
         direction = jax.random.normal(move_key, flat.shape, flat.dtype)
         z = back(flat + state.factor @ direction)
-        keys = self._fresh(noise_key)
-        if self.correlation > 0:
-            renew = jax.random.bernoulli(keep_key, 1.0 - self.correlation, keys.shape)
-            keys = jax.random.wrap_key_data(
-                jnp.where(
-                    renew[:, None], jax.random.key_data(keys), jax.random.key_data(state.keys)
-                )
-            )
-        density = self._log_density(z, keys, args, kwargs, self._size)
+        keys = self._renewed(keep_key, state.keys, self._fresh(noise_key))
+        density = self._log_density(z, keys, args, kwargs)
         log_ratio = density - state.log_density
         # A start of density zero takes any finite proposal.
         log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
@@ -345,10 +425,9 @@ class PMMH(MCMCKernel):
 
     def postprocess_fn(self, model_args: Any, model_kwargs: Any) -> Callable[..., Any]:
         """Constrain the values and add deterministic sites."""
-        if self._postprocess is None:
-            kwargs = {} if model_kwargs is None else model_kwargs
-            self.tune(jax.random.key(0), *model_args, **kwargs)
-        return self._postprocess(*model_args, **({} if model_kwargs is None else model_kwargs))
+        kwargs = {} if model_kwargs is None else model_kwargs
+        self._find(jax.random.key(0), model_args, kwargs)
+        return self._tuning.postprocess(*model_args, **kwargs)
 
 
 def _adapt(factor: Array, direction: Array, excess: Array, i: Array) -> Array:

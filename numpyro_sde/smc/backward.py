@@ -40,8 +40,8 @@ from numpyro_sde.linear.information import (
 from numpyro_sde.linear.small import cholesky, matmul, matvec, solve_lower, transpose
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
 from numpyro_sde.sde import SDE
+from numpyro_sde.smc.loop import clean
 from numpyro_sde.smc.normals import normals
-from numpyro_sde.smc.particle_filter import clean
 from numpyro_sde.smc.proposals import observed_rows, plain_step
 from numpyro_sde.smc.resampling import running_sum
 from numpyro_sde.statespace.guide import affine_step, linearize_along, linearize_step

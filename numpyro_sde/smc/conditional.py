@@ -21,21 +21,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from numpyro_sde.smc.backward import Dynamics, blocks_of, choose_piece, make_pool
-from numpyro_sde.smc.particle_filter import (
-    History,
-    Retained,
-    Setting,
-    over_particles,
-    run_filter,
-)
+from numpyro_sde.smc.loop import over_particles
+from numpyro_sde.smc.particle_filter import History, Retained, run_filter
 from numpyro_sde.smc.proposals import Plan, Proposal, observed_rows
+from numpyro_sde.smc.settings import Setting
 from numpyro_sde.smc.smoothers import assemble, current_piece, genealogy
 from numpyro_sde.statespace.checks import check_choice
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import smoothed_reference
 from numpyro_sde.statespace.updates import with_valid_inputs
 
-PROPOSALS = ("guided", "bootstrap")
 RENEWALS = ("backward", "ancestor", "none")
 
 

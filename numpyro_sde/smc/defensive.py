@@ -20,31 +20,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
-from scipy.special import ndtri
 
+from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.information import guided_innovations, log_weight, whiten_innovations
 from numpyro_sde.linear.small import matvec, psd_factor
-from numpyro_sde.smc.particle_filter import Setting
-from numpyro_sde.smc.proposals import Guided, Plan, move_by, observed_rows
-from numpyro_sde.statespace.guide import affine_step, speaks_by_variance
+from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal, move_by, observed_rows
+from numpyro_sde.statespace.guide import affine_step, first_inputs
 from numpyro_sde.statespace.model import StateSpaceModel
 
-# Share of the model's own steps where emissions make a guide's tails too light.
-_SHARE = 0.1
+# Share of the model's own steps where none is given, and those that "auto" races.
+_PLAIN_SHARE = 0.25
+SHARES = (0.0, _PLAIN_SHARE, 1.0)
 
 
 class Defensive(Guided):
     """Guided steps, mixed with the model's own from each observation to the next.
 
     Attributes:
-        share: probability of the model's own steps, in (0, 1).
+        share: probability of the model's own steps; with 0 this is `Guided`, with 1 `Bootstrap`.
 
     Example:
         >>> Defensive(share=0.1)
         Defensive(share=0.1)
     """
 
-    share: float = eqx.field(static=True, kw_only=True)
+    share: Any = eqx.field(kw_only=True, default=_PLAIN_SHARE)
 
     @property
     def num_extra(self) -> int:
@@ -108,10 +109,10 @@ class Defensive(Guided):
         usable = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
         mean = jax.nn.logsumexp(ahead + usable) - jax.nn.logsumexp(usable)
         mean = jnp.where(jnp.isfinite(mean), mean, 0.0)
-        return jnp.logaddexp(np.log1p(-self.share) + ahead, np.log(self.share) + mean)
+        return jnp.logaddexp(self._log_rest + ahead, self._log_share + mean)
 
     def _is_own(self, z: Array) -> Array:
-        return z[-1] < float(ndtri(self.share))
+        return z[-1] < self.share
 
     def _draw(
         self, H: Array, e: Array, ahead: Array, B: Array, z: Array, own: Array
@@ -124,21 +125,59 @@ class Defensive(Guided):
 
     def _mixed(self, log_guided: Array) -> Array:
         """Log density of the model's steps over the mixture, from guided ones' over the model's."""
-        return -jnp.logaddexp(np.log(self.share), np.log1p(-self.share) + log_guided)
+        # Where all steps are the model's own, whatever the guide says.
+        log_guided = jnp.where(jnp.isfinite(self._log_rest), log_guided, 0.0)
+        return -jnp.logaddexp(self._log_share, self._log_rest + log_guided)
+
+    @property
+    def _log_share(self) -> Any:
+        return jnp.log(jnp.asarray(self.share, jnp.result_type(float)))
+
+    @property
+    def _log_rest(self) -> Any:
+        return jnp.log1p(-jnp.asarray(self.share, jnp.result_type(float)))
 
 
-def with_own_steps(setting: Setting, model: StateSpaceModel, share: float | None) -> Setting:
-    """The setting for conditional filters of a model: its guided proposal made defensive.
+class Auto(Proposal):
+    """The proposal that a model and its data ask for: `proposal="auto"`.
 
-    Args:
-        setting: the filter's setting.
-        model: the path and its instruments.
-        share: probability of the model's own steps; None for 0.1 where an emission is not normal or
-            its variance depends on the state, else 0.
+    Where transitions and emissions are linear and normal it is `Guided`, which is exact there;
+    where steps are no smooth maps of their innovations `Bootstrap`. Else
+    guided particles, the model's own steps and a mixture of both are raced on short filters with
+    random numbers of their own, and the one with the highest mean log likelihood runs
+    (`smc.race`). The rule sees form, parameters, data and key alone: the same key gives the same
+    result, inside and outside of `jax.jit`.
+
+    Example:
+        >>> Auto()
+        Auto()
     """
-    if not isinstance(setting.proposal, Guided):
-        return setting
-    if share is None:
-        normal = all(i.gaussian and not speaks_by_variance(model, i) for i in model.instruments)
-        share = 0.0 if normal else _SHARE
-    return setting._replace(proposal=Defensive(share=share)) if share else setting
+
+    @property
+    def retraced(self) -> bool:
+        return True
+
+    def chosen(self, model: StateSpaceModel) -> Proposal:
+        if not model.scheme.smooth:
+            return Bootstrap()
+        return Guided() if is_linear_gaussian(model) else Defensive()
+
+    def move(self, *args: Any) -> Any:
+        del args
+        raise TypeError("Auto() stands for another proposal: ask for chosen(model)")
+
+
+def is_linear_gaussian(model: StateSpaceModel) -> bool:
+    """Whether steps and emissions are normal with affine means, found by tracing them."""
+    if not isinstance(model.scheme, GaussianScheme) or not all(
+        i.gaussian for i in model.instruments
+    ):
+        return False
+    step = [0]
+    if model.num_times > 1:
+        t, dt, cache = jax.tree.map(lambda a: a[0], model.step_inputs())
+        step = degrees(lambda x: affine_step(model, t, dt, x, cache), model.init_mean)
+    emissions = [
+        degrees(partial(i.moments, first_inputs(i)), model.init_mean) for i in model.instruments
+    ]
+    return all(mean <= 1 and all(d == 0 for d in rest) for mean, *rest in (step, *emissions))

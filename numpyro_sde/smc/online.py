@@ -12,7 +12,6 @@ Markov models: the PaRIS algorithm".
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,23 +21,18 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.smc.backward import Piece, Pool, block_between, make_pool, weigh_bridge
-from numpyro_sde.smc.normals import normals
-from numpyro_sde.smc.particle_filter import (
+from numpyro_sde.smc.loop import (
+    Loop,
     Particles,
-    Setting,
     Way,
     branch,
     clean,
-    draw_start,
     log_mean,
-    over_particles,
-    select_particles,
-    weigh,
     weighted_moments,
 )
 from numpyro_sde.smc.proposals import observed_rows
+from numpyro_sde.smc.settings import Setting
 from numpyro_sde.smc.smoothers import check_backward, no_sums, pad_forward, update_sums
-from numpyro_sde.statespace.guide import innovation_size
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.updates import with_valid_inputs
 
@@ -79,47 +73,41 @@ def additive_online(
     """
     check_backward(num_backward)
     model = with_valid_inputs(model)
-    M, N, proposal = setting.num_particles, model.num_times, setting.proposal
-    plan = proposal.plan(model)
+    M, N = setting.num_particles, model.num_times
+    loop = Loop.of(model, setting)
+    plan = loop.plan
     rows = observed_rows(model)
     nodes = np.unique(np.concatenate([[0, N - 1], rows]))
     observed = np.isin(nodes, rows)
     longest = int(np.max(np.diff(nodes), initial=1))
     data, inputs = model.observation_inputs(), model.step_inputs()
     start_key, key = jax.random.split(key)
-    z = normals(start_key, (model.dim, M), model.init_mean.dtype)
-    x, ratio = draw_start(model, proposal, plan, z)
-    p = Particles(x, None, ratio, jnp.zeros((), x.dtype), None)
-
-    def observe(p: Particles, k: Any) -> Particles:
-        return p._replace(log_weights=p.log_weights + weigh(model, _at(data, k), p.x))
-
+    x, ratio = loop.start(start_key)
+    p = Particles(x, None, ratio, jnp.zeros((), x.dtype))
     if observed[0]:
-        p = observe(p, 0)
-    enter = partial(proposal.enter, model, _at(plan.nodes, 0))
-    p = p._replace(memo=over_particles(enter, -1)(p.x))
+        p = loop.observe(p, _at(data, 0))
+    p = loop.enter(p, _at(plan.nodes, 0))
     sums = no_sums(functional, x)
     if N == 1:
         return OnlineSums(sums[:0], p.total + log_mean(p.log_weights))
     places, seen = jnp.asarray(nodes), jnp.asarray(observed)
 
     def select(p: Particles, k: Any, chance: PRNGKeyArray) -> tuple[Particles, Array]:
-        way = Way(False, False, None)
-        p, chosen = select_particles(model, setting, p, _at(plan.nodes, k), chance, way)
+        p, chosen = loop.select(p, _at(plan.nodes, k), chance, Way(False, False, None))
         return p, chosen.ancestors
 
     def go_on(p: Particles, *_: Any) -> tuple[Particles, Array]:
         return p, jnp.arange(M, dtype=jnp.int32)
+
+    def observe(p: Particles, k: Any) -> Particles:
+        return loop.observe(p, _at(data, k))
 
     def through(p: Particles, start: Any, end: Any, key: PRNGKeyArray) -> tuple[Particles, Array]:
         """Move particles to the end of a block; the states on the way, padded, `(n, d, M)`."""
 
         def step(p: Particles, i: Any) -> tuple[Particles, Array]:
             k = jnp.minimum(start + i, end - 1)
-            z = normals(jax.random.fold_in(key, i), (innovation_size(model), M), p.x.dtype)
-            move = over_particles(partial(proposal.move, model, _at(plan.steps, k)), -1, -1, -1)
-            x, memo, ratio = move(p.x, p.memo, z)
-            new = p._replace(x=x, memo=memo, log_weights=p.log_weights + ratio)
+            new = loop.move(p, _at(plan.steps, k), loop.numbers(jax.random.fold_in(key, i)))
             if longest > 1:
                 new = jax.tree.map(lambda a, b: jnp.where(start + i < end, a, b), new, p)
             return new, new.x
@@ -131,8 +119,7 @@ def additive_online(
         p, sums, i = carry
         start, end = places[i], places[i + 1]
         move_key, select_key, sum_key = jax.random.split(jax.random.fold_in(key, i), 3)
-        ahead = over_particles(partial(proposal.look_ahead, model, _at(plan.nodes, start)), -1)
-        pool = make_pool(p.x, p.log_weights, ahead(p.x))
+        pool = make_pool(p.x, p.log_weights, loop.look_ahead(p.x, _at(plan.nodes, start)))
         p, ancestors = branch(seen[i], observed[:-1], select, go_on)(p, start, select_key)
         p, states = through(p, start, end, move_key)
         p = branch(seen[i + 1], observed[1:], observe, lambda p, _: p)(p, end)

@@ -6,15 +6,9 @@ look-ahead function multiplies the weights and is divided out afterwards (a twis
 filter: Pitt and Shephard 1999; Whiteley and Lee 2014). All is written for one particle.
 
 - `Bootstrap`: the model's own steps (Gordon, Salmond and Smith 1993).
-- `Auxiliary`: the same steps, weights that look at the next observation (Pitt and Shephard 1999).
 - `Guided`: innovations given all later observations of the linearised model.
-- `ModifiedBridge`: towards the next observation, drift and diffusion frozen (Durham and Gallant
-  2002; with noisy, partial observations as in Golightly and Wilkinson 2008).
-- `ResidualBridge`: the same for what a drift-only path leaves (Whitaker, Golightly, Boys and
-  Sherlock 2017, section 3.1).
-
-Observations enter the bridges by the information and score of the emission where the particle is
-predicted to be, so every emission with moments can guide.
+- `smc.next_observation`: those that look at the next observation alone.
+- `smc.defensive`: guided steps mixed with the model's own, and what "auto" takes.
 """
 
 from __future__ import annotations
@@ -27,7 +21,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.information import (
@@ -41,8 +34,6 @@ from numpyro_sde.linear.information import (
     whiten_innovations,
 )
 from numpyro_sde.linear.small import (
-    cholesky,
-    diagonal,
     matmul,
     matvec,
     psd_factor,
@@ -53,7 +44,7 @@ from numpyro_sde.linear.small import (
 )
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.statespace import guide as guides
-from numpyro_sde.statespace.guide import affine_step, observed_information
+from numpyro_sde.statespace.guide import affine_step
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import believed_guide
 
@@ -79,12 +70,22 @@ def observed_rows(model: StateSpaceModel) -> np.ndarray:
 
 
 class Proposal(eqx.Module):
-    """One way to move particles; subclasses say how.
+    """One way to move particles; subclasses say how: `Particle(proposal=MyProposal())`.
+
+    `move` is all that is needed: the next state from standard normals `z`, and the log density of
+    the model's innovations less that of the map from `z`. All other methods have defaults. Arrays
+    that a proposal holds are its fields, as in any Equinox module.
 
     Example:
-        >>> from numpyro_sde.smc.proposals import PROPOSALS, Proposal
-        >>> sorted(PROPOSALS)
-        ['auxiliary', 'bootstrap', 'guided', 'modified_bridge', 'residual_bridge']
+        >>> import jax.numpy as jnp, numpyro_sde as nsde
+        >>> class Wide(nsde.filters.Proposal):
+        ...     '''The model's own steps, with innovations of twice their standard deviation.'''
+        ...     def move(self, model, step, x, memo, z):
+        ...         new = nsde.filters.plain_step(model, step, x, 2.0 * z)
+        ...         ratio = jnp.sum(0.5 * z**2 - 0.5 * (2.0 * z) ** 2 + jnp.log(2.0))
+        ...         return new, memo, ratio
+        >>> nsde.filters.Particle(100, proposal=Wide()).proposal
+        Wide()
     """
 
     def plan(self, model: StateSpaceModel) -> Plan:
@@ -114,9 +115,18 @@ class Proposal(eqx.Module):
         """Next state, what it carries on, and the log ratio of the two laws of the step."""
 
     @property
+    def retraced(self) -> bool:
+        """Whether `ratio` can weigh a step that something else took: conditional filters ask."""
+        return False
+
+    @property
     def num_extra(self) -> int:
-        """Number of normals that a particle needs beyond its innovations."""
+        """Uniform numbers that a particle needs beyond its innovations, at the end of `z`."""
         return 0
+
+    def chosen(self, model: StateSpaceModel) -> Proposal:  # noqa: ARG002
+        """The proposal to run for a model: itself, but for those that choose one by the model."""
+        return self
 
     def level(
         self,
@@ -155,7 +165,15 @@ class Proposal(eqx.Module):
 
 
 def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
-    """Next state by the scheme's own innovations, flat `(m,)`."""
+    """Next state by the scheme's own innovations, flat `(m,)`.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro_sde as nsde
+        >>> class Plain(nsde.filters.Proposal):
+        ...     '''The bootstrap filter, written anew.'''
+        ...     def move(self, model, step, x, memo, z):
+        ...         return nsde.filters.plain_step(model, step, x, z), memo, jnp.zeros(())
+    """
     t, dt, cache = step
     state = model.to_state(x)
     shape = model.scheme.innovation_shape(model.sde, jnp.shape(state))
@@ -171,6 +189,10 @@ class Bootstrap(Proposal):
         Bootstrap()
     """
 
+    @property
+    def retraced(self) -> bool:
+        return True
+
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
@@ -184,7 +206,7 @@ class Bootstrap(Proposal):
         return jnp.zeros((), x.dtype)
 
 
-def _given(
+def step_given(
     model: StateSpaceModel, step: Any, x: Array, affine: tuple[Array, Array], z: Array, h: Any
 ) -> tuple[Array, Array]:
     """One step, of mean and factor `affine`, given information `H, e` about it less `base`."""
@@ -233,6 +255,10 @@ class Guided(Proposal):
         >>> Guided()
         Guided()
     """
+
+    @property
+    def retraced(self) -> bool:
+        return True
 
     def plan(self, model: StateSpaceModel) -> Plan:
         believed = believed_guide(model)
@@ -286,7 +312,7 @@ class Guided(Proposal):
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         t, dt, cache = self.grid_step(step)
         affine = affine_step(model, t, dt, x, cache)
-        new, ratio = _given(model, step[0], x, affine, z, self.information(step, affine[1]))
+        new, ratio = step_given(model, step[0], x, affine, z, self.information(step, affine[1]))
         return new, memo, ratio
 
     def information(self, step: Any, B: Array) -> tuple[Array, Array, Array]:
@@ -326,153 +352,6 @@ class Guided(Proposal):
         return log_weight(w, z, log_det)
 
 
-def _next_observation(model: StateSpaceModel) -> tuple[Any, np.ndarray, np.ndarray]:
-    """For each step: data of the next observed time, whether there is one, and time left."""
-    rows = observed_rows(model)
-    steps = np.arange(model.num_times - 1)
-    place = np.searchsorted(rows, steps + 1)
-    seen = place < rows.size
-    target = rows[np.minimum(place, rows.size - 1)] if rows.size else np.zeros_like(steps)
-    target = np.where(seen, target, steps + 1)
-    data = jax.tree.map(lambda a: jnp.asarray(a)[target], model.observation_inputs())
-    return data, target, seen
-
-
-def information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
-    """Information and score of the observations of one time, at the point `p`."""
-    J = jnp.zeros((model.dim, model.dim), p.dtype)
-    s = jnp.zeros(model.dim, p.dtype)
-    for instrument, now in zip(model.instruments, data, strict=True):
-        inputs, y, present = now
-        more, score = observed_information(instrument, inputs, y, present, p)
-        # Padding where an instrument has no observation may hold anything, NaN included.
-        J = J + jnp.where(jnp.any(present), more, 0.0)
-        s = s + jnp.where(jnp.any(present), score, 0.0)
-    return J, s
-
-
-class _TowardsNext(Proposal):
-    """Proposals that look at the next observation alone."""
-
-    def plan(self, model: StateSpaceModel) -> Plan:
-        data, target, seen = _next_observation(model)
-        steps = jnp.arange(model.num_times - 1)
-        times = jnp.asarray(model.times)
-        left = times[target] - times[:-1]
-        after = times[target] - times[1:]
-        num_left = jnp.asarray(target) - steps
-        inputs = (model.step_inputs(), data, left, after, jnp.asarray(seen))
-        node = (steps, num_left, data, left, jnp.asarray(seen))
-        # The last time has no step after it: its node is never used.
-        node = jax.tree.map(lambda a: jnp.concatenate([a, a[-1:]]), node)
-        return Plan(inputs, node)
-
-    def _bridge(
-        self, model: StateSpaceModel, step: Any, x: Array, end: Array, z: Array
-    ) -> tuple[Array, Array]:
-        """Step given the next observation, `end` being where the particle is predicted then."""
-        now, data, left, after, seen = step
-        J, s = information_at(model, data, end)
-        J, s = jnp.where(seen, J, 0.0), jnp.where(seen, s, 0.0)
-        opened, inside = model.enter(now, x)
-        L = inside.factor(now[0], opened)
-        rest = matmul(L, transpose(L)) * after
-        M = solve(
-            jnp.eye(model.dim, dtype=x.dtype) + matmul(J, rest),
-            jnp.concatenate([J, s[:, None]], axis=1),
-        )
-        t, dt, cache = now
-        mean, B = affine_step(model, t, dt, x, cache)
-        del left
-        # The mean of the step is what the prediction goes through: nothing is ahead of it.
-        return _given(model, now, x, (mean, B), z, (M[:, :-1], M[:, -1], mean))
-
-
-class ModifiedBridge(_TowardsNext):
-    """Towards the next observation with drift and diffusion frozen at the particle.
-
-    Example:
-        >>> ModifiedBridge()
-        ModifiedBridge()
-    """
-
-    def move(
-        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
-    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        opened, inside = model.enter(step[0], x)
-        end = opened + inside.drift(step[0][0], opened) * step[2]
-        new, ratio = self._bridge(model, step, x, end, z)
-        return new, memo, ratio
-
-
-def _drift_only(model: StateSpaceModel, node: Any, x: Array) -> Array:
-    """State at the next observation by Euler steps without noise."""
-    first, count = node[0], node[1]
-    steps = model.step_inputs()
-
-    def one(k: Any, x: Array) -> Array:
-        now = jax.tree.map(lambda a: a[k], steps)
-        x, inside = model.enter(now, x)
-        return (x + inside.drift(now[0], x) * now[1]).astype(x.dtype)
-
-    return lax.fori_loop(first, first + count, one, x)
-
-
-class ResidualBridge(_TowardsNext):
-    """Towards the next observation along a path without noise from the last one.
-
-    The noiseless path takes the curvature of the drift; the bridge is needed for the rest only.
-
-    Example:
-        >>> ResidualBridge()
-        ResidualBridge()
-    """
-
-    def enter(self, model: StateSpaceModel, node: Any, x: Float[Array, " d"]) -> Any:
-        return x, _drift_only(model, node, x)
-
-    def move(
-        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
-    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        along, target = memo
-        (t, dt, cache), left = step[0], step[2]
-        opened, inside = model.enter(step[0], x)
-        along = model.open_step(along, cache)
-        slope = inside.drift(t, along)
-        end = target + (opened - along) + (inside.drift(t, opened) - slope) * left
-        new, ratio = self._bridge(model, step, x, end, z)
-        return new, ((along + slope * dt).astype(x.dtype), target), ratio
-
-
-class Auxiliary(_TowardsNext):
-    """The model's own steps, resampled by what the next observation is expected to say.
-
-    Example:
-        >>> Auxiliary()
-        Auxiliary()
-    """
-
-    def look_ahead(
-        self, model: StateSpaceModel, node: Any, x: Float[Array, " d"]
-    ) -> Float[Array, ""] | None:
-        _, _, data, left, seen = node
-        p = _drift_only(model, node, x)
-        J, s = information_at(model, data, p)
-        now = jax.tree.map(lambda a: a[node[0]], model.step_inputs())
-        opened, inside = model.enter(now, x)
-        L = inside.factor(now[0], opened) * jnp.sqrt(left)
-        gain = cholesky(jnp.eye(L.shape[-1], dtype=x.dtype) + matmul(transpose(L), matmul(J, L)))
-        white = solve_lower(gain, matvec(transpose(L), s)[:, None])[:, 0]
-        fit = 0.5 * jnp.sum(white**2) - jnp.sum(jnp.log(diagonal(gain)))
-        fit = fit + log_emission(model, data, p)
-        return jnp.where(seen & jnp.isfinite(fit), fit, 0.0)
-
-    def move(
-        self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
-    ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        return plain_step(model, step[0], x, z), memo, jnp.zeros((), x.dtype)
-
-
 def log_emission(model: StateSpaceModel, data: Any, x: Float[Array, " d"]) -> Float[Array, ""]:
     """Log density of the observations of one time, given the state.
 
@@ -488,13 +367,3 @@ def log_emission(model: StateSpaceModel, data: Any, x: Float[Array, " d"]) -> Fl
             term = jnp.where(jnp.any(present), term, 0.0)
         total = total + term
     return total
-
-
-PROPOSALS: dict[str, type[Proposal]] = {
-    "guided": Guided,
-    "bootstrap": Bootstrap,
-    "auxiliary": Auxiliary,
-    "modified_bridge": ModifiedBridge,
-    "residual_bridge": ResidualBridge,
-}
-"""The proposals by name."""

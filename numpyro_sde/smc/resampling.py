@@ -20,15 +20,43 @@ Karppinen, Singh and Vihola (2022), "Conditional particle filters with bridge ba
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Ancestors = Int[Array, " M"]
+
+
+class Resampling(eqx.Module):
+    """A way to resample that a user writes: `Particle(resampling=MyScheme())`.
+
+    Called with a key and weights `(M,)` of any scale, it returns the index of each slot's ancestor,
+    `(M,)`; the expected number of offspring of each particle must be its normalised weight times M,
+    else likelihoods are biased. With `conditional=True`, which conditional filters alone ask for,
+    the same law given that slot 0 descends from particle 0, every slot having the same law before.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro_sde as nsde
+        >>> class Independent(nsde.filters.Resampling):
+        ...     def __call__(self, key, weights, *, conditional=False):
+        ...         draws = jax.random.categorical(key, jnp.log(weights), shape=weights.shape)
+        ...         return draws.at[0].set(0) if conditional else draws
+        >>> nsde.filters.Particle(100, resampling=Independent()).resampling
+        Independent()
+    """
+
+    @abstractmethod
+    def __call__(
+        self, key: PRNGKeyArray, weights: Float[Array, " M"], *, conditional: bool = False
+    ) -> Ancestors:
+        """Ancestors of all slots."""
+
 
 _BLOCK = 16
 

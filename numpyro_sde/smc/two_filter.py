@@ -37,24 +37,23 @@ from numpyro_sde.linear.small import (
     symmetrize,
     transpose,
 )
-from numpyro_sde.smc.normals import normals
-from numpyro_sde.smc.particle_filter import (
-    History,
-    Setting,
+from numpyro_sde.smc.loop import (
     branch,
     clean,
     over_particles,
-    run_filter,
     weigh,
     weighted_moments,
 )
+from numpyro_sde.smc.next_observation import information_at
+from numpyro_sde.smc.normals import normals
+from numpyro_sde.smc.particle_filter import History, run_filter
 from numpyro_sde.smc.proposals import (
-    information_at,
     log_emission,
     move_by,
     observed_rows,
 )
 from numpyro_sde.smc.resampling import effective_size, multinomial
+from numpyro_sde.smc.settings import Setting
 from numpyro_sde.statespace.guide import affine_step, innovation_size, linearize_step
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.updates import with_valid_inputs

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -68,8 +69,8 @@ def filter_path(
         ((3, 1), (3, 1, 1))
     """
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
-    if isinstance(method, Particle):  # its result holds the model; it compiles inside
-        return run_method(path, lead, [(statement, y)], method, _filter)
+    if isinstance(method, Particle):  # its result holds the model
+        return _run_particles(path, statement, jnp.asarray(y), method, lead)
     result = _run(path, statement, jnp.asarray(y), method, _filter, lead, _is_complete(y))
     # Times of the host stay as they are.
     return (
@@ -228,6 +229,14 @@ def _run(
         return fn(method, _without_gaps(model) if complete else model)
 
     return run_method(path, lead, [(statement, y)], method, run)
+
+
+@partial(jax.jit, static_argnums=4)
+def _run_particles(
+    path: SDEPath, statement: Statement, y: Array, method: Particle, lead: tuple[int, ...]
+) -> Any:
+    """The result of a particle filter, with the model in it; compiled once for its code."""
+    return run_method(path, lead, [(statement, y)], method, _filter)
 
 
 def _filter(method: AbstractFilter, model: StateSpaceModel) -> FilterResult:

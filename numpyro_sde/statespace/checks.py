@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
 from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.statespace.model import StateSpaceModel
@@ -35,6 +40,26 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def typed_key(key: Any) -> PRNGKeyArray:
+    """A random key of the new kind, from one of either kind, or an array of them.
+
+    Raises:
+        TypeError: no random key.
+
+    Example:
+        >>> import jax
+        >>> typed_key(jax.random.PRNGKey(0)).shape, typed_key(jax.random.key(0)).shape
+        ((), ())
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise TypeError(
+        f"a random key is needed, as jax.random.key(0) makes, got {type(key).__name__} {key!r}"
+    )
 
 
 def check_brownian(model: StateSpaceModel, method: str, *, continuous: bool = False) -> None:

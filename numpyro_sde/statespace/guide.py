@@ -277,7 +277,7 @@ def guided_innovations_along(
 ) -> tuple[Float[Array, "N d"], Float[Array, "N-1 m"], Float[Array, " N-1"]]:
     """A guided path, the model's innovations along it, and the log determinant of each step."""
     shape = z.shape[1:]
-    flat = jnp.reshape(z, (z.shape[0], -1))
+    flat = jnp.reshape(z, (z.shape[0], int(np.prod(shape, dtype=int))))
     scheme = model.scheme
 
     def step(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array, Array]]:

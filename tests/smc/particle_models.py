@@ -10,9 +10,8 @@ import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.state_space import run_on_model
 from numpyro_sde.distributions.statement import make_statement
-from numpyro_sde.smc.particle_filter import Setting
-from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
+from numpyro_sde.smc.settings import PROPOSALS, Setting
 
 OU = nsde.processes.OrnsteinUhlenbeck(1.0, 0.3, 0.7)
 TIMES = np.array([0.0, 0.5, 1.0, 1.6])

@@ -10,9 +10,10 @@ from particle_models import on_model, setting
 import numpyro_sde as nsde
 from numpyro_sde.infer import ConditionalSMC
 from numpyro_sde.smc.conditional import conditional_smc
-from numpyro_sde.smc.defensive import Defensive, with_own_steps
+from numpyro_sde.smc.defensive import Defensive
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.proposals import Guided
+from numpyro_sde.smc.settings import with_own_steps
 
 # A log variance seen through returns, one of them large; steps between some observations.
 OU = nsde.processes.OrnsteinUhlenbeck(0.8, -0.2, 1.0)
@@ -143,5 +144,5 @@ def test_default_leaves_linear_models_alone():
 def test_refused():
     with pytest.raises(ValueError, match=r"own_share must be at least 0 and below 1, got 1"):
         ConditionalSMC(lambda: None, own_share=1.0)
-    with pytest.raises(ValueError, match="own_share is of proposal='guided'"):
+    with pytest.raises(ValueError, match="own_share is of proposal='guided' or 'auto'"):
         ConditionalSMC(lambda: None, proposal="bootstrap", own_share=0.1)

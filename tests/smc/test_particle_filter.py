@@ -24,8 +24,8 @@ import numpyro_sde as nsde
 from numpyro_sde.filters import Particle, ParticleCollapseWarning
 from numpyro_sde.smc.hilbert import hilbert_order
 from numpyro_sde.smc.particle_filter import run_filter
-from numpyro_sde.smc.proposals import PROPOSALS
 from numpyro_sde.smc.resampling import SCHEMES
+from numpyro_sde.smc.settings import PROPOSALS
 
 NUM = 4000
 

@@ -61,6 +61,16 @@ def test_a_guide_does_not_run_away_between_observations(x64):
     assert estimates.max() < 11 * dist.Normal(0.0, 0.1).log_prob(0.0)
 
 
+@pytest.mark.parametrize("proposal", ["guided", "defensive"])
+def test_particles_without_weight_do_not_take_the_digits_of_others(x64, proposal):
+    """Where Euler paths explode the look-ahead of a lost particle was 1e229, and the rest was 0."""
+    scales = np.array([5.5, 7.0])
+    exact = np.array([multimodal.grid_log_likelihood(s, multimodal.data("well")) for s in scales])
+    estimates = log_likelihoods(scales, 64, 16, proposal)
+    assert np.max(np.abs(in_errors(estimates, exact))) < 4.0
+    assert np.max(estimates - exact[:, None]) < 4.0
+
+
 def test_what_runs_away_is_found_by_the_guides_own_path(x64):
     seen = statement(multimodal.noisy, multimodal.WELL_GRID), jnp.asarray(multimodal.data("well"))
 

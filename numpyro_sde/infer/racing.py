@@ -1,0 +1,266 @@
+"""Which proposal, and how many particles: filters raced at several parameter values.
+
+One filter at one parameter value says little: a proposal that is exact near the mode may miss half
+of a path's law a standard deviation away, and say so by nothing but a low likelihood. So
+candidates run several times each at points spread over the posterior. A candidate whose estimate is
+confidently below another's is dropped; of the rest the one with the least variance for its time is
+taken; and the number of particles is set where the estimate is worst, not where it is best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.infer.util import potential_energy
+
+from numpyro_sde.filters.particle import Particle
+from numpyro_sde.handlers import marginalize
+from numpyro_sde.infer.start import Start
+from numpyro_sde.smc.defensive import is_linear_gaussian
+from numpyro_sde.smc.particle_filter import run_filter
+from numpyro_sde.statespace.bounds import largest_log_likelihood
+from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
+
+NUM_POINTS, NUM_RUNS = 16, 8
+# Degrees of freedom of the law of the points, and its scale in those of the start's covariance.
+_FREEDOM, _WIDTH = 5.0, 2.0
+# Points hold mass where their log density is at most so far below the highest.
+_MASS = 8.0
+
+
+class LikelihoodEstimator(Particle):
+    """A particle filter inside an engine: no warnings, no refusal, no impossible values."""
+
+    # Equinox would otherwise make another constructor from the fields.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        setting, _, key = self._raced(model)
+        value = run_filter(model, setting, key).log_likelihood
+        largest = largest_log_likelihood(model)
+        possible = value <= largest + 1e-3 * (1.0 + jnp.abs(largest))
+        return jnp.where(possible, value, -jnp.inf)
+
+
+def estimated_log_density(
+    model: Callable[..., Any], method: AbstractFilter, z: Any, args: Any, kwargs: Any
+) -> Float[Array, ""]:
+    """Log density of unconstrained values, the path integrated out; minus infinity for NaN."""
+    value = -potential_energy(marginalize(model, method=method), args, kwargs, z)
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
+class Contestant(NamedTuple):
+    """One candidate of a race.
+
+    Attributes:
+        name: of the proposal.
+        milliseconds: of one filter.
+        sd: standard deviation of its log likelihood, the largest among the central points.
+        shortfall: largest number of nats by which its likelihood is below the best one, at points
+            that hold mass.
+        kept: whether it is among those that miss nothing.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.infer.Contestant("bootstrap", 2.0, 0.8, 0.1, True).name
+        'bootstrap'
+    """
+
+    name: str
+    milliseconds: float
+    sd: float
+    shortfall: float
+    kept: bool
+
+
+class ProposalRace(NamedTuple):
+    """How candidates did: `print` shows the table.
+
+    Attributes:
+        contestants: the candidates.
+        chosen: name of the one taken.
+        num_particles: particles of each filter in the race.
+        points: unconstrained values at which they ran, `(J, D)`.
+        log_density: the best estimate of the log posterior density there, `(J,)`.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> nsde.infer.ProposalRace._fields[:2]
+        ('contestants', 'chosen')
+    """
+
+    contestants: tuple[Contestant, ...]
+    chosen: str
+    num_particles: int
+    points: Float[np.ndarray, "J D"]
+    log_density: Float[np.ndarray, " J"]
+
+    def __str__(self) -> str:
+        head = f"{'proposal':<12}{'ms':>9}{'sd':>9}{'nats short':>12}"
+        head = f"{head}  ({self.num_particles} particles)"
+        rows = [
+            f"{c.name:<12}{c.milliseconds:>9.2f}{c.sd:>9.2f}{c.shortfall:>12.2f}  "
+            + ("taken" if c.name == self.chosen else "" if c.kept else "dropped")
+            for c in self.contestants
+        ]
+        return "\n".join([head, *rows])
+
+    @property
+    def best_point(self) -> Float[np.ndarray, " D"]:
+        """The point of the highest estimated density."""
+        return self.points[int(np.argmax(self.log_density))]
+
+    @property
+    def central(self) -> Float[np.ndarray, "K D"]:
+        """The half of the points with the highest density."""
+        order = np.argsort(-self.log_density)
+        return self.points[order[: max(1, len(order) // 2)]]
+
+
+def spread_points(start: Start, key: PRNGKeyArray, count: int) -> Float[np.ndarray, "J D"]:
+    """The start itself and draws of a Student law with 5 degrees of freedom about it."""
+    flat, _ = ravel_pytree(start.z)
+    normal_key, scale_key = jax.random.split(key)
+    z = jax.random.normal(normal_key, (count - 1, flat.size), flat.dtype)
+    chi2 = 2.0 * jax.random.gamma(scale_key, 0.5 * _FREEDOM, (count - 1, 1), flat.dtype)
+    draws = flat + _WIDTH * (z * jnp.sqrt(_FREEDOM / chi2)) @ jnp.asarray(start.factor).T
+    return np.concatenate([np.asarray(flat)[None], np.asarray(draws)])
+
+
+class _AllLinear(AbstractFilter):
+    """Notes whether every path of a model is linear and normal."""
+
+    found: list[bool]
+
+    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        self.found.append(is_linear_gaussian(model))
+        return jnp.zeros((), model.init_mean.dtype)
+
+
+def guide_is_exact(model: Callable[..., Any], z: Any, args: Any, kwargs: Any) -> bool:
+    """Whether guided particles are exact for a model at any parameters, found by tracing it."""
+    found: list[bool] = []
+    jax.eval_shape(lambda z: estimated_log_density(model, _AllLinear(found), z, args, kwargs), z)
+    return bool(found) and all(found)
+
+
+def race_proposals(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    start: Start,
+    key: PRNGKeyArray,
+    *,
+    names: Sequence[str],
+    num_particles: int,
+    options: dict[str, Any],
+) -> ProposalRace:
+    """Run each proposal several times at several points about a start.
+
+    A candidate is dropped whose log mean likelihood is below the best by more than three nats and
+    three of its own standard deviations at any point that holds mass. Of the rest the one with the
+    least variance times milliseconds is taken.
+
+    Args:
+        model: the model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        start: where the points are, unconstrained.
+        key: random key.
+        names: of the proposals.
+        num_particles: particles of each filter.
+        options: other options of `filters.Particle`.
+    """
+    _, back = ravel_pytree(start.z)
+    point_key, run_key = jax.random.split(key)
+    points = spread_points(start, point_key, NUM_POINTS)
+    keys = jax.random.split(run_key, NUM_RUNS)
+    raced, values, times = [], [], []
+    for name in names:
+        method = LikelihoodEstimator(num_particles, proposal=name, **options)
+
+        def estimate(points: Array, method: LikelihoodEstimator = method) -> Array:
+            def one(point: Array, key: PRNGKeyArray) -> Array:
+                own = method.with_key(key)
+                return estimated_log_density(model, own, back(point), args, kwargs)
+
+            return lax.map(lambda p: lax.map(lambda k: one(p, k), keys), points)
+
+        run = jax.jit(estimate)
+        try:
+            jax.block_until_ready(run(jnp.asarray(points)))
+        except ValueError:
+            if name == "bootstrap":
+                raise
+            continue  # a proposal that this model's scheme or noise does not allow
+        raced.append(name)
+        before = time.process_time()
+        values.append(np.asarray(jax.block_until_ready(run(jnp.asarray(points))), np.float64))
+        times.append(1e3 * (time.process_time() - before) / (NUM_POINTS * NUM_RUNS))
+    return judge(tuple(raced), np.array(values), np.array(times), points, num_particles)
+
+
+def judge(
+    names: tuple[str, ...],
+    values: Float[np.ndarray, "C J R"],
+    milliseconds: Float[np.ndarray, " C"],
+    points: Float[np.ndarray, "J D"],
+    num_particles: int,
+) -> ProposalRace:
+    """Choose by the runs of each candidate at each point."""
+    with np.errstate(all="ignore"):
+        top = np.max(values, axis=2, keepdims=True)
+        level = np.where(np.isfinite(top), top, 0.0)
+        means = np.log(np.mean(np.exp(values - level), axis=2)) + level[..., 0]
+        sds = np.std(values, axis=2, ddof=1)
+    sds = np.where(np.isfinite(sds), sds, np.inf)
+    best = np.max(means, axis=0)
+    highest = np.max(best)
+    mass = (best > highest - _MASS) | ~np.isfinite(highest)
+    with np.errstate(all="ignore"):
+        short = np.where(mass, best - means, 0.0)
+    short = np.where(np.isnan(short), np.inf, short)
+    lost = (short > 3.0 + 3.0 * sds) | np.isposinf(short)
+    kept = ~np.any(lost & mass, axis=1)
+    kept |= ~np.any(kept)
+    central = np.argsort(-best)[: max(1, best.size // 2)]
+    worst = np.max(sds[:, central], axis=1)
+    # By how much a number of runs of the same total time would leave.
+    typical = np.median(sds[:, central], axis=1)
+    cost = np.where(kept, np.maximum(typical, 1e-3) ** 2 * milliseconds, np.inf)
+    if not np.any(np.isfinite(cost)):
+        cost = np.max(short, axis=1)
+    chosen = names[int(np.argmin(cost))]
+    rows = tuple(
+        Contestant(n, float(t), float(w), float(s.max()), bool(k))
+        for n, t, w, s, k in zip(names, milliseconds, worst, short, kept, strict=True)
+    )
+    return ProposalRace(rows, chosen, num_particles, points, best)
+
+
+def fingerprint(args: Any, kwargs: Any) -> Any:
+    """What tells data apart: shapes, types and contents of arrays; None where they are traced."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    parts: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, np.ndarray | jax.Array) and not jnp.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        ):
+            a = np.asarray(leaf)
+            parts.append((a.shape, a.dtype.str, hashlib.sha256(a.tobytes()).hexdigest()))
+        else:
+            parts.append(repr(leaf))
+    return str(tree), tuple(parts)
