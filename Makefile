@@ -25,8 +25,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST)
 
+# File by file, each with a time limit; `make test-all-2` is the second of four pieces. A run that
+# was cut off goes on where it stopped.
 test-all: $(STAMP)
-	$(PYTEST) -m 'slow or not slow'
+	PYTHON=$(BIN)/python tools/run_slow.sh
+
+test-all-%: $(STAMP)
+	PYTHON=$(BIN)/python tools/run_slow.sh -p $*/4
 
 # Undefined names apart: in the package jaxtyping's shape strings would look like some.
 lint: $(STAMP)
@@ -39,4 +44,4 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -m '' -p no:xdist -s --benchmark-columns=median
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo_output .test-all .pytest_cache .ruff_cache .mypy_cache

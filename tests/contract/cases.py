@@ -1,152 +1,53 @@
-"""The ways to say a model, each with the density that NumPyro's joint gives it.
+"""More ways to say a model than `numpyro_sde.testing` has: handlers, plates, bad data.
 
-All on one Ornstein-Uhlenbeck path of three times (two components in the vector cases) with a
-parameter `b`, the level of return. `truth(b)` is the joint density of path and data given `b`.
+Each with the density that NumPyro's joint gives it, or with the words of its refusal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
-from truth import Quadratic, add_linear_path, add_observations
 
 import numpyro_sde as nsde
+from numpyro_sde.testing.quadratic import add_observations
+from numpyro_sde.testing.ways import (
+    M0,
+    NAN,
+    RATE,
+    S0,
+    SCALE,
+    SD,
+    TIMES,
+    V0,
+    W0,
+    WAYS,
+    Y2,
+    Y3,
+    YV,
+    A,
+    L,
+    Way,
+    Y,
+    add_to,
+    level,
+    ou,
+    ou_truth,
+    seen,
+    vector,
+    vector_truth,
+)
 
-TIMES = np.array([0.0, 0.4, 1.0])
-RATE, SCALE, M0, S0, SD = 1.3, 0.8, 0.2, 1.1, 0.3
-A = np.array([[-1.0, 0.4], [-0.3, -0.5]])
-L = np.array([[0.5, 0.0], [0.3, 0.6]])
 R = np.arange(3)
-Y = np.array([0.9, -0.2, 0.5])
-Y2 = np.array([[0.9, -0.2, 0.5], [-0.6, 0.4, 1.1]])
-Y3 = np.array([[0.9, -0.2, 0.5], [0.6, 0.1, 0.8], [1.2, -0.4, 0.3]])
-YV = np.array([[0.4, -0.3], [0.7, 0.2], [-0.1, 0.6]])
-NAN = np.nan
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to say a model.
-
-    Attributes:
-        name: of the way.
-        model: the model, called with `args`.
-        truth: `b` to the joint density of path and data, without the prior of `b`.
-        shape: shape of the path's value; None where the path is no latent site.
-        args: arguments of the model.
-        refusal: words of which a refusal must contain one; None where no engine may refuse.
-        must_refuse: whether there is no right number.
-        copies: `log p(y)` counts so often, with the path integrated out (subsampled plates).
-        leaves_latent: whether `marginalize` may leave the path latent: no `observe` sees it.
-    """
-
-    name: str
-    model: Callable[..., Any]
-    truth: Callable[[float], Quadratic]
-    shape: tuple[int, ...] | None = (3,)
-    args: tuple[Any, ...] = ()
-    refusal: str | None = None
-    must_refuse: bool = False
-    copies: float = 1.0
-    leaves_latent: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def level():
-    return numpyro.sample("b", dist.Normal(0.0, 1.0))
-
-
-def ou(b, times=TIMES):
-    sde = nsde.processes.OrnsteinUhlenbeck(RATE, b, SCALE)
-    return numpyro.sample("x", nsde.SDEPath(sde, times, init=dist.Normal(M0, S0)))
-
-
-def vector_init():
-    return dist.Normal(jnp.array([0.2, -0.1]), 0.7).to_event(1)
-
-
-def vector(b):
-    sde = nsde.processes.LinearSDE(A, -jnp.asarray(A) @ jnp.array([b, b]), L)
-    return numpyro.sample("x", nsde.SDEPath(sde, TIMES, vector_init()))
-
-
-def seen(x, y, name="y", slope=1.0, sd=SD, **options):
-    return nsde.observe(name, x, lambda t, x: dist.Normal(slope * x, sd), obs=y, **options)
-
-
-def ou_truth(*statements, paths=1, weight=1.0, times=TIMES):
-    """Paths of weights `weight`, and statements as keywords of `add_observations`."""
-    index = np.arange(paths * len(R)).reshape(paths, len(R))
-    weights, clocks = np.broadcast_to(weight, paths), np.broadcast_to(times, index.shape)
-
-    def truth(b):
-        q = Quadratic(index.size)
-        for i, w, clock in zip(index, weights, clocks, strict=True):
-            add_linear_path(q, i[:, None], clock, -RATE, RATE * b, SCALE, M0, S0**2, w)
-        for statement in statements:
-            add_observations(q, **{"index": np.squeeze(index), "sd": SD, **statement})
-        return q
-
-    return truth
-
-
-def vector_truth(*statements):
-    index = np.arange(6).reshape(3, 2)
-
-    def truth(b):
-        q = Quadratic(6)
-        P0 = 0.7**2 * np.eye(2)
-        add_linear_path(q, index, TIMES, A, -A @ np.full(2, b), L, [0.2, -0.1], P0)
-        for statement in statements:
-            add_observations(q, **{"index": index, "sd": SD, **statement})
-        return q
-
-    return truth
-
-
-CASES: list[Case] = []
-
-
-def case(name, truth, **options):
-    """Add a model to the table."""
-
-    def add(model):
-        CASES.append(Case(name, model, truth, **options))
-        return model
-
-    return add
+CASES: list[Way] = list(WAYS)
+case = partial(add_to, CASES)
 
 
 # ---------------------------------------------------------------- one path, one statement
-
-
-@case("plain", ou_truth({"y": Y}))
-def _():
-    seen(ou(level()), Y)
-
-
-@case("data missing in part", ou_truth({"y": [0.9, NAN, 0.5]}))
-def _():
-    seen(ou(level()), np.array([0.9, NAN, 0.5]))
-
-
-@case("data all missing", ou_truth(), refusal="data|observ|missing")
-def _():
-    seen(ou(level()), np.full(3, NAN))
-
-
-@case("integer data", ou_truth({"y": [1, 0, 2]}))
-def _():
-    seen(ou(level()), np.array([1, 0, 2]))
 
 
 @case("masked array", ou_truth({"y": [0.9, NAN, 0.5]}), refusal="mask")
@@ -164,41 +65,12 @@ def _():
     seen(ou(level()), Y + 0.5j)
 
 
-@case("some times", ou_truth({"index": [0, 2], "y": [0.9, 0.5]}))
-def _():
-    seen(ou(level()), np.array([0.9, 0.5]), at=[0, 2])
-
-
-@case("times repeated", ou_truth({"index": [0, 0, 2], "y": [0.9, 0.7, 0.5]}))
-def _():
-    seen(ou(level()), np.array([0.9, 0.7, 0.5]), at=[0, 0, 2])
-
-
-@case("times from the end", ou_truth({"index": [2, 0], "y": [0.5, 0.9]}))
-def _():
-    seen(ou(level()), np.array([0.5, 0.9]), at=[-1, 0])
-
-
 @case("no times", ou_truth(), refusal="at")
 def _():
     seen(ou(level()), np.zeros(0), at=[])
 
 
-@case("data as argument", ou_truth({"y": Y}), args=(Y,))
-def _(y):
-    seen(ou(level()), y)
-
-
 # ---------------------------------------------------------------- several statements, transforms
-
-SECOND = {"index": [0, 2], "y": [1.6, NAN], "slope": 2.0, "sd": 0.5}
-
-
-@case("two instruments", ou_truth({"y": [0.9, NAN, 0.5]}, SECOND))
-def _():
-    x = ou(level())
-    seen(x, np.array([0.9, NAN, 0.5]))
-    seen(x, np.array([1.6, NAN]), "z", slope=2.0, sd=0.5, at=[0, 2])
 
 
 @case(
@@ -245,23 +117,6 @@ def _():
 
 
 # ---------------------------------------------------------------- plates
-
-
-@case("plate of series", ou_truth({"y": Y2}, paths=2), shape=(2, 3))
-def _():
-    b = level()
-    with numpyro.plate("series", 2):
-        seen(ou(b), Y2)
-
-
-CLOCKS = np.array([[0.0, 0.4, 1.0], [0.0, 0.7, 0.9]])
-
-
-@case("plate of series, own clocks", ou_truth({"y": Y2}, paths=2, times=CLOCKS), shape=(2, 3))
-def _():
-    b = level()
-    with numpyro.plate("series", 2):
-        seen(ou(b, CLOCKS), Y2)
 
 
 @case("plate of instruments", ou_truth({"y": Y3}), refusal="plate|instrument|replicate")
@@ -463,44 +318,29 @@ def _at_zero(b):
 
 
 CASES += [
-    Case(
+    Way(
         "condition on the path",
         handlers.condition(CASES[0].model, {"x": X0}),
         lambda b: CASES[0].truth(b).known(R, X0),
         shape=None,
         refusal="condition|observ|latent|no data|SDEPath",
     ),
-    Case(
+    Way(
         "condition on data",
         handlers.condition(lambda: seen(ou(level()), None), {"y": Y}),
         ou_truth({"y": Y}),
     ),
-    Case(
+    Way(
         "do",
         handlers.do(CASES[0].model, {"x": np.zeros(3)}),
         _at_zero,
         refusal=r"\bdo\b|interv|no data|observes",
         leaves_latent=True,
     ),
-    Case("block of another site", handlers.block(CASES[0].model, hide=["w"]), CASES[0].truth),
+    Way("block of another site", handlers.block(CASES[0].model, hide=["w"]), CASES[0].truth),
 ]
 
 # ---------------------------------------------------------------- vectors
-
-
-@case("vector", vector_truth({"y": YV}), shape=(3, 2))
-def _():
-    x = vector(level())
-    nsde.observe("y", x, lambda t, x: dist.Normal(x, SD).to_event(1), obs=YV)
-
-
-YV_GAPS = np.where(np.abs(YV) > 0.5, NAN, YV)
-
-
-@case("vector, missing in part", vector_truth({"y": YV_GAPS}), shape=(3, 2))
-def _():
-    x = vector(level())
-    nsde.observe("y", x, lambda t, x: dist.Normal(x, SD).to_event(1), obs=YV_GAPS)
 
 
 @case("vector, LocalLinear", vector_truth({"y": YV}), shape=(3, 2))
@@ -508,7 +348,9 @@ def _():
     sde = nsde.SDE(
         lambda t, x, p: jnp.asarray(A) @ (x - p), lambda t, x, p: jnp.asarray(L), params=level()
     )
-    path = nsde.SDEPath(sde, TIMES, vector_init(), scheme=nsde.schemes.LocalLinear())
+    path = nsde.SDEPath(
+        sde, TIMES, dist.Normal(V0, W0).to_event(1), scheme=nsde.schemes.LocalLinear()
+    )
     x = numpyro.sample("x", path)
     nsde.observe("y", x, lambda t, x: dist.Normal(x, SD).to_event(1), obs=YV)
 
