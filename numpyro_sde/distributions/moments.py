@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -81,27 +81,24 @@ def has_moments(d: dist.Distribution) -> bool | None:
         return bool(np.all(freedom > 2)) and all(bool(np.all(np.isfinite(v))) for v in known)
 
 
-class StartMoments(NamedTuple):
-    """Mean and covariance of a first state, and what they are worth.
-
-    Attributes:
-        kind: "normal", with a fixed state among these; "flat", all states alike; "moments", a law
-            that has these two; "none", a law without moments.
-        mean: shape `(*batch, p)`; where there is none, a place for a guide to start from.
-        cov: shape `(*batch, p, p)`; where there is none, a width for a guide.
-    """
-
-    kind: Literal["normal", "flat", "moments", "none"]
-    mean: Array
-    cov: Array
+StartKind = Literal["normal", "flat", "moments", "none"]
+"""What is known of a first state: its normal law, a fixed one among these; nothing, all states
+being alike; a mean and a covariance; a law without them."""
 
 
-def start_moments(d: dist.Distribution, event_dim: int) -> StartMoments:
-    """Moments of the law of a first state, and of what kind it is."""
+def start_kind(d: dist.Distribution) -> StartKind:
+    """Of what kind the law of a first state is."""
     if is_gaussian(d):
-        return StartMoments("normal", *mean_and_cov(d, event_dim))
-    if has_moments(d) is not False:
-        return StartMoments("moments", *mean_and_cov(d, event_dim))
+        return "normal"
+    if is_flat(d):
+        return "flat"
+    return "none" if has_moments(d) is False else "moments"
+
+
+def start_moments(d: dist.Distribution, event_dim: int, kind: StartKind) -> tuple[Array, Array]:
+    """Mean and covariance of a first state; of a law without, a place and a width for a guide."""
+    if kind in ("normal", "moments"):
+        return mean_and_cov(d, event_dim)
     shape = d.batch_shape + d.event_shape
     center, width = jnp.zeros(shape), jnp.full(shape, _WIDTH)
     core: Any = _core(d)
@@ -109,8 +106,7 @@ def start_moments(d: dist.Distribution, event_dim: int) -> StartMoments:
         center, width = (jnp.broadcast_to(v, shape) for v in (core.loc, core.scale))
     vector = center if event_dim else center[..., None]
     sd = width if event_dim else width[..., None]
-    cov = sd[..., :, None] ** 2 * jnp.eye(sd.shape[-1])
-    return StartMoments("flat" if is_flat(d) else "none", vector, cov)
+    return vector, sd[..., :, None] ** 2 * jnp.eye(sd.shape[-1])
 
 
 def has_independent_components(d: dist.Distribution) -> bool:

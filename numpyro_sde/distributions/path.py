@@ -20,7 +20,7 @@ from numpyro.util import is_prng_key
 from numpyro_sde.checks.closures import refuse_closures
 from numpyro_sde.checks.data import as_data
 from numpyro_sde.describe import html_table, one_line, path_entries
-from numpyro_sde.distributions import arguments
+from numpyro_sde.distributions import arguments, moments
 from numpyro_sde.distributions.batching import (
     align_new_axes,
     describe_batch,
@@ -31,12 +31,13 @@ from numpyro_sde.distributions.batching import (
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
 from numpyro_sde.distributions.fixed_start import FixedStart
-from numpyro_sde.distributions.moments import draw_start
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.schemes.events import Forcing
 from numpyro_sde.sde import SDE, Structure, broadcast_batch
+
+_DIMS = ("leaf_dims", "lead_dims")
 
 
 class SDEPath(dist.Distribution):
@@ -75,7 +76,7 @@ class SDEPath(dist.Distribution):
     arg_constraints: ClassVar = {"times": constraints.ordered_vector}
     reparametrized_params: ClassVar = ["times"]
     pytree_data_fields = ("sde", "times", "dt", "init", "scheme", "forcing", "events")
-    pytree_aux_fields = ("structure", "grid", "scheme_chosen", "leaf_dims", "lead_dims")
+    pytree_aux_fields = ("structure", "grid", "scheme_chosen", "start_kind", *_DIMS)
 
     sde: SDE
     times: Any
@@ -87,11 +88,12 @@ class SDEPath(dist.Distribution):
     structure: Structure
     grid: TimeGrid | None
     scheme_chosen: bool
-    # Batch dimensions that only parameters brought, where a model made the law outside any plate
-    # for them: most likely dimensions of one process that were not declared.
+    start_kind: moments.StartKind
+    # Batch dimensions that only parameters brought, where a model made the law outside any plate:
+    # most likely dimensions of one process that were not declared.
     undeclared: frozenset[int] = frozenset()
-    # Event and batch dimensions of the leaves of `_leaves` as constructed: a
-    # transformation that stacks laws adds axes, and they must be told from the leaves' own.
+    # Dimensions of `_leaves` as constructed, event and batch: a transformation that stacks laws
+    # adds axes, to be told from these.
     leaf_dims: tuple[int, ...]
     lead_dims: tuple[int, ...]
 
@@ -110,6 +112,7 @@ class SDEPath(dist.Distribution):
         self.sde = sde
         self._set_clock(times)
         self.init = arguments.as_init(init, counts=getattr(scheme, "counts", False))
+        self.start_kind = moments.start_kind(self.init)
         state_shape = self.init.event_shape
         if len(state_shape) > 1:
             raise ValueError(f"init must have event shape () or (d,), got {state_shape}")
@@ -205,8 +208,7 @@ class SDEPath(dist.Distribution):
     def support(self) -> constraints.Constraint:
         one: Any = constraints.real
         if self.sde.positive and self.scheme.keeps_positive:
-            zero = self.scheme.reaches_zero
-            one = constraints.nonnegative if zero else constraints.positive
+            one = constraints.nonnegative if self.scheme.reaches_zero else constraints.positive
         start = self.fixed_start
         if start is not None:
             return cast("constraints.Constraint", FixedStart(start, one, len(self.state_shape)))
@@ -298,7 +300,7 @@ class SDEPath(dist.Distribution):
         assert is_prng_key(key)
         key_init, key_path = jax.random.split(key)
         lead = sample_shape + self.batch_shape
-        x0 = draw_start(self._expanded_init(), key_init, sample_shape)
+        x0 = moments.draw_start(self._expanded_init(), key_init, sample_shape)
         if self.scheme.has_innovations:
             shape = lead + self.innovation_shape
             z = jax.random.normal(key_path, shape, jnp.result_type(float))

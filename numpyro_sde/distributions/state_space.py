@@ -70,7 +70,8 @@ def run_on_model(
     dims: tuple[int, ...] = (),
 ) -> Any:
     """Map `fn(model, *arrays)` of the unbatched state-space model over `lead`."""
-    kind, mean, cov = start_moments(path.init, len(path.state_shape))
+    kind = path.start_kind
+    mean, cov = start_moments(path.init, len(path.state_shape), kind)
     # A start given in whole numbers is a real state all the same.
     mean, cov = mean.astype(jnp.result_type(mean, float)), cov.astype(jnp.result_type(cov, float))
     state_shape, chosen = path.state_shape, path.scheme_chosen

@@ -289,7 +289,7 @@ def _median(site: Any) -> Any:
     if law.event_dim == 0:
         try:
             value = law.icdf(jnp.full(law.shape(), 0.5))
-        except (NotImplementedError, AttributeError):
+        except (NotImplementedError, AttributeError, ImportError):
             value = None
         if value is not None:
             return value
