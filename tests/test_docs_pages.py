@@ -22,7 +22,7 @@ SLOW = {
         "particles",
         "path_guides",
     ),
-    *("comparing", "missing_data", "processes", "schemes", "treatments"),
+    *("comparing", "comparing_models", "forecasting", "sde_vs_ode", "missing_data", "processes", "schemes", "treatments"),
 }
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

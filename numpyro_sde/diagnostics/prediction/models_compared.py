@@ -302,7 +302,7 @@ def _verdict(table: Any, name: str, judged: Mapping[str, _Judged], by_future: bo
         behind = evidence.max() - evidence[name]
         parts.append("largest evidence" if behind == 0 else f"log evidence less by {behind:.1f}")
     if bad := int(row["bad_khat"]):
-        remedy = "a smaller khat_threshold" if by_future else "integrate the path out, or take lfo"
+        remedy = "a smaller khat_threshold" if by_future else "lfo says more"
         parts.append(
             f"its elpd is not to be trusted: {bad} of {one.points.size} k-hats above "
             f"{one.threshold:.2f} ({remedy})"
