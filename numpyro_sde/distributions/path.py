@@ -31,6 +31,7 @@ from numpyro_sde.distributions.batching import (
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
 from numpyro_sde.distributions.fixed_start import FixedStart
+from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
@@ -92,8 +93,7 @@ class SDEPath(dist.Distribution):
     # Batch dimensions that only parameters brought, where a model made the law outside any plate:
     # most likely dimensions of one process that were not declared.
     undeclared: frozenset[int] = frozenset()
-    # Dimensions of `_leaves` as constructed, event and batch: a transformation that stacks laws
-    # adds axes, to be told from these.
+    # Dimensions of `_leaves` as constructed: transformations that stack laws add axes to them.
     leaf_dims: tuple[int, ...]
     lead_dims: tuple[int, ...]
 
@@ -248,9 +248,9 @@ class SDEPath(dist.Distribution):
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
         traced = isinstance(value, jax.core.Tracer)
         if traced and self.fixed_start is None and not self.sde.positive:
-            # On the whole real line only NaN and infinity are outside, and give NaN or -inf by
-            # themselves: a test of every state would cost a sixth of the density.
+            # Only NaN and infinity are outside, and say so: a test would cost a sixth of it.
             return self._log_prob(value)
+        warn_coarse_step(self, value)
         return self._checked_log_prob(value)
 
     def _log_prob(self, value: ArrayLike) -> Array:

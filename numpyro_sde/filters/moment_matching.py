@@ -30,7 +30,7 @@ from equinox.internal import unvmap_any
 from jax import lax
 from jaxtyping import Array, Float
 
-from numpyro_sde.linear.balance import balancing_units
+from numpyro_sde.linear.balance import fastest_rate
 from numpyro_sde.linear.small import matmul, psd_factor, solve_lower, transpose, tria
 from numpyro_sde.schemes import MomentClosure
 from numpyro_sde.statespace.checks import (
@@ -243,22 +243,10 @@ def _safe_length(
     z = jnp.asarray(rule.points, carry.mean.dtype)
     points = carry.mean + matmul(z, transpose(carry.S))
     jacobians = jax.vmap(jax.jacfwd(lambda x: model.drift(t, x)))(points)
-    rate = lax.stop_gradient(_fastest_rate(jnp.tensordot(weights, jacobians, 1)))
+    rate = lax.stop_gradient(fastest_rate(jnp.tensordot(weights, jacobians, 1)))
     wanted = carry.left / substeps
     allowed = _RATE_TIMES_STEP / jnp.where(rate > 0, rate, 1.0)
     return jnp.where(wanted * rate > _RATE_TIMES_STEP, allowed, jnp.maximum(wanted, 0.0))
-
-
-def _fastest_rate(A: Float[Array, "d d"]) -> Float[Array, ""]:
-    """A bound on the moduli of the eigenvalues that is close to the largest one, `|A^8|^(1/8)`."""
-    unit = balancing_units(A)
-    A = A * (unit / unit[:, None])
-    size = jnp.max(jnp.abs(A))
-    size = jnp.where(size > 0, size, 1.0)
-    power = A / size
-    for _ in range(3):
-        power = matmul(power, power)
-    return size * jnp.sum(power**2) ** (1.0 / 16.0)
 
 
 def _runge_kutta(

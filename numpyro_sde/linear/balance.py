@@ -1,4 +1,4 @@
-"""Units for the states of a linear system in which its matrix is small."""
+"""Units for the states of a linear system in which its matrix is small, and its fastest rate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from numpyro_sde.linear.small import matmul
 
 _SWEEPS = 4
 _MAX_UNIT = 30  # binary digits by which a unit may differ from the mean one
@@ -37,3 +39,23 @@ def balancing_units(A: Float[Array, "d d"]) -> Float[Array, " d"]:
         log_unit = log_unit - jnp.mean(log_unit)
     log_unit = jnp.clip(jnp.round(log_unit), -_MAX_UNIT, _MAX_UNIT)
     return jnp.exp2(jnp.where(jnp.isfinite(log_unit), log_unit, 0))
+
+
+def fastest_rate(A: Float[Array, "d d"]) -> Float[Array, ""]:
+    """A bound on the moduli of the eigenvalues that is close to the largest, `|A^16|^(1/16)`.
+
+    Gelfand's formula in balanced units: no units of the states and no shear make it large.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> round(float(fastest_rate(jnp.diag(jnp.array([-3.0, -1.0])))), 4)
+        3.0
+    """
+    unit = balancing_units(A)
+    A = A * (unit / unit[:, None])
+    size = jnp.max(jnp.abs(A))
+    size = jnp.where(size > 0, size, 1.0)
+    power = A / size
+    for _ in range(4):
+        power = matmul(power, power)
+    return size * jnp.sum(power**2) ** (1.0 / 32.0)

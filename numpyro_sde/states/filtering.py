@@ -18,7 +18,11 @@ from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import run_method
 from numpyro_sde.distributions.statement import Statement, make_statement
+from numpyro_sde.distributions.step_check import warn_coarse_step
+from numpyro_sde.filters.ensemble import EnsembleKalman
+from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.particle import Particle
+from numpyro_sde.filters.unscented import UnscentedKalman
 from numpyro_sde.observe import check_data, check_indices
 from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.smc.online import OnlineSums
@@ -72,6 +76,9 @@ def filter_path(
     if isinstance(method, Particle):  # its result holds the model
         return _run_particles(path, statement, jnp.asarray(y), method, lead)
     result = _run(path, statement, jnp.asarray(y), method, _filter, lead, _is_complete(y))
+    if isinstance(method, ExtendedKalman | UnscentedKalman | EnsembleKalman):
+        states = result.mean if path.state_shape else result.mean[..., 0]
+        warn_coarse_step(path, states)
     # Times of the host stay as they are.
     return (
         eqx.tree_at(lambda r: r.times, result, path.times) if np.ndim(path.times) == 1 else result
