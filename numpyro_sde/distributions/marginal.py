@@ -151,11 +151,12 @@ class MarginalPath(dist.Distribution):
         """A series whose path and data are masked out says nothing; a path alone cannot be."""
         if self.path_mask is True or (isinstance(self.path_mask, bool) and self.path_mask):
             return total
+        on_host = isinstance(y, np.ndarray) and isinstance(self.path_mask, np.ndarray)
+        xp: Any = np if on_host else jnp
         axes = tuple(range(-len(statement.event_shape), 0))
-        floats = jnp.asarray(y, jnp.result_type(float, y))
-        missing = jnp.all(jnp.isnan(floats), axis=axes)
-        alone = ~jnp.asarray(self.path_mask) & ~missing
-        if not isinstance(alone, jax.core.Tracer) and bool(jnp.any(alone)):
+        floats = xp.asarray(y, jnp.result_type(float))
+        missing = xp.all(xp.isnan(floats), axis=axes)
+        if on_host and np.any(~self.path_mask & ~missing):
             raise ValueError(
                 f"path {'' if self.stand_in is None else self.stand_in.name!r} is masked out by "
                 "handlers.mask where its data are not: without a law it cannot be integrated out. "

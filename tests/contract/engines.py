@@ -178,8 +178,9 @@ def _estimated(case, method, repeats, key=7):
     refuse_latent(case, nsde.handlers.marginalize(case.model, method=method))
 
     def density(key):
-        model = nsde.handlers.marginalize(case.model, method=method.with_key(key))
-        return log_density(handlers.seed(model, 0), case.args, {}, {"b": B})[0]
+        # Under a seed handler its key decides, not the filter's own.
+        model = nsde.handlers.marginalize(case.model, method=method)
+        return log_density(handlers.seed(model, key), case.args, {}, {"b": B})[0]
 
     return np.asarray(jax.jit(lambda keys: jax.lax.map(density, keys))(keys)) - prior()
 
