@@ -300,6 +300,24 @@ def stack_replicates(
     return together, lay_out, without
 
 
+def with_lead(statement: Statement, y: Any, lead: tuple[int, ...]) -> tuple[Statement, Any]:
+    """A statement and its data without the unit dimensions before the batch of the path.
+
+    Where replicates were taken out of a batch of more dimensions than the path's, ones stand in
+    their place.
+    """
+
+    def cut(array: Any, event_dim: int) -> Any:
+        excess = np.ndim(array) - event_dim - len(lead)
+        return array.reshape(np.shape(array)[excess:]) if excess > 0 else array
+
+    leaves, treedef = jax.tree_util.tree_flatten(statement)
+    dims = statement.leaf_event_dims()
+    laid = [cut(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
+    together = jax.tree_util.tree_unflatten(treedef, laid)
+    return together, cut(y, len(statement.event_shape))
+
+
 def broadcast_lead(y: Any, batch_shape: tuple[int, ...], event_dim: int) -> Any:
     """Data broadcast to the batch of their statement, where it has instruments of one path."""
     shape = np.shape(y)

@@ -28,6 +28,7 @@ from numpyro_sde.distributions.statement import (
     broadcast_lead,
     missing_where_masked,
     stack_replicates,
+    with_lead,
 )
 from numpyro_sde.models.stack import (
     outside_all_handlers,
@@ -294,7 +295,8 @@ def _statement(site: PathSite, seen: _Observation, view: Any) -> tuple[Statement
     statement, lay_out, _ = stack_replicates(plain, seen.batch_shape, site.lead, power)
     event_dim = len(law.event_shape)
     y = missing_where_masked(message["value"], seen.mask, seen.batch_shape, event_dim)
-    return statement, lay_out(broadcast_lead(y, seen.batch_shape, event_dim), event_dim)
+    y = lay_out(broadcast_lead(y, seen.batch_shape, event_dim), event_dim)
+    return with_lead(statement, y, site.lead)
 
 
 def _provenance(
