@@ -109,6 +109,11 @@ def start_moments(d: dist.Distribution, event_dim: int, kind: StartKind) -> tupl
     return vector, sd[..., :, None] ** 2 * jnp.eye(sd.shape[-1])
 
 
+def is_exact(d: dist.Distribution) -> bool:
+    """Whether `d` is a point mass."""
+    return isinstance(_core(d), dist.Delta)
+
+
 def has_independent_components(d: dist.Distribution) -> bool:
     """Whether the components of one event are independent."""
     return peel(_core(d)).event_dim == 0 or isinstance(_core(d), dist.Delta)

@@ -27,6 +27,7 @@ from numpyro_sde.distributions.missing import log_prob_of_present, tolerates_par
 from numpyro_sde.distributions.moments import (
     has_independent_components,
     has_moments,
+    is_exact,
     is_gaussian,
 )
 from numpyro_sde.events import Rule
@@ -51,6 +52,7 @@ class EmissionStructure(NamedTuple):
         partial: whether single components may be missing.
         gaussian: whether it is normal, with any mean and covariance.
         diagonal: whether its components are independent given the state.
+        exact: whether it is a point mass: seen without noise.
         family: class name of the distribution, for messages.
         has_moments: whether it has a mean and a variance; None where traced parameters decide.
     """
@@ -62,6 +64,7 @@ class EmissionStructure(NamedTuple):
     partial: bool
     gaussian: bool
     diagonal: bool
+    exact: bool
     family: str
     has_moments: bool | None
 
@@ -219,6 +222,7 @@ class Emission(eqx.Module):
                     tolerates_partial(law),
                     is_gaussian(law),
                     has_independent_components(law),
+                    is_exact(law),
                     type(law).__name__,
                     has_moments(law),
                 )
@@ -248,6 +252,17 @@ class Emission(eqx.Module):
                 f"emission fails on a state of shape {state_shape}: {error}{hint}"
             ) from error
         return found[0]
+
+
+def met(law: dist.Distribution, y: Array) -> Array:
+    """Zero where the state agrees with a reading without noise to rounding, else minus infinity.
+
+    A path that is conditioned on its readings meets them up to the rounding of its steps.
+    """
+    mean = jnp.reshape(jnp.asarray(law.mean), jnp.shape(y))
+    near = jnp.sqrt(jnp.finfo(mean.dtype).eps) * (1.0 + jnp.abs(y))
+    agrees = jnp.isnan(y) | (jnp.abs(y - mean) <= near)
+    return jnp.where(jnp.all(agrees), 0.0, -jnp.inf).astype(mean.dtype)
 
 
 def _is_law_class(fn: Any) -> bool:
@@ -391,9 +406,22 @@ class EmissionPath(dist.Distribution):
             )
         lead = jnp.broadcast_shapes(lead, self.batch_shape)
         value = jnp.broadcast_to(value, lead + self.event_shape)
-        return self._map(log_prob_of_present, lead, (value,), (self.event_dim,))
+        terms = self._map(log_prob_of_present, lead, (value,), (self.event_dim,))
+        if not self.structure.exact:
+            return terms
+        # What a reading without noise says is in the law of the path, not in that of the reading.
+        axes = tuple(range(-len(self.structure.shape), 0))
+        seen = ~jnp.all(jnp.isnan(value), axis=axes) if axes else ~jnp.isnan(value)
+        return jnp.where(seen, jnp.nan, terms)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
+        if self.structure.exact:
+            value = jnp.asarray(value)
+            lead = jnp.broadcast_shapes(
+                value.shape[: value.ndim - self.event_dim], self.batch_shape
+            )
+            value = jnp.broadcast_to(value, lead + self.event_shape)
+            return jnp.sum(self._map(met, lead, (value,), (self.event_dim,)), -1)
         return jnp.sum(self.log_prob_pointwise(value), -1)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:

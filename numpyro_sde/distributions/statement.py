@@ -187,6 +187,7 @@ class Statement(eqx.Module):
             gaussian=self.structure.gaussian,
             rows=rows,
             diagonal=self.structure.diagonal,
+            exact=self.structure.exact,
             has_moments=self.structure.has_moments,
             law=None if replicates or power is not None else lambda u, x: at(u, x, _law),
             powered=power is not None,

@@ -31,6 +31,7 @@ from numpyro_sde.statespace.checks import (
     check_count,
     check_moments,
 )
+from numpyro_sde.statespace.exact import refuse_exact
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import LOG_2PI, laplace, with_valid_inputs
 
@@ -100,6 +101,7 @@ class EnsembleKalman(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "EnsembleKalman()")
         check_moments(model, "EnsembleKalman()", self.emission)
+        refuse_exact(model, "EnsembleKalman()")
         if not model.scheme.has_innovations:
             raise ValueError(
                 f"EnsembleKalman() moves members by the scheme's innovations, which "

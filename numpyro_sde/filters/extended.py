@@ -16,6 +16,7 @@ from numpyro_sde.statespace.checks import (
     check_gaussian_scheme,
     check_moments,
 )
+from numpyro_sde.statespace.exact import check_affine
 from numpyro_sde.statespace.linearized import filter_linearized
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 
@@ -64,6 +65,7 @@ class ExtendedKalman(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "ExtendedKalman()")
         check_moments(model, "ExtendedKalman()", self.emission)
+        check_affine(model, "ExtendedKalman()")
         check_gaussian_scheme(model, "ExtendedKalman()")
 
     def filter(self, model: StateSpaceModel) -> FilterResult:

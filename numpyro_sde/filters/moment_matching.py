@@ -40,6 +40,7 @@ from numpyro_sde.statespace.checks import (
     check_count,
     check_moments,
 )
+from numpyro_sde.statespace.exact import check_affine
 from numpyro_sde.statespace.gaussian import run_gaussian
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.statespace.quadrature import QuadratureRule, cubature, gauss_hermite, unscented
@@ -133,6 +134,7 @@ class MomentMatching(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "MomentMatching()", continuous=True)
         check_moments(model, "MomentMatching()", self.emission)
+        check_affine(model, "MomentMatching()")
         follows = model.sde.is_diffusion and model.scheme.approximates_sde
         if not (follows or (model.sde.is_diffusion and not model.scheme_chosen)):
             raise ValueError(

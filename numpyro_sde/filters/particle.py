@@ -28,6 +28,7 @@ from numpyro_sde.smc.tails import pareto_shape
 from numpyro_sde.smc.two_filter import JOINS, TwoFilterResult, two_filter
 from numpyro_sde.statespace.bounds import largest_log_likelihood
 from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count, typed_key
+from numpyro_sde.statespace.exact import refuse_exact
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 # Folded into the key of a filter for the race before it.
@@ -291,6 +292,7 @@ class Particle(AbstractFilter):
         """Smoothed marginals by particles that run both ways: see `nsde.two_filter`."""
         check_choice("join", join, JOINS)
         self._check_weighing(model, "two_filter")
+        refuse_exact(model, "two_filter")
         setting, _, key = self._raced(model)
         return jax.jit(lambda: two_filter(model, setting, key, join=join))()
 

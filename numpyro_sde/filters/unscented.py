@@ -20,6 +20,7 @@ from numpyro_sde.statespace.checks import (
     check_gaussian_scheme,
     check_moments,
 )
+from numpyro_sde.statespace.exact import check_affine
 from numpyro_sde.statespace.gaussian import run_gaussian
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.statespace.quadrature import unscented
@@ -89,6 +90,7 @@ class UnscentedKalman(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "UnscentedKalman()")
         check_moments(model, "UnscentedKalman()", self.emission)
+        check_affine(model, "UnscentedKalman()")
         check_gaussian_scheme(model, "UnscentedKalman()")
         unscented(model.dim, self.alpha, self.beta, self.kappa)
 

@@ -53,6 +53,9 @@ class LinearizedSteps(NamedTuple):
         B: factors of the noise: `(N - 1, d, m)`, or `(N - 1, d)` where it is diagonal.
         J: information of the observations at each time, `(N, d, d)`.
         s: their score at the reference, `(N, d)`.
+        J_step: information that readings without noise at the end of each step give about its
+            beginning, `(N - 1, d, d)`; None for none.
+        s_step: their score, `(N - 1, d)`.
     """
 
     A: Float[Array, "N-1 d d"]
@@ -60,6 +63,8 @@ class LinearizedSteps(NamedTuple):
     B: Float[Array, "..."]
     J: Float[Array, "N d d"]
     s: Float[Array, "N d"]
+    J_step: Float[Array, "N-1 d d"] | None = None
+    s_step: Float[Array, "N-1 d"] | None = None
 
 
 class Information(NamedTuple):
@@ -107,7 +112,10 @@ def backward_information(steps: LinearizedSteps) -> Information:
         return Z, Z
 
     last = jnp.concatenate([steps.J[-1], steps.s[-1][:, None]], axis=1)
-    inputs = (steps.A, steps.c, steps.B, steps.J[:-1], steps.s[:-1])
+    J, s = steps.J[:-1], steps.s[:-1]
+    if steps.J_step is not None and steps.s_step is not None:
+        J, s = J + steps.J_step, s + steps.s_step
+    inputs = (steps.A, steps.c, steps.B, J, s)
     _, rest = lax.scan(jax.checkpoint(step), last, inputs, reverse=True)
     Z = jnp.concatenate([rest, last[None]])
     return Information(Z[..., :d], Z[..., d])

@@ -38,6 +38,7 @@ from numpyro_sde.reparam.planning import (
     note,
     search,
 )
+from numpyro_sde.statespace.exact import check_conditioning
 from numpyro_sde.statespace.guide import Guide, guided_path, guided_start, make_guide
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import believed_guide, data_reference, seen_reference
@@ -246,6 +247,7 @@ def _guided_site(
         arrays, dims = (*arrays, frozen.H, frozen.e), (*dims, 3, 2)
 
     def one(model: StateSpaceModel, start: Array, z: Array, *given: Array) -> Any:
+        check_conditioning(model, "GuidedReparam")
         if frozen is not None:
             guide = Guide(*(jnp.asarray(a, z.dtype) for a in given))
         elif given:

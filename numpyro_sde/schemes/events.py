@@ -83,6 +83,21 @@ class ForcedScheme(AbstractScheme):
     def approximates_sde(self) -> bool:  # type: ignore[override]
         return self.inner.approximates_sde
 
+    @property
+    def smooth(self) -> bool:  # type: ignore[override]
+        return self.inner.smooth
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]
+        return self.inner.restarts
+
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        return self.inner.counts
+
+    def require_smooth(self, user: str) -> None:
+        self.inner.require_smooth(user)
+
     def around(self, inner: AbstractScheme) -> ForcedScheme:
         """The same forcing on another scheme."""
         return forced(inner, self.rules, self.names, self.rows)

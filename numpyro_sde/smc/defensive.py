@@ -26,6 +26,7 @@ from numpyro_sde.linear.information import guided_innovations, log_weight, white
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal, move_by, observed_rows
+from numpyro_sde.statespace.exact import has_exact, refuse_exact
 from numpyro_sde.statespace.guide import affine_step, first_inputs
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -52,6 +53,7 @@ class Defensive(Guided):
         return 1
 
     def plan(self, model: StateSpaceModel) -> Plan:
+        refuse_exact(model, "own_share, with which particles move as the model does")
         plan = super().plan(model)
         begins = np.isin(np.arange(model.num_times - 1), observed_rows(model))
         begins[:1] = True
@@ -73,7 +75,7 @@ class Defensive(Guided):
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
-        now, _, begins = step
+        now, _, _, begins = step
         t, dt, cache = now
         before, own = memo
         before = jnp.where(begins, 0.0, before)
@@ -160,7 +162,7 @@ class Auto(Proposal):
     def chosen(self, model: StateSpaceModel) -> Proposal:
         if not model.scheme.smooth:
             return Bootstrap()
-        return Guided() if is_linear_gaussian(model) else Defensive()
+        return Guided() if has_exact(model) or is_linear_gaussian(model) else Defensive()
 
     def move(self, *args: Any) -> Any:
         del args

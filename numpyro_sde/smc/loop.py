@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_sde.smc.hilbert import hilbert_order
 from numpyro_sde.smc.normals import normals
-from numpyro_sde.smc.proposals import Plan, log_emission
+from numpyro_sde.smc.proposals import Plan
 from numpyro_sde.smc.resampling import effective_size, systematic
 from numpyro_sde.smc.settings import Setting
-from numpyro_sde.statespace.guide import innovation_size
+from numpyro_sde.statespace.guide import innovation_size, log_emission
 from numpyro_sde.statespace.model import StateSpaceModel
 
 # A step round the unit circle that spreads points evenly, however many.

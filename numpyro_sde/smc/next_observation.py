@@ -32,12 +32,12 @@ from numpyro_sde.linear.small import (
 from numpyro_sde.smc.proposals import (
     Plan,
     Proposal,
-    log_emission,
     observed_rows,
     plain_step,
     step_given,
 )
-from numpyro_sde.statespace.guide import affine_step, observed_information
+from numpyro_sde.statespace.exact import refuse_exact
+from numpyro_sde.statespace.guide import affine_step, information_at, log_emission
 from numpyro_sde.statespace.model import StateSpaceModel
 
 
@@ -53,23 +53,11 @@ def _next_observation(model: StateSpaceModel) -> tuple[Any, np.ndarray, np.ndarr
     return data, target, seen
 
 
-def information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
-    """Information and score of the observations of one time, at the point `p`."""
-    J = jnp.zeros((model.dim, model.dim), p.dtype)
-    s = jnp.zeros(model.dim, p.dtype)
-    for instrument, now in zip(model.instruments, data, strict=True):
-        inputs, y, present = now
-        more, score = observed_information(instrument, inputs, y, present, p)
-        # Padding where an instrument has no observation may hold anything, NaN included.
-        J = J + jnp.where(jnp.any(present), more, 0.0)
-        s = s + jnp.where(jnp.any(present), score, 0.0)
-    return J, s
-
-
 class _TowardsNext(Proposal):
     """Proposals that look at the next observation alone."""
 
     def plan(self, model: StateSpaceModel) -> Plan:
+        refuse_exact(model, type(self).__name__)
         data, target, seen = _next_observation(model)
         steps = jnp.arange(model.num_times - 1)
         times = jnp.asarray(model.times)

@@ -44,6 +44,14 @@ from numpyro_sde.linear.small import (
 )
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.statespace import guide as guides
+from numpyro_sde.statespace.exact import (
+    check_conditioning,
+    condition,
+    free_part,
+    has_exact,
+    readings,
+    refuse_exact,
+)
 from numpyro_sde.statespace.guide import affine_step
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import believed_guide
@@ -89,7 +97,8 @@ class Proposal(eqx.Module):
     """
 
     def plan(self, model: StateSpaceModel) -> Plan:
-        """Compute what all particles share."""
+        """Compute what all particles share; refuse what is seen exactly, unless guided."""
+        refuse_exact(model, type(self).__name__)
         return Plan(model.step_inputs(), None)
 
     def start(
@@ -261,15 +270,19 @@ class Guided(Proposal):
         return True
 
     def plan(self, model: StateSpaceModel) -> Plan:
+        check_conditioning(model, "Particle(proposal='guided')")
         believed = believed_guide(model)
         (reference, H, e), steps = believed.guide, believed.steps
         # What the observations after each time say: its own is in the weights already.
         later = (H - steps.J, e - steps.s, reference)
         known: Any = (H[1:], e[1:], reference[1:])
         ends = np.union1d(observed_rows(model), [model.num_times - 1])
-        if ends.size < model.num_times - 1 and guides.noise_uses_state(model):
+        exact = None
+        if has_exact(model):
+            exact = jax.tree.map(lambda a: a[1:], readings(model))
+        elif ends.size < model.num_times - 1 and guides.noise_uses_state(model):
             known = self._towards(steps, ends, H, e, reference)
-        inputs = (model.step_inputs(), known)
+        inputs = (model.step_inputs(), known, exact)
         return Plan(inputs, later, guides.Guide(reference, H, e))
 
     def _towards(
@@ -311,9 +324,14 @@ class Guided(Proposal):
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
         t, dt, cache = self.grid_step(step)
-        affine = affine_step(model, t, dt, x, cache)
-        new, ratio = step_given(model, step[0], x, affine, z, self.information(step, affine[1]))
-        return new, memo, ratio
+        mean, B = affine_step(model, t, dt, x, cache)
+        known = self.information(step, B)
+        if step[2] is None:
+            new, ratio = step_given(model, step[0], x, (mean, B), z, known)
+            return new, memo, ratio
+        given = condition(mean, B, step[2])
+        new, ratio = step_given(model, step[0], x, (given.mean, given.factor), z, known)
+        return new, memo, ratio + given.log_density
 
     def information(self, step: Any, B: Array) -> tuple[Array, Array, Array]:
         """Information about a step's end where its noise has the factor B, and the state there."""
@@ -336,9 +354,12 @@ class Guided(Proposal):
         # A pivot of zero belongs to a direction that is fixed.
         pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
         w = solve_lower(S + jnp.diag(pivots), (x - model.init_mean)[:, None])[:, 0]
-        ahead = model.init_mean - plan.guide.reference[0]
-        z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, S, w)
-        return log_weight(w, z, log_det)
+        mean, given, seen = guides.start_given_readings(model)
+        ahead = mean - plan.guide.reference[0]
+        if plan.steps[2] is not None:
+            w = free_part(w, condition(model.init_mean, S, readings(model).at(0)))
+        z, log_det = whiten_innovations(plan.guide.H[0], plan.guide.e[0], ahead, given, w)
+        return log_weight(w, z, log_det) + seen
 
     def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
         t, dt, cache = self.grid_step(step)
@@ -347,23 +368,10 @@ class Guided(Proposal):
         w = model.scheme.invert(
             model.sde, t, dt, model.to_state(x), model.to_state(following), cache
         )
-        w = jnp.reshape(w, (-1,))
+        w, seen = jnp.reshape(w, (-1,)), jnp.zeros((), x.dtype)
+        if step[2] is not None:
+            given = condition(mean, B, step[2])
+            mean, B, seen = given.mean, given.factor, given.log_density
+            w = free_part(w, given)
         z, log_det = whiten_innovations(H, e, mean - base, B, w)
-        return log_weight(w, z, log_det)
-
-
-def log_emission(model: StateSpaceModel, data: Any, x: Float[Array, " d"]) -> Float[Array, ""]:
-    """Log density of the observations of one time, given the state.
-
-    Args:
-        model: the model.
-        data: inputs, values and presence at that time, of each instrument.
-        x: the state.
-    """
-    total = jnp.zeros((), x.dtype)
-    for instrument, (inputs, y, present) in zip(model.instruments, data, strict=True):
-        term = instrument.log_prob(inputs, x, y, present)
-        if len(instrument.rows) < model.num_times:
-            term = jnp.where(jnp.any(present), term, 0.0)
-        total = total + term
-    return total
+        return log_weight(w, z, log_det) + seen

@@ -12,6 +12,7 @@ from numpyro_sde.smc.next_observation import Auxiliary, ModifiedBridge, Residual
 from numpyro_sde.smc.proposals import Bootstrap, Guided, Proposal
 from numpyro_sde.smc.resampling import SCHEMES, Resampling
 from numpyro_sde.statespace.checks import check_choice, check_count
+from numpyro_sde.statespace.exact import has_exact
 from numpyro_sde.statespace.guide import speaks_by_variance
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -125,6 +126,8 @@ def with_own_steps(setting: Setting, model: StateSpaceModel, share: float | None
         return setting
     if share is None and automatic:
         return setting.for_model(model)
+    if share is None and has_exact(model):
+        return setting
     if share is None:
         normal = all(i.gaussian and not speaks_by_variance(model, i) for i in model.instruments)
         share = 0.0 if normal else _SHARE

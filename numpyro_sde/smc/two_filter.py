@@ -44,17 +44,18 @@ from numpyro_sde.smc.loop import (
     weigh,
     weighted_moments,
 )
-from numpyro_sde.smc.next_observation import information_at
 from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import History, run_filter
-from numpyro_sde.smc.proposals import (
-    log_emission,
-    move_by,
-    observed_rows,
-)
+from numpyro_sde.smc.proposals import move_by, observed_rows
 from numpyro_sde.smc.resampling import effective_size, multinomial
 from numpyro_sde.smc.settings import Setting
-from numpyro_sde.statespace.guide import affine_step, innovation_size, linearize_step
+from numpyro_sde.statespace.guide import (
+    affine_step,
+    information_at,
+    innovation_size,
+    linearize_step,
+    log_emission,
+)
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.updates import with_valid_inputs
 

@@ -38,6 +38,14 @@ from numpyro_sde.linear.small import (
 )
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.dependence import reaches_output
+from numpyro_sde.statespace.exact import (
+    condition,
+    condition_linear,
+    has_exact,
+    noisy,
+    readings,
+    reads_start,
+)
 from numpyro_sde.statespace.model import Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import covariance_uses_state, drop_missing, linearize
 
@@ -177,14 +185,29 @@ def _scale_information(
 def observations_along(
     model: StateSpaceModel, reference: Float[Array, "N d"]
 ) -> tuple[Float[Array, "N d d"], Float[Array, "N d"]]:
-    """Information and score of all observations at each grid time, at the reference."""
+    """Information and score of all noisy observations at each grid time, at the reference."""
     J = jnp.zeros((*reference.shape, model.dim), reference.dtype)
     s = jnp.zeros_like(reference)
-    for instrument in model.instruments:
+    for instrument in noisy(model):
         rows, now = _observed_times(instrument)
         inform: Any = partial(observed_information, instrument)
         more, score = jax.vmap(inform)(*now, reference[rows])
         J, s = J.at[rows].add(more), s.at[rows].add(score)
+    return J, s
+
+
+def information_at(model: StateSpaceModel, data: Any, p: Array) -> tuple[Array, Array]:
+    """Information and score of the noisy observations of one time, at the point `p`."""
+    J = jnp.zeros((model.dim, model.dim), p.dtype)
+    s = jnp.zeros(model.dim, p.dtype)
+    for instrument, now in zip(model.instruments, data, strict=True):
+        if instrument.exact:
+            continue
+        inputs, y, present = now
+        more, score = observed_information(instrument, inputs, y, present, p)
+        # Padding where an instrument has no observation may hold anything, NaN included.
+        J = J + jnp.where(jnp.any(present), more, 0.0)
+        s = s + jnp.where(jnp.any(present), score, 0.0)
     return J, s
 
 
@@ -221,7 +244,11 @@ def linearize_along(model: StateSpaceModel, reference: Float[Array, "N d"]) -> L
     J, s = observations_along(model, reference)
     expand: Any = partial(linearize_step, model)
     A, c, B = jax.vmap(expand)(model.step_inputs(), reference[:-1], reference[1:])
-    return LinearizedSteps(A, c, B, J, s)
+    if not has_exact(model):
+        return LinearizedSteps(A, c, B, J, s)
+    seen = jax.tree.map(lambda a: a[1:], readings(model))
+    A, c, B, J_step, s_step = jax.vmap(condition_linear)(A, c, B, seen, reference[1:])
+    return LinearizedSteps(A, c, B, J, s, J_step, s_step)
 
 
 def make_guide(model: StateSpaceModel, reference: Float[Array, "N d"]) -> Guide:
@@ -245,10 +272,20 @@ def guided_start(
         guide: the guide.
         z: standard normals, `(d,)`.
     """
+    mean, S, seen = start_given_readings(model)
+    w, log_det = guided_innovations(guide.H[0], guide.e[0], mean - guide.reference[0], S, z)
+    return mean + matvec(S, w), log_weight(w, z, log_det) + seen
+
+
+def start_given_readings(
+    model: StateSpaceModel,
+) -> tuple[Float[Array, " d"], Float[Array, "d d"], Float[Array, ""]]:
+    """Mean and factor of a normal start given what is seen exactly there, and its log density."""
     S = psd_factor(model.init_cov)
-    ahead = model.init_mean - guide.reference[0]
-    w, log_det = guided_innovations(guide.H[0], guide.e[0], ahead, S, z)
-    return model.init_mean + matvec(S, w), log_weight(w, z, log_det)
+    if not reads_start(model):
+        return model.init_mean, S, jnp.zeros((), S.dtype)
+    given = condition(model.init_mean, S, readings(model).at(0))
+    return given.mean, given.factor, given.log_density
 
 
 def guided_path(
@@ -275,15 +312,24 @@ def guided_path(
 def guided_innovations_along(
     model: StateSpaceModel, guide: Guide, x0: Float[Array, " d"], z: Float[Array, "N-1 m"]
 ) -> tuple[Float[Array, "N d"], Float[Array, "N-1 m"], Float[Array, " N-1"]]:
-    """A guided path, the model's innovations along it, and the log determinant of each step."""
+    """A guided path, the model's innovations along it, and the log determinant of each step.
+
+    Where components are seen exactly the innovations are those given the readings, and what the
+    readings say is taken from the log determinants.
+    """
     shape = z.shape[1:]
     flat = jnp.reshape(z, (z.shape[0], int(np.prod(shape, dtype=int))))
     scheme = model.scheme
 
     def step(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array, Array]]:
-        (t, dt, cache), H, e, following, z = inputs
+        (t, dt, cache), H, e, following, z, seen = inputs
         mean, B = affine_step(model, t, dt, x, cache)
+        density: Any = 0.0
+        if seen is not None:
+            given = condition(mean, B, seen)
+            mean, B, density = given.mean, given.factor, given.log_density
         w, log_det = guided_innovations(H, e, mean - following, B, z)
+        log_det = log_det - density
         if isinstance(scheme, GaussianScheme):
             new = mean + (B * w if B.ndim == 1 else matvec(B, w))
         else:
@@ -292,19 +338,39 @@ def guided_innovations_along(
         new = new.astype(x.dtype)
         return new, (new, w, log_det)
 
-    inputs = (model.step_inputs(), guide.H[1:], guide.e[1:], guide.reference[1:], flat)
+    exact = jax.tree.map(lambda a: a[1:], readings(model)) if has_exact(model) else None
+    inputs = (model.step_inputs(), guide.H[1:], guide.e[1:], guide.reference[1:], flat, exact)
     # Recomputing a step in the backward pass beats storing its parts.
     _, (rest, w, log_det) = lax.scan(jax.checkpoint(step), x0, inputs)
     return jnp.concatenate([x0[None], rest]), w, log_det
 
 
 def log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array, " N"]:
-    """Log density of the observations at each grid time, given the states."""
+    """Log density of the noisy observations at each grid time, given the states."""
     total = jnp.zeros(model.num_times, x.dtype)
-    for instrument in model.instruments:
+    for instrument in noisy(model):
         rows, (inputs, values, present) = _observed_times(instrument)
         terms = jax.vmap(instrument.log_prob)(inputs, x[rows], values, present)
         total = total.at[rows].add(terms)
+    return total
+
+
+def log_emission(model: StateSpaceModel, data: Any, x: Float[Array, " d"]) -> Float[Array, ""]:
+    """Log density of the noisy observations of one time, given the state.
+
+    Args:
+        model: the model.
+        data: inputs, values and presence at that time, of each instrument.
+        x: the state.
+    """
+    total = jnp.zeros((), x.dtype)
+    for instrument, (inputs, y, present) in zip(model.instruments, data, strict=True):
+        if instrument.exact:  # in the law of the step that leads here
+            continue
+        term = instrument.log_prob(inputs, x, y, present)
+        if len(instrument.rows) < model.num_times:
+            term = jnp.where(jnp.any(present), term, 0.0)
+        total = total + term
     return total
 
 

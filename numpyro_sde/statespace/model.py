@@ -35,6 +35,7 @@ class Instrument(NamedTuple):
         log_prob: `log_prob(inputs_k, x, y, present)` of one observation given one state.
         gaussian: whether the emission is Gaussian, with any mean and covariance.
         diagonal: whether its components are independent given the state.
+        exact: whether it is a point mass: a component seen without noise.
         rows: grid indices at which anything may be observed (host side, increasing).
         has_moments: whether the emission has a mean and a variance; None where traced parameters
             decide.
@@ -73,6 +74,7 @@ class Instrument(NamedTuple):
     rows: Any
     diagonal: bool = False
     has_moments: bool | None = True
+    exact: bool = False
     law: Callable[[Any, Array], Any] | None = None
     powered: bool = False
     log_scale: Callable[[Array], Array] | None = None

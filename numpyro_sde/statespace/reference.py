@@ -27,6 +27,7 @@ from numpyro_sde.linear.information import (
 from numpyro_sde.linear.small import diagonal, spd_solve
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.euler import Euler
+from numpyro_sde.statespace.exact import has_exact
 from numpyro_sde.statespace.guide import (
     Guide,
     first_inputs,
@@ -54,6 +55,8 @@ _POSITIVE_FLOOR = 1e-2
 _FREE_MISFIT = 10.0
 # Standard deviations of one step by which a reference may miss it.
 _LARGEST_MISS = 5.0
+# Share of a step's noise below which that of a component seen exactly is rounding.
+_ROUNDING = 1e-5
 
 
 def kalman_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
@@ -235,8 +238,9 @@ def _look_along(model: StateSpaceModel, reference: Float[Array, "N d"]) -> _Trie
     residuals = jnp.sum(s * spd_solve(_with_ridge(J), s[..., None])[..., 0])
     misfit = 0.5 * (jnp.sum(w**2) + residuals)
     sd = jax.vmap(step_sd)(steps.B)
-    # Where there is no noise at all a miss cannot be told in units of it.
-    misses = jnp.where(sd > 0, jnp.abs(steps.c) / jnp.where(sd > 0, sd, 1.0), 0.0)
+    # Where there is no noise at all, or only its rounding, a miss cannot be told in units of it.
+    least = _ROUNDING * jnp.max(sd, axis=-1, keepdims=True) if has_exact(model) else 0.0
+    misses = jnp.where(sd > least, jnp.abs(steps.c) / jnp.where(sd > least, sd, 1.0), 0.0)
     whole = jnp.isfinite(fit) & jnp.all(jnp.isfinite(guide.H)) & jnp.all(jnp.isfinite(guide.e))
     believed = BelievedGuide(guide, steps, jnp.where(whole, fit, -jnp.inf))
     misfit = jnp.where(whole, misfit, jnp.inf)

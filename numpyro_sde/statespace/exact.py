@@ -1,0 +1,224 @@
+"""Components of the state that are seen without noise: conditioned on, not weighed.
+
+A step from x has the next state `x' = mu + B w`, `w ~ N(0, I)`, and a reading says `C x' = y`. With
+`S = C B B' C'` the innovations given it are normal with mean `w* = B'C' S^-1 (y - C mu)` and the
+projection `P = I - B'C' S^-1 C B` for a covariance, so the step given the reading is
+
+    x' = (mu + B w*) + (B P) zeta,   zeta ~ N(0, I),   p(y | x) = N(y; C mu, S),
+
+a step like any other, with a factor of lower rank; directions of zeta that P removes stay standard
+normal. Along a linearised path, `mu = A d + c`, the matrix becomes `A - B (CB)' S^-1 C A`, and the
+reading says `A'C' S^-1 C A` about the state before the step. Where the transition is normal this is
+exact whatever the drift. The density is that of y in its own units (Lebesgue's measure).
+
+Source: conditioning of normal laws by kriging (Rue and Held 2005, section 2.3.3); its use in
+guided filters is that of Whiteley and Lee (2014) with a point mass for an emission.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from numpyro_sde.linear.affine import degrees
+from numpyro_sde.linear.small import cholesky, diagonal, matmul, matvec, solve_lower, transpose
+from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.statespace.model import Instrument, StateSpaceModel
+from numpyro_sde.statespace.updates import LOG_2PI, with_valid_inputs
+
+
+class Readings(NamedTuple):
+    """What is seen exactly at each grid time: `C x = v` where present.
+
+    Attributes:
+        C: observation matrices, `(N, q, d)`, or one time's `(q, d)`.
+        v: readings less the emission's offset, `(N, q)`.
+        present: which of them there are, `(N, q)`.
+    """
+
+    C: Float[Array, "N q d"]
+    v: Float[Array, "N q"]
+    present: Bool[Array, "N q"]
+
+    def at(self, index: int) -> Readings:
+        """The readings of one time."""
+        return Readings(self.C[index], self.v[index], self.present[index])
+
+
+class Conditioned(NamedTuple):
+    """A step given the readings at its end.
+
+    Attributes:
+        mean: its mean, `(d,)`.
+        factor: factor of its noise, `(d, m)`, of lower rank.
+        log_density: of the readings, given the state before the step.
+        white: readings' deviations from the mean, whitened, `(q,)`.
+        rows: what they say of the innovations, orthonormal rows `(q, m)`.
+        chol: lower factor of their covariance, `(q, q)`.
+    """
+
+    mean: Float[Array, " d"]
+    factor: Float[Array, "d m"]
+    log_density: Float[Array, ""]
+    white: Float[Array, " q"]
+    rows: Float[Array, "q m"]
+    chol: Float[Array, "q q"]
+
+
+def has_exact(model: StateSpaceModel) -> bool:
+    """Whether anything is seen without noise."""
+    return any(instrument.exact for instrument in model.instruments)
+
+
+def noisy(model: StateSpaceModel) -> tuple[Instrument, ...]:
+    """The instruments with noise."""
+    return tuple(i for i in model.instruments if not i.exact)
+
+
+def check_affine(model: StateSpaceModel, method: str) -> None:
+    """Raise a `ValueError` where what is seen exactly is no affine function of the state."""
+    x = jax.ShapeDtypeStruct((model.dim,), jnp.result_type(float))
+    for instrument in model.instruments:
+        if not instrument.exact:
+            continue
+        inputs = jax.tree.map(lambda a: jnp.asarray(a)[0], instrument.inputs)
+        if max(degrees(lambda x, i=instrument, u=inputs: i.moments(u, x)[0], x)) > 1:  # type: ignore[misc]
+            raise ValueError(
+                f"{method} conditions on a Delta emission exactly where it is affine in the state, "
+                "and this one is not: transform the state so that it is (the log of a positive "
+                "state), or give the emission a small noise"
+            )
+
+
+def check_conditioning(model: StateSpaceModel, method: str) -> None:
+    """Raise a `ValueError` where steps cannot be conditioned on what is seen exactly."""
+    if not has_exact(model):
+        return
+    check_affine(model, method)
+    if not model.init_gaussian and reads_start(model):
+        raise ValueError(
+            f"{method} conditions the first state on a Delta emission at the path's first time, "
+            "which needs a normal init: give it one, or leave that reading out (NaN)"
+        )
+    if not isinstance(model.scheme, GaussianScheme):
+        raise ValueError(
+            f"{method} conditions each step on a Delta emission, which needs a normal transition; "
+            f"{type(model.scheme).__name__} has none: use LocalLinear() or Euler()"
+        )
+
+
+def reads_start(model: StateSpaceModel) -> bool:
+    """Whether something may be seen exactly at the first time."""
+    return any(i.exact and 0 in np.asarray(i.rows) for i in model.instruments)
+
+
+def refuse_exact(model: StateSpaceModel, method: str) -> None:
+    """Raise a `ValueError` for a method that would weigh what must be conditioned on."""
+    if has_exact(model):
+        raise ValueError(
+            f"{method}: states that are drawn without regard to a component seen exactly (a Delta "
+            "emission) have density zero. Use what conditions on it: Kalman(), ExtendedKalman(), "
+            "reparam.GuidedReparam or Particle(proposal='guided'); or give the emission a small "
+            "noise"
+        )
+
+
+def readings(model: StateSpaceModel) -> Readings:
+    """All that is seen exactly, at each grid time."""
+    model = with_valid_inputs(model)
+    origin = jnp.zeros(model.dim, model.init_mean.dtype)
+    parts = []
+    for instrument in model.instruments:
+        if not instrument.exact:
+            continue
+
+        def of(inputs: Array, instrument: Instrument = instrument) -> tuple[Array, Array]:
+            C = jax.jacfwd(lambda x: instrument.moments(inputs, x)[0])(origin)
+            return C, instrument.moments(inputs, origin)[0]
+
+        C, offset = jax.vmap(of)(instrument.inputs)
+        present = jnp.asarray(instrument.present)
+        v = jnp.where(present, instrument.values - offset, 0.0)
+        parts.append((jnp.where(present[..., None], C, 0.0), v, present))
+    C, v, present = (jnp.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    return Readings(C, v, present)
+
+
+def condition(mean: Float[Array, " d"], B: Float[Array, "..."], seen: Readings) -> Conditioned:
+    """Condition `x' = mean + B w` on the readings of its time.
+
+    Args:
+        mean: the step's mean.
+        B: factor of its noise, `(d, m)`, or `(d,)` where it is diagonal.
+        seen: the readings at its end.
+
+    Returns:
+        The step given them; NaN where their covariance is singular.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> seen = Readings(jnp.array([[1.0, 0.0]]), jnp.array([2.0]), jnp.array([True]))
+        >>> step = condition(jnp.zeros(2), jnp.array([[1.0, 0.0], [1.0, 1.0]]), seen)
+        >>> step.mean.tolist(), step.factor.tolist()
+        ([2.0, 2.0], [[0.0, 0.0], [0.0, 1.0]])
+    """
+    B = jnp.diag(B) if B.ndim == 1 else B
+    CB = matmul(seen.C, B)
+    # A reading that is missing: one of unit noise of its own, whose deviation is zero.
+    alone = jnp.diag(jnp.where(seen.present, 0.0, 1.0).astype(CB.dtype))
+    chol = cholesky(matmul(CB, transpose(CB)) + alone)
+    residual = jnp.where(seen.present, seen.v - matvec(seen.C, mean), 0.0)
+    solved = solve_lower(chol, jnp.concatenate([residual[:, None], CB], axis=1))
+    white, rows = solved[:, 0], solved[:, 1:]
+    log_density = -0.5 * jnp.sum(white**2) - jnp.sum(jnp.log(diagonal(chol)))
+    return Conditioned(
+        mean + matvec(B, matvec(transpose(rows), white)),
+        B - matmul(matmul(B, transpose(rows)), rows),
+        log_density - 0.5 * LOG_2PI * jnp.sum(seen.present),
+        white,
+        rows,
+        chol,
+    )
+
+
+def condition_linear(
+    A: Float[Array, "d d"],
+    c: Float[Array, " d"],
+    B: Float[Array, "..."],
+    seen: Readings,
+    reference: Float[Array, " d"],
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Condition a linearised step `d' = A d + c + B w`, deviations from a reference.
+
+    Args:
+        A: its matrix.
+        c: its offset.
+        B: factor of its noise.
+        seen: the readings at its end.
+        reference: the reference there.
+
+    Returns:
+        Matrix, offset and factor given the readings; precision and information vector that they
+        add to the state before the step.
+    """
+    deviations = seen._replace(v=jnp.where(seen.present, seen.v - matvec(seen.C, reference), 0.0))
+    given = condition(c, B, deviations)
+    wide = jnp.diag(B) if B.ndim == 1 else B
+    half = solve_lower(given.chol, matmul(seen.C, A))
+    A = A - matmul(matmul(wide, transpose(given.rows)), half)
+    return (
+        A,
+        given.mean,
+        given.factor,
+        matmul(transpose(half), half),
+        matvec(transpose(half), given.white),
+    )
+
+
+def free_part(w: Float[Array, " m"], given: Conditioned) -> Float[Array, " m"]:
+    """The part of innovations that the readings leave free."""
+    return w - matvec(transpose(given.rows), matvec(given.rows, w))
