@@ -28,6 +28,7 @@ from numpyro_sde.infer.start import Start
 from numpyro_sde.smc.defensive import is_linear_gaussian
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.statespace.bounds import largest_log_likelihood
+from numpyro_sde.statespace.exact import has_exact
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 NUM_POINTS, NUM_RUNS = 16, 8
@@ -144,7 +145,7 @@ class _AllLinear(AbstractFilter):
     found: list[bool]
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
-        self.found.append(is_linear_gaussian(model))
+        self.found.append(has_exact(model) or is_linear_gaussian(model))
         return jnp.zeros((), model.init_mean.dtype)
 
 

@@ -143,7 +143,8 @@ class Defensive(Guided):
 class Auto(Proposal):
     """The proposal that a model and its data ask for: `proposal="auto"`.
 
-    Where transitions and emissions are linear and normal it is `Guided`, which is exact there;
+    Where transitions and emissions are linear and normal it is `Guided`, which is exact there, and
+    where a component is seen exactly, which only guided particles meet;
     where steps are no smooth maps of their innovations `Bootstrap`. Else
     guided particles, the model's own steps and a mixture of both are raced on short filters with
     random numbers of their own, and the one with the highest mean log likelihood runs

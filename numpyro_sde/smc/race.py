@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_sde.smc.defensive import SHARES, Auto, Defensive, is_linear_gaussian
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.smc.settings import Setting
+from numpyro_sde.statespace.exact import has_exact
 from numpyro_sde.statespace.model import StateSpaceModel
 
 _RUNS = 4
@@ -53,7 +54,7 @@ def race(
         setting: the filter's setting.
         key: random key, of the race alone.
     """
-    decided = is_linear_gaussian(model) or not model.scheme.smooth
+    decided = has_exact(model) or is_linear_gaussian(model) or not model.scheme.smooth
     if not isinstance(setting.proposal, Auto) or decided:
         return setting.for_model(model), None
     size = max(_LEAST_PARTICLES, setting.num_particles // _SHARE_OF_PARTICLES)
