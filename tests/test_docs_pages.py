@@ -22,7 +22,17 @@ SLOW = {
         "particles",
         "path_guides",
     ),
-    *("comparing", "comparing_models", "forecasting", "sde_vs_ode", "missing_data", "processes", "schemes", "treatments"),
+    *(
+        "partly_seen",
+        "comparing",
+        "comparing_models",
+        "forecasting",
+        "sde_vs_ode",
+        "missing_data",
+        "processes",
+        "schemes",
+        "treatments",
+    ),
 }
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -104,13 +104,23 @@ def test_moment_matching_takes_events():
     assert got == pytest.approx(BEFORE, abs=1e-5)
 
 
-# Monte Carlo errors: standard deviations over 20 seeds.
+def short(max_step=0.1):
+    """Three doses between four samples, on steps that proposals by Euler's extrapolation need."""
+    given = nsde.doses([0.4, 1.0, 1.3], [1.0, 2.0, -0.3], duration=[0.0, 0.0, 0.5])
+    sde = nsde.SDE(lambda t, x: 0.5 - x, lambda t, x: 0.4)
+    grid = nsde.TimeGrid([0.0, 0.5, 1.0, 1.5, 2.0], max_step, include=given.breakpoints)
+    law = nsde.SDEPath(sde, grid, dist.Normal(2.0, 0.3), scheme=LOCAL, events=[given])
+    x = numpyro.sample("x", law)
+    y = np.array([2.1, 1.4, 3.2, 2.3])
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.2), obs=y, at=grid.index[1:])
+
+
+# Standard deviations over 20 keys, measured: 0.32, 0.22, 0.25 and 0.03.
 SAMPLERS = {
-    "bootstrap": (nsde.filters.Particle(4000, proposal="bootstrap"), 0.06),
-    "auxiliary": (nsde.filters.Particle(4000, proposal="auxiliary"), 0.06),
-    "modified bridge": (nsde.filters.Particle(4000, proposal="modified_bridge"), 0.06),
-    "residual bridge": (nsde.filters.Particle(4000, proposal="residual_bridge"), 0.06),
-    "ensemble": (nsde.filters.EnsembleKalman(4000), 0.06),
+    "bootstrap": (nsde.filters.Particle(2000, proposal="bootstrap"), 0.32),
+    "auxiliary": (nsde.filters.Particle(2000, proposal="auxiliary"), 0.22),
+    "modified bridge": (nsde.filters.Particle(2000, proposal="modified_bridge"), 0.25),
+    "residual bridge": (nsde.filters.Particle(2000, proposal="residual_bridge"), 0.03),
 }
 
 
@@ -118,7 +128,16 @@ SAMPLERS = {
 @pytest.mark.parametrize(("method", "error"), SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.usefixtures("x64")
 def test_sampled_engines(method, error):
-    assert abs(value_of(method, pk, scheme=LOCAL) - BEFORE) < 4 * error
+    exact = value_of(nsde.filters.Kalman(), short)
+    assert abs(value_of(method, short) - exact) < 4 * error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_ensemble():
+    """Standard deviation over 8 seeds, measured: 0.011."""
+    got = value_of(nsde.filters.EnsembleKalman(4000), pk, scheme=LOCAL)
+    assert abs(got - BEFORE) < 4 * 0.011
 
 
 @pytest.mark.parametrize(("side", "exact"), [("before", BEFORE), ("after", AFTER)])

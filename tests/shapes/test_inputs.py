@@ -108,13 +108,13 @@ def test_moment_matching_sees_the_pieces():
     assert got == pytest.approx(exact, abs=1e-6)
 
 
-# Monte Carlo error: standard deviation over 30 seeds, measured once.
+# Standard deviations over 30 keys (the ensemble's over 8 seeds), measured.
 SAMPLERS = {
-    "bootstrap": (nsde.filters.Particle(4000, proposal="bootstrap"), 0.035),
-    "auxiliary": (nsde.filters.Particle(4000, proposal="auxiliary"), 0.035),
-    "modified bridge": (nsde.filters.Particle(4000, proposal="modified_bridge"), 0.035),
-    "residual bridge": (nsde.filters.Particle(4000, proposal="residual_bridge"), 0.035),
-    "ensemble": (nsde.filters.EnsembleKalman(4000), 0.06),
+    "bootstrap": (nsde.filters.Particle(4000, proposal="bootstrap"), 0.06),
+    "auxiliary": (nsde.filters.Particle(4000, proposal="auxiliary"), 0.055),
+    "modified bridge": (nsde.filters.Particle(4000, proposal="modified_bridge"), 0.085),
+    "residual bridge": (nsde.filters.Particle(4000, proposal="residual_bridge"), 0.03),
+    "ensemble": (nsde.filters.EnsembleKalman(4000), 0.044),
 }
 
 
