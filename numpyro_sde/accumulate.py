@@ -51,7 +51,7 @@ class AccumulatedSDE(SDE):
         reading_rows: tuple[int, ...] | None,
     ) -> None:
         self.parameters, self.noise, self.interpretation = sde.parameters, sde.noise, "ito"
-        self.inputs, self.push = sde.inputs, None
+        self.inputs, self.push, self.jumps = sde.inputs, None, ()
         self.state_shape, self.names = state_shape, tuple(integrands)
         self.reading_rows = reading_rows
         self.interpretation = sde.interpretation
@@ -274,7 +274,7 @@ def accumulate(
 
     Raises:
         TypeError: integrands that are no functions of the drift's arguments; a noise with memory.
-        ValueError: an unknown option.
+        ValueError: an unknown option, or an SDE with random jumps or regimes.
 
     Example:
         >>> import numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
@@ -293,6 +293,11 @@ def accumulate(
     if not isinstance(sde.noise, Brownian):
         raise TypeError(
             f"accumulate needs an SDE driven by Brownian motion, got {type(sde.noise).__name__}"
+        )
+    if not sde.is_diffusion:
+        raise ValueError(
+            f"accumulate needs a diffusion, but {type(sde).__name__} jumps or switches by chance: "
+            "its integrals would have to follow each jump"
         )
     if missing not in ("reset", "carry"):
         raise ValueError(f"missing must be 'reset' or 'carry', got {missing!r}")

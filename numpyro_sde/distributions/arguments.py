@@ -79,6 +79,11 @@ def with_flow(scheme: AbstractScheme) -> AbstractScheme:
 
 def check_forced(sde: SDE, scheme: AbstractScheme, events: tuple[Events, ...]) -> None:
     """Raise a `ValueError` where inputs or events do not fit the noise or the scheme."""
+    if not sde.is_diffusion:
+        raise ValueError(
+            f"inputs and events are for diffusions, but {type(sde).__name__} jumps or switches by "
+            "chance too"
+        )
     if scheme.has_memory:
         raise ValueError(
             f"inputs and events need an SDE driven by Brownian motion, got noise "

@@ -309,6 +309,15 @@ def test_bad_input_is_refused(make, message):
         make()
 
 
+def test_events_beside_random_jumps_are_refused():
+    jumps = nsde.CompoundPoisson(1.0, dist.Normal(0.0, 1.0))
+    sde = nsde.SDE(lambda t, x: -x, lambda t, x: 1.0, jumps=jumps)
+    with pytest.raises(ValueError, match="jumps or switches by chance"):
+        simple([nsde.doses(1.0, 1.0)], sde=sde)
+    with pytest.raises(ValueError, match="accumulate needs a diffusion"):
+        nsde.accumulate(sde, {"area": lambda t, x: x})
+
+
 def test_bridges_refuse_events():
     def model():
         numpyro.sample("x", simple([nsde.doses(1.0, 1.0)]))
