@@ -142,8 +142,12 @@ def read_times(array: np.ndarray, zoned: bool, unit: str, origin: Any) -> Times:
     if array.dtype.kind == "f":
         return Times(array - (0.0 if origin is None else _number_origin(origin)), unit)
     if array.dtype.kind == "m":
-        from_here = np.timedelta64(0 if origin is None else origin)
-        return Times(_count(array - from_here, unit), unit)
+        if origin is None:
+            return Times(_count(array, unit), unit)
+        at, _ = to_array(origin, "origin")
+        if at.dtype.kind != "m":
+            raise ValueError(f"origin must be a duration where index has durations, got {origin!r}")
+        return Times(_count(array - at, unit), unit)
     if origin is None:
         if not array.size:
             raise ValueError("index has no times, so origin must be given")

@@ -89,6 +89,10 @@ def test_numbers_and_durations_pass():
     np.testing.assert_allclose(as_times([3, 4, 7], "hour", origin=3).values, [0, 1, 4])
     spans = np.array([30, 90], "timedelta64[m]")
     np.testing.assert_allclose(as_times(spans, unit="hour").values, [0.5, 1.5])
+    later = as_times(spans, unit="hour", origin=datetime.timedelta(minutes=30))
+    np.testing.assert_allclose(later.values, [0.0, 1.0])
+    with pytest.raises(ValueError, match="origin must be a duration"):
+        as_times(spans, origin=3)
     with pytest.raises(ValueError, match="no origin"):
         as_times(spans).to_dates()
 

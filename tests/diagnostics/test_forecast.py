@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import MCMC, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 import numpyro_sde as nsde
@@ -146,6 +146,21 @@ def test_particles_and_approximate_filters():
         options = {"model": nsde.handlers.marginalize(model, method=method)}
         ahead = nsde.forecast(fit, AHEAD, rng_key=jax.random.key(2), **options)
         check(ahead["x"], *exact(), num=num)
+
+
+def test_particle_samplers_are_taken_as_they_are():
+    """PMMH brings its filter, particle Gibbs its paths; parameters known, so laws are exact."""
+    for kernel in (
+        nsde.infer.PMMH(model, num_particles=32),
+        nsde.infer.ParticleGibbs(model, num_particles=16),
+    ):
+        mcmc = MCMC(kernel, num_warmup=50, num_samples=300, progress_bar=False)
+        mcmc.run(jax.random.key(3))
+        ahead = nsde.forecast(mcmc, AHEAD, rng_key=jax.random.key(4))
+        mean, sd = exact()
+        # Successive paths of particle Gibbs depend on each other: a third of the draws count.
+        assert np.all(np.abs(ahead["x"].mean(0) - mean) < 4 * sd / np.sqrt(100))
+        assert ahead["y"].shape == (300, 3)
 
 
 def test_a_variational_fit_brings_its_own_draws():

@@ -191,6 +191,46 @@ def test_a_panel_with_own_clocks():
 
 
 @pytest.mark.usefixtures("x64")
+def test_several_instruments_under_a_plate():
+    """A plate inside: three sensors of one path, each predicted given those before it."""
+    times = np.array([0.0, 0.7])
+    y = np.array([[0.3, -0.2], [0.1, 0.5], [NAN, 0.2]])
+
+    def model():
+        numpyro.sample("unused", dist.Normal(0.0, 1.0))
+        ou = nsde.processes.OrnsteinUhlenbeck(RATE, 0.0, SCALE)
+        x = numpyro.sample("x", nsde.SDEPath(ou, times, dist.Normal(0.0, 0.8)))
+        with numpyro.plate("sensor", 3):
+            nsde.observe("y", x, lambda t, x: dist.Normal(x, SD), obs=y)
+
+    found = residuals(NOTHING, model=model, method=nsde.filters.Kalman()).pit["y"]
+    assert found.shape == (3, 2)
+    decay = np.exp(-RATE * 0.7)
+    late = 0.64 * decay**2 + SCALE**2 / (2 * RATE) * (1 - decay**2)
+    path = np.array([[0.64, 0.64 * decay], [0.64 * decay, late]])
+    order = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    at = [time for _, time in order]
+    cov = path[np.ix_(at, at)] + SD**2 * np.eye(6)
+    data = np.array([y[place] for place in order])
+    for k, place in enumerate(order):
+        known = [j for j in range(k) if not np.isnan(data[j])]
+        m, v = conditional(data, cov, np.zeros(6), k, known)
+        np.testing.assert_allclose(found[place], norm.cdf(data[k], m, np.sqrt(v)), atol=1e-10)
+
+
+def test_a_likelihood_to_a_power_predicts_nothing():
+    def model():
+        numpyro.sample("unused", dist.Normal(0.0, 1.0))
+        ou = nsde.processes.OrnsteinUhlenbeck(RATE, 0.0, SCALE)
+        x = numpyro.sample("x", nsde.SDEPath(ou, TIMES, dist.Normal(0.0, 0.8)))
+        with numpyro.handlers.scale(scale=0.5):
+            nsde.observe("y", x, lambda t, x: dist.Normal(x, SD), obs=Y)
+
+    with pytest.raises(ValueError, match=r"handlers\.scale"):
+        residuals(NOTHING, model=model, method=nsde.filters.Kalman())
+
+
+@pytest.mark.usefixtures("x64")
 def test_a_path_seen_itself():
     x = np.array([0.2, 0.9, -0.4, 0.1, 1.3, 0.8, 0.3])
 

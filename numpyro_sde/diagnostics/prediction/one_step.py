@@ -187,10 +187,9 @@ def predict(reading: Reading, horizon: int, rng_key: PRNGKeyArray) -> Prediction
     scores: dict[str, PathScore] = {}
     for static, (rows, data) in zip(shapes, results, strict=True):
         scores[static.name] = PathScore(static.row_times, rows.log_score)
-        for name, event, slot, times, y in zip(
-            static.sites, static.events, static.slots, static.times, data, strict=True
-        ):
-            sites[name] = _site(rows, event, slot, times, y[0])
+        for k, (name, y) in enumerate(zip(static.sites, data, strict=True)):
+            shapes_of = static.replicates[k], static.events[k]
+            sites[name] = _site(rows, *shapes_of, static.slots[k], static.times[k], y[0])
     return Predictions(horizon, sites, scores, reading.num_draws)
 
 
@@ -200,6 +199,7 @@ class _Static(NamedTuple):
     name: str
     sites: list[str]
     events: list[tuple[int, ...]]
+    replicates: list[tuple[int, ...]]
     slots: list[np.ndarray]
     times: list[np.ndarray]
     row_times: np.ndarray
@@ -210,13 +210,14 @@ def _static(path: SeenPath | DirectPath) -> _Static:
         law, times = path.path, _known_times(path.path, path.name)
         rows = np.arange(law.num_times)
         slot = np.stack([rows, np.zeros_like(rows)], axis=-1)
-        return _Static(path.name, [path.name], [law.state_shape], [slot], [times], times)
+        return _Static(path.name, [path.name], [law.state_shape], [()], [slot], [times], times)
     times = _known_times(path.path, path.name)
     index = [s.rows.index % path.path.num_times for s, _ in path.data]
     return _Static(
         path.name,
         path.sites,
         [s.structure.shape for s, _ in path.data],
+        [s.replicates for s, _ in path.data],
         slots(path),
         [times[..., i] for i in index],
         times[..., observed_times(path)],
@@ -234,17 +235,49 @@ def _data(path: SeenPath) -> list[Array]:
 
 
 def _site(
-    rows: Any, event: tuple[int, ...], slot: np.ndarray, times: np.ndarray, y: np.ndarray
+    rows: Any,
+    replicates: tuple[int, ...],
+    event: tuple[int, ...],
+    slot: np.ndarray,
+    times: np.ndarray,
+    y: np.ndarray,
 ) -> SitePrediction:
-    """Pick a site's components out of a path's predictions, leading axis the draws."""
-    size = int(np.prod(event, dtype=int))
+    """Pick a site's components out of a path's predictions, leading axis the draws.
+
+    Replicates, several instruments of one path, stand before time as they do in the data.
+    """
+    size, more = int(np.prod((*replicates, *event), dtype=int)), len(replicates)
     columns = slot[:, 1:] + np.arange(size)  # (K, size)
 
     def pick(a: np.ndarray) -> np.ndarray:
         chosen = a[..., slot[:, :1], columns]
-        return chosen.reshape(*chosen.shape[:-1], *event)
+        apart = chosen.reshape(*chosen.shape[:-1], *replicates, *event)
+        time = chosen.ndim - 2
+        return _in_plates(np.moveaxis(apart, time, time + more), 1, more, 1 + len(event))
 
+    y = _in_plates(np.asarray(y, np.float64), 0, more, 1 + len(event))
     with np.errstate(invalid="ignore"):
         upper, lower = pick(rows.upper).mean(axis=0), pick(rows.lower).mean(axis=0)
-    draws = pick(rows.draw)
-    return SitePrediction(times, np.asarray(y, np.float64), upper, lower, draws, len(event))
+    return SitePrediction(times, y, upper, lower, pick(rows.draw), len(event))
+
+
+def _in_plates(a: np.ndarray, front: int, more: int, behind: int) -> np.ndarray:
+    """Put replicates back where their plates stand: in place of the ones that they left.
+
+    Args:
+        a: Shape `front axes + lead + replicates + behind axes`.
+        front: Number of axes in front of the batch.
+        more: Number of axes of replicates.
+        behind: Number of axes behind them.
+    """
+    rank = a.ndim - front - more - behind
+    ones = [front + i for i in range(rank) if a.shape[front + i] == 1]
+    if not more or len(ones) < more:
+        return a
+    left = ones[len(ones) - more :]
+    moved = dict(zip(left, range(front + rank, front + rank + more), strict=True))
+    order = [moved.get(axis, axis) for axis in range(front + rank)]
+    rest = list(range(front + rank + more, a.ndim))
+    return np.transpose(a, [*range(front), *order[front:], *rest, *left]).reshape(
+        *a.shape[:front], *(a.shape[axis] for axis in order[front:]), *a.shape[a.ndim - behind :]
+    )

@@ -112,7 +112,7 @@ def slots(seen: SeenPath) -> list[np.ndarray]:
     rows, num_times = observed_times(seen), seen.path.num_times
     found, offset = [], 0
     for statement, _ in seen.data:
-        size = int(np.prod(statement.structure.shape, dtype=int))
+        size = int(np.prod((*statement.replicates, *statement.structure.shape), dtype=int))
         index = statement.rows.index % num_times
         turns = np.array([np.sum(index[:k] == row) for k, row in enumerate(index)], int)
         found.append(np.stack([np.searchsorted(rows, index), offset + size * turns], axis=-1))

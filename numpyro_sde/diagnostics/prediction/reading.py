@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from numpyro import handlers as numpyro_handlers
+from numpyro.infer import MCMC
 
 from numpyro_sde.diagnostics.compare.draws import complete_draws, flatten_draws, read_fit
 from numpyro_sde.diagnostics.compare.path_places import find_paths, strip_treatments
@@ -30,7 +31,9 @@ from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.statement import Statement
+from numpyro_sde.filters.particle import Particle
 from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.infer.pmmh import PMMH
 from numpyro_sde.statespace.model import AbstractFilter
 
 
@@ -66,6 +69,7 @@ class DirectPath(NamedTuple):
     value: Any
 
 
+_NUM_PARTICLES = 1000  # where a sampler does not say how many
 PerDraw = Callable[[list[SeenPath | DirectPath], PRNGKeyArray], Any]
 
 
@@ -155,6 +159,12 @@ class Reading(NamedTuple):
 
 def _seen(stand_in: IntegratedPath) -> SeenPath:
     data = list(stand_in.seen)
+    for (statement, _), site in zip(data, stand_in.sites, strict=True):
+        if statement.power is not None:
+            raise ValueError(
+                f"observe({site!r}) stands inside handlers.scale: a likelihood to a power is no "
+                "density of the data, so it predicts none. Give the model without the scale"
+            )
     lead = jnp.broadcast_shapes(
         stand_in.lead, *(np.shape(y)[: np.ndim(y) - len(s.event_shape)] for s, y in data)
     )
@@ -278,6 +288,19 @@ def _last_row(name: str, trace: Mapping[str, Any]) -> np.ndarray:
     return np.where(last < 0, end if not last.any() else 0, last)
 
 
+def _filter_of(fit: Any) -> AbstractFilter | None:
+    """The filter that a sampler integrates paths out by itself with."""
+    sampler = fit.sampler if isinstance(fit, MCMC) else None
+    if not isinstance(sampler, PMMH):
+        return None
+    return Particle(
+        sampler.num_particles or _NUM_PARTICLES,
+        proposal=sampler.proposal,
+        resampling=sampler.resampling,
+        ess_threshold=sampler.ess_threshold,
+    )
+
+
 def _read(
     fit: Any,
     caller: str,
@@ -296,6 +319,7 @@ def _read(
         raise ValueError(f"{caller} needs the model that was fitted: give model=")
     fitted = draws.model
     inner, own = strip_treatments(fitted)
+    own = own or _filter_of(fit)
     paths = find_paths(inner, draws.model_args, draws.model_kwargs)
     draws = complete_draws(
         draws,
