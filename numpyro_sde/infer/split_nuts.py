@@ -55,6 +55,9 @@ _TREES = (7, 15, 31)
 _MARGIN = 0.05
 
 
+_FEW_GRADIENTS, _MANY_DRAWS = 0.65, 0.8
+
+
 class SplitNUTS(NUTS):
     """NUTS for models with innovations, with the motion of a standard normal done exactly.
 
@@ -72,10 +75,10 @@ class SplitNUTS(NUTS):
         init_strategy: where chains begin. None: for guided paths a draw of the normal
             approximation at the mode that their search has found, with the curvature there as the
             first metric of the other sites; else near the prior's medians.
-        target_accept_prob: as in NUTS. In many dimensions 0.65 is the best for a given number of
-            gradients (Beskos et al. 2013, "Optimal tuning of the hybrid Monte Carlo algorithm");
-            a draw of the default is worth more, and where compiling takes longer than sampling
-            that counts. Raise it where draws diverge.
+        target_accept_prob: as in NUTS. None: 0.65, the best in many dimensions for a given number
+            of gradients (Beskos et al. 2013, "Optimal tuning of the hybrid Monte Carlo
+            algorithm"); 0.8 where guided paths were searched, since a draw is worth more then and
+            gradients are few. Raise it where draws diverge.
         **options: those of `numpyro.infer.NUTS`.
 
     Raises:
@@ -107,7 +110,7 @@ class SplitNUTS(NUTS):
         innovations: Sequence[str] | None = None,
         dense_mass: bool | list[tuple[str, ...]] = True,
         init_strategy: Callable[..., Any] | None = None,
-        target_accept_prob: float = 0.8,
+        target_accept_prob: float | None = None,
         **options: Any,
     ) -> None:
         if not callable(model):
@@ -116,9 +119,10 @@ class SplitNUTS(NUTS):
             model,
             dense_mass=dense_mass,
             init_strategy=init_to_median if init_strategy is None else init_strategy,
-            target_accept_prob=target_accept_prob,
+            target_accept_prob=_FEW_GRADIENTS if target_accept_prob is None else target_accept_prob,
             **options,
         )
+        self._asked_accept = target_accept_prob
         self._innovations = None if innovations is None else tuple(innovations)
         # NumPyro's kernel reads `_dense_mass` and `_inverse_mass_matrix` once the sites are
         # known; what was asked for is kept beside.
@@ -163,6 +167,8 @@ class SplitNUTS(NUTS):
         self._inv_transforms: Any = {}
         self._dynamic_support = True
         self._set_metric(found.mode, batch=0, found=found)
+        if self._asked_accept is None:
+            self._target_accept_prob = _MANY_DRAWS
         begin = partial(
             first_state,
             self._adaptation(),

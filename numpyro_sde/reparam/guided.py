@@ -35,6 +35,7 @@ from numpyro_sde.reparam.planning import (
     Plan,
     Program,
     compile_program,
+    is_collected,
     note,
     search,
 )
@@ -160,6 +161,8 @@ class GuidedReparam(Reparam):
                 note(found)
         if plan is None:
             return None, _guided_site(name, site, data, self._given(name, site), None)[0]
+        if is_collected():
+            return None, _along_reference(name, site, plan.reference)
         guide = plan if self.frozen else None
         return None, _guided_site(name, site, data, plan.reference, guide)[0]
 
@@ -305,6 +308,20 @@ def _prior_start(path: SDEPath, z: Array) -> Array:
     mean, cov = mean_and_cov(path.init, len(path.state_shape))
     x0 = mean + matvec(psd_factor(cov), z if path.state_shape else z[..., None])
     return x0 if path.state_shape else x0[..., 0]
+
+
+def _along_reference(name: str, site: Unwrapped, reference: Any) -> Array:
+    """The sites of a guided path, and its reference in the place of the path."""
+    path = site.path
+    _start_sites(name, site)
+    latent(f"{name}_innov", path.init, site, path.innovation_shape)
+
+    def visible(model: StateSpaceModel, reference: Array) -> Array:
+        return model.visible(reference)
+
+    value = run_on_model(path, site.lead, [], visible, (jnp.asarray(reference),), (2,))
+    remember_value(value, path.clock)
+    return value
 
 
 def _along(name: str, site: Unwrapped, run: Run, reference: Any) -> tuple[Array, Any]:

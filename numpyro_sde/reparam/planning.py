@@ -247,17 +247,19 @@ def compile_program(run: Run, arguments: Arguments, guiding: Guiding) -> Program
 
     # Compiled ahead of time: a compiled function runs at once, also inside an outer trace.
     data = arguments.data
-    starts: dict[bool, Any] = {}
+    jitted = jax.jit(start, static_argnums=1)
+    traced = jitted.trace(data, False)
+    starts: dict[bool, Any] = {False: traced.lower().compile()}
 
     def start_at(data: list[Any], careful: bool) -> tuple[Any, Any]:
         if careful not in starts:
-            lowered = jax.jit(start, static_argnums=1).lower(data, careful)
-            starts[careful] = lowered.compile()
+            starts[careful] = jitted.lower(data, careful).compile()
         z, references, seen = starts[careful](data)
         return (z, references) if careful or bool(seen) else start_at(data, True)
 
-    shapes = jax.eval_shape(lambda data: start(data, True)[:2], data)
-    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True)).lower(*shapes, data).compile()
+    z, references, _ = traced.out_info
+    both = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    gradient = both.lower(z, references, data).compile()
     shared = (frozenset(fixed), frozenset(given), tuple(users))
     return Program(arguments.key(), start_at, gradient, *shared)
 
@@ -305,6 +307,11 @@ def collecting() -> Iterator[list[Found]]:
         yield found
     finally:
         _collecting[:] = [other for other in _collecting if other is not found]
+
+
+def is_collected() -> bool:
+    """Whether a model is run only to collect what is found: its paths are not looked at."""
+    return bool(_collecting)
 
 
 def note(found: Found) -> None:
