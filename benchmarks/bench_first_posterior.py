@@ -194,8 +194,9 @@ def case_path_guide(cases):
 
 def case_particle_gibbs(cases):
     nsde = ours()
-    y = np.array([-1.0, -0.7, 0.9, 1.1, 0.8])
-    return run_mcmc(nsde.infer.ParticleGibbs(cases.well_model, num_particles=32), y)
+    nile = nsde.datasets.load_nile_flow()
+    kernel = nsde.infer.ParticleGibbs(cases.nile_model, num_particles=32)
+    return run_mcmc(kernel, nile.times, nile.flow / 100)
 
 
 def case_rough(cases):

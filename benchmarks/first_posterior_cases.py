@@ -180,7 +180,7 @@ def cuthbert_model(times, y):
     # Its first state is before the first observation: a step of length zero leads there.
     inputs = np.arange(len(times) + 1)
     a, c, q = (jnp.concatenate([v[:1], v]) for v in (a, c, q))
-    states = cuthbert.filter(inference, inputs[1:], inference.init_prepare(inputs[0]))
+    states = cuthbert.filter(inference, inputs[1:], inference.init_prepare())
     numpyro.factor("filter", states.log_normalizing_constant[-1])
 
 

@@ -39,6 +39,7 @@ from numpyro_sde.reparam.planning import (
     note,
     search,
 )
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.statespace.exact import check_conditioning
 from numpyro_sde.statespace.guide import Guide, guided_path, guided_start, make_guide
 from numpyro_sde.statespace.model import StateSpaceModel
@@ -245,17 +246,41 @@ def _guided_site(
         return value, None
     arrays: tuple[Any, ...] = (start, z)
     if not isinstance(reference, str):
-        arrays, dims = (*arrays, reference), (*dims, 2)
+        arrays, dims = (*arrays, jnp.asarray(reference)), (*dims, 2)
     if frozen is not None:
-        arrays, dims = (*arrays, frozen.H, frozen.e), (*dims, 3, 2)
+        guide_arrays = (jnp.asarray(frozen.H), jnp.asarray(frozen.e))
+        arrays, dims = (*arrays, *guide_arrays), (*dims, 3, 2)
+
+    known = [(statement, jnp.asarray(y)) for statement, y in data]
+    kind = "frozen" if frozen is not None else reference if isinstance(reference, str) else "along"
+    value, log_weight, guide, states = _guided_states(
+        path, site.lead, known, arrays, dims, kind, normal
+    )
+    with numpyro.handlers.mask(mask=site.mask):
+        numpyro.factor(f"{name}_guide", log_weight)
+    remember_value(value, path.clock, mask=site.mask)
+    return value, (guide, states)
+
+
+@entry_point
+def _guided_states(
+    path: SDEPath,
+    lead: tuple[int, ...],
+    data: list[tuple[Statement, Array]],
+    arrays: tuple[Any, ...],
+    dims: tuple[int, ...],
+    kind: str,
+    normal: bool,
+) -> tuple[Array, Array, Guide, Array]:
+    """The path, its log weight, the guide, and the states that were drawn."""
 
     def one(model: StateSpaceModel, start: Array, z: Array, *given: Array) -> Any:
         check_conditioning(model, "GuidedReparam")
-        if frozen is not None:
+        if kind == "frozen":
             guide = Guide(*(jnp.asarray(a, z.dtype) for a in given))
-        elif given:
+        elif kind == "along":
             guide = make_guide(model, carried(model, jnp.asarray(given[0], z.dtype)))
-        elif reference == "smoother":
+        elif kind == "smoother":
             guide = believed_guide(model).guide
         else:
             guide = make_guide(model, data_reference(model))
@@ -266,14 +291,7 @@ def _guided_site(
         states, more = guided_path(model, guide, x0, z)
         return model.visible(states), weight + more, guide, states
 
-    # As one compiled function: a run outside `jit` would else compile every operation apart.
-    value, log_weight, guide, states = jax.jit(
-        lambda *arrays: run_on_model(path, site.lead, data, one, arrays, dims)
-    )(*arrays)
-    with numpyro.handlers.mask(mask=site.mask):
-        numpyro.factor(f"{name}_guide", log_weight)
-    remember_value(value, path.clock, mask=site.mask)
-    return value, (guide, states)
+    return run_on_model(path, lead, data, one, arrays, dims)
 
 
 def _start_sites(name: str, site: Unwrapped) -> tuple[Array, bool]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -238,7 +237,7 @@ def _run(
     return run_method(path, lead, [(statement, y)], method, run)
 
 
-@partial(jax.jit, static_argnums=4)
+@entry_point
 def _run_particles(
     path: SDEPath, statement: Statement, y: Array, method: Particle, lead: tuple[int, ...]
 ) -> Any:
