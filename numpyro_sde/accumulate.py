@@ -21,7 +21,6 @@ from numpyro_sde.distributions.arguments import as_init
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
-from numpyro_sde.noise import Brownian
 from numpyro_sde.parameters import Code, as_function
 from numpyro_sde.schemes.base import AbstractScheme
 from numpyro_sde.sde import SDE
@@ -290,7 +289,7 @@ def accumulate(
     """
     if not isinstance(sde, SDE):
         raise TypeError(f"accumulate needs an nsde.SDE, got {type(sde).__name__}")
-    if not isinstance(sde.noise, Brownian):
+    if not sde.noise.independent:
         raise TypeError(
             f"accumulate needs an SDE driven by Brownian motion, got {type(sde.noise).__name__}"
         )

@@ -121,7 +121,7 @@ class SDE(eqx.Module):
                 raise TypeError(
                     f"jumps must be nsde.CompoundPoisson(rate, size), or several, got {one!r}"
                 )
-        if self.jumps and (inputs is not None or not isinstance(noise, Brownian)):
+        if self.jumps and (inputs is not None or not noise.independent):
             raise ValueError("jumps go with Brownian noise and without inputs")
         self.inputs = None if inputs is None else Inputs(inputs)
         self.push = None
@@ -191,7 +191,7 @@ class SDE(eqx.Module):
             entries = [(role, describe_value(fn)) for role, fn in code.items()] + entries
         if self.inputs is not None:
             entries.append(("inputs", ", ".join(self.inputs.names)))
-        if not isinstance(self.noise, Brownian):
+        if not self.noise.independent:
             entries.append(("noise", describe_value(self.noise)))
         if self.interpretation != "ito":
             entries.append(("interpretation", self.interpretation))

@@ -21,7 +21,6 @@ from numpyro_sde.filters.forced import (
 from numpyro_sde.linear import diffuse, discretize, kalman
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.smoothing import BackwardKernel, backward_kernels
-from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.dependence import dependence
 from numpyro_sde.schemes.time_varying import TimeVaryingLinear
@@ -100,7 +99,7 @@ class Kalman(AbstractFilter):
         if path.forcing is not None:
             smooth = path_varies_inside(path)
             return path.replace(scheme=TimeVaryingLinear() if smooth else LocalLinear())
-        brownian = isinstance(path.sde.noise, Brownian)
+        brownian = path.sde.noise.independent
         if brownian and path.sde.exact_transition() is not None:
             return path
         uses = (dependence(path.sde, role, path.state_shape) for role in ("drift", "diffusion"))
@@ -179,7 +178,7 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
         return model.with_scheme(TimeVaryingLinear())._replace(scheme_chosen=True)
     carried = model if model.markovian is None else model.markovian
     noise = carried.sde.noise
-    if not isinstance(noise, Brownian):
+    if not noise.independent:
         _refuse(
             f"noise {type(noise).__name__} with a Hurst index that changes in time has no linear "
             "SDE; give SDEPath scheme=Euler() to take its increments on the path's grid"

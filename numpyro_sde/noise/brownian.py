@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 
 
@@ -12,7 +14,13 @@ class AbstractNoise(eqx.Module):
         >>> from numpyro_sde.noise import AbstractNoise, Brownian
         >>> isinstance(Brownian(), AbstractNoise)
         True
+
+    Attributes:
+        independent: whether increments are independent and normal of variance dt, as schemes take
+            them to be that carry nothing from step to step.
     """
+
+    independent: ClassVar[bool] = False
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -32,3 +40,5 @@ class Brownian(AbstractNoise):
         >>> nsde.SDE(lambda t, x: -x, lambda t, x: 1.0, noise=nsde.noise.Brownian()).noise
         Brownian()
     """
+
+    independent: ClassVar[bool] = True

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_sde.noise import Brownian
 from numpyro_sde.processes.arguments import parameter, positive, real
 from numpyro_sde.processes.linear import rounding_of
 from numpyro_sde.processes.special import expm1_ratio
@@ -71,7 +70,7 @@ class BrownianMotion(SDE):
 
     def exact_transition(self) -> AbstractScheme | None:
         """The Euler step, exact with constant coefficients."""
-        return Euler() if isinstance(self.noise, Brownian) else None
+        return Euler() if self.noise.independent else None
 
 
 def _geometric_drift(t: Any, x: Any, p: Any) -> Array:
@@ -125,7 +124,7 @@ class GeometricBrownianMotion(SDE):
 
     def exact_transition(self) -> AbstractScheme | None:
         """The log-normal transition."""
-        return LogNormalTransition() if isinstance(self.noise, Brownian) else None
+        return LogNormalTransition() if self.noise.independent else None
 
 
 class LogNormalTransition(AbstractScheme):
@@ -240,7 +239,7 @@ class OrnsteinUhlenbeck(SDE):
 
     def exact_transition(self) -> AbstractScheme | None:
         """The Gaussian transition."""
-        return OrnsteinUhlenbeckTransition() if isinstance(self.noise, Brownian) else None
+        return OrnsteinUhlenbeckTransition() if self.noise.independent else None
 
     def stationary_moments(self) -> tuple[Array, Array]:
         """Mean and variance of the stationary law, NaN unless `rate > 0`."""

@@ -17,7 +17,6 @@ from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_sde.linear import small
 from numpyro_sde.linear.discretize import transition_sqrt, transitions
-from numpyro_sde.noise import Brownian
 from numpyro_sde.processes.arguments import parameter, real
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
 from numpyro_sde.sde import SDE
@@ -92,7 +91,7 @@ class LinearSDE(SDE):
 
     def exact_transition(self) -> AbstractScheme | None:
         """The Gaussian transition."""
-        return LinearTransition() if isinstance(self.noise, Brownian) else None
+        return LinearTransition() if self.noise.independent else None
 
     def stationary_moments(self) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d d"]]:
         """Mean and covariance of the stationary law, NaN where there is none.

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaln
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from numpyro_sde.noise import Brownian
 from numpyro_sde.processes.arguments import nonnegative, parameter, positive
 from numpyro_sde.processes.special import expm1_ratio, log_noncentral_gamma
 from numpyro_sde.schemes.base import AbstractScheme
@@ -92,7 +91,7 @@ class CoxIngersollRoss(SDE):
 
     def exact_transition(self) -> AbstractScheme | None:
         """The noncentral chi-squared transition."""
-        return NoncentralChiSquaredTransition() if isinstance(self.noise, Brownian) else None
+        return NoncentralChiSquaredTransition() if self.noise.independent else None
 
     def stationary_moments(self) -> tuple[Array, Array]:
         """Mean and variance of the stationary Gamma law, NaN unless the rate is positive."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes.base import _HALF_LOG_2PI, AbstractScheme
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class _SquareRootStep(AbstractScheme):
                 f"{type(self).__name__} is a step of the square-root process: sde must be "
                 f"processes.CoxIngersollRoss, got {type(sde).__name__}"
             )
-        if not isinstance(sde.noise, Brownian):
+        if not sde.noise.independent:
             raise ValueError(
                 f"{type(self).__name__} needs an sde driven by noise.Brownian(), got "
                 f"{type(sde.noise).__name__}"

@@ -20,7 +20,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.small import solve
-from numpyro_sde.noise import Brownian
 from numpyro_sde.noise.banks import (
     BLOCK,
     Innovations,
@@ -55,7 +54,7 @@ def driven_scheme(
         TypeError: a scheme that only Brownian motion can drive.
         ValueError: an SDE that the noise cannot drive.
     """
-    if isinstance(sde.noise, Brownian):
+    if sde.noise.independent:
         return scheme.plain() if isinstance(scheme, MemoryScheme) else scheme  # type: ignore[return-value]
     chosen = scheme.plain() if isinstance(scheme, MemoryScheme) else scheme
     if chosen is not None and not isinstance(chosen, Euler | LocalLinear):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from numpyro_sde.noise import Brownian
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -69,7 +68,7 @@ def check_brownian(model: StateSpaceModel, method: str, *, continuous: bool = Fa
     asks for drift and diffusion.
     """
     carried = model.state_shape is not None and not continuous
-    if not (isinstance(model.sde.noise, Brownian) or carried):
+    if not (model.sde.noise.independent or carried):
         raise ValueError(
             f"{method} needs an SDE driven by Brownian motion, got noise "
             f"{type(model.sde.noise).__name__}, whose increments depend on the past"
