@@ -24,6 +24,7 @@ from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import (
     draw_starts,
+    masked_alone,
     run_method,
     run_on_model,
     with_starts,
@@ -151,18 +152,9 @@ class MarginalPath(dist.Distribution):
         """A series whose path and data are masked out says nothing; a path alone cannot be."""
         if self.path_mask is True or (isinstance(self.path_mask, bool) and self.path_mask):
             return total
-        on_host = isinstance(y, np.ndarray) and isinstance(self.path_mask, np.ndarray)
-        xp: Any = np if on_host else jnp
-        axes = tuple(range(-len(statement.event_shape), 0))
-        floats = xp.asarray(y, jnp.result_type(float))
-        missing = xp.all(xp.isnan(floats), axis=axes)
-        if on_host and np.any(~self.path_mask & ~missing):
-            raise ValueError(
-                f"path {'' if self.stand_in is None else self.stand_in.name!r} is masked out by "
-                "handlers.mask where its data are not: without a law it cannot be integrated out. "
-                "Mask the observe statements alone"
-            )
-        return jnp.where(self.path_mask, total, jnp.where(missing, 0.0, jnp.nan))
+        name = "x" if self.stand_in is None else self.stand_in.name
+        alone = masked_alone(self.path_mask, statement, y, name)
+        return jnp.where(self.path_mask, total, jnp.where(alone, jnp.nan, 0.0))
 
     def _at_first_replicate(
         self, total: Array, lead: tuple[int, ...], batch: tuple[int, ...]

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
@@ -59,6 +60,25 @@ class ObservedPath(eqx.Module):
         """Map `fn(model, key, *arrays)`, each element with a key and starts of its own."""
         data = list(self.data)
         return run_seeded(self.path, self.lead, data, fn, key, num_starts, arrays, dims)
+
+
+def masked_alone(mask: Any, statement: Statement, y: Any, name: str) -> Array:
+    """Where the law of a path is masked out and data on it are not; nothing can be drawn there.
+
+    Raises:
+        ValueError: where it is known before tracing.
+    """
+    on_host = isinstance(y, np.ndarray) and isinstance(mask, bool | np.bool_ | np.ndarray)
+    xp: Any = np if on_host else jnp
+    floats = xp.asarray(y, jnp.result_type(float))
+    missing = xp.all(xp.isnan(floats), axis=tuple(range(-len(statement.event_shape), 0)))
+    alone = ~(xp.asarray(mask) | missing)
+    if on_host and np.any(alone):
+        raise ValueError(
+            f"path {name!r} is masked out by handlers.mask where its data are not: without a law "
+            "it cannot be integrated out, or drawn. Mask the observe statements alone"
+        )
+    return alone
 
 
 def run_on_model(

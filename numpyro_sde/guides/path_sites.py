@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
 from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
 from numpyro_sde.guides.steps import guide_along
 from numpyro_sde.models.reading import read_model, stand_in
@@ -114,6 +114,8 @@ def look(
             f"AutoPathGuide: path {name!r} has no data: state them with nsde.observe(..., obs=...) "
             "and hand them to the guide's first call"
         )
+    for statement, y in site.data:
+        masked_alone(site.mask, statement, y, name)
     return site
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
+from numpyro_sde.distributions.state_space import masked_alone
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.joining import join_clocks
@@ -124,6 +125,8 @@ def _require_data(recorded: Any) -> None:
 
 def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRNGKeyArray) -> Array:
     path, data = stand_in.path, list(stand_in.seen)
+    for statement, y in data:
+        masked_alone(stand_in.mask, statement, y, stand_in.name)
     lead = jnp.broadcast_shapes(
         stand_in.lead, *(y.shape[: y.ndim - len(s.event_shape)] for s, y in data)
     )
