@@ -26,6 +26,7 @@ from numpyro.infer.util import log_density
 from numpyro_sde.models.stack import Run, enclosing_run
 from numpyro_sde.reparam.path import is_innovation, unwrap
 from numpyro_sde.runtime.clock import searching
+from numpyro_sde.runtime.entry import holds_same_numbers
 
 # Rounds of search, each along new reference paths, and steps in one.
 _ROUNDS, _STEPS = 3, 20
@@ -129,7 +130,8 @@ class Arguments:
         self.leaves, self.treedef = jax.tree_util.tree_flatten(tree)
         observed = [np.asarray(y) for y in data]
         self.is_data = tuple(
-            isinstance(leaf, jax.Array | np.ndarray) and any(_equal(leaf, y) for y in observed)
+            isinstance(leaf, jax.Array | np.ndarray)
+            and any(holds_same_numbers(leaf, y) for y in observed)
             for leaf in self.leaves
         )
 
@@ -169,13 +171,6 @@ class Arguments:
         args, kwargs, conditioned = jax.tree_util.tree_unflatten(self.treedef, leaves)
         outer = tuple(_with_data(c, d) for c, d in zip(run.conditions, conditioned, strict=True))
         return run._replace(args=args, kwargs=kwargs, conditions=outer)
-
-
-def _equal(a: Any, b: np.ndarray) -> bool:
-    a = np.asarray(a)
-    if a.size != b.size or a.size < 2 or a.dtype.kind not in "fiu" or b.dtype.kind not in "fiu":
-        return False
-    return np.array_equal(np.ravel(a).astype(b.dtype), np.ravel(b), equal_nan=True)
 
 
 def _with_data(handler: Any, data: Any) -> Any:

@@ -159,6 +159,19 @@ def split(tree: Any) -> tuple[tuple[Any, ...], list[Any]]:
     return (treedef, held, functions), [leaf for leaf, d in zip(leaves, is_data, strict=True) if d]
 
 
+def holds_same_numbers(a: Any, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same numbers, axes of length 1 apart; never for single numbers.
+
+    Example:
+        >>> holds_same_numbers(np.array([1.0, np.nan]), np.array([[1.0], [np.nan]]))
+        True
+    """
+    a = np.asarray(a)
+    if a.size != b.size or a.size < 2 or a.dtype.kind not in "fiu" or b.dtype.kind not in "fiu":
+        return False
+    return np.array_equal(np.ravel(a).astype(b.dtype), np.ravel(b), equal_nan=True)
+
+
 def _holds_function(part: Any) -> bool:
     return bool(getattr(type(part), "holds_function", False))
 

@@ -16,6 +16,7 @@ from numpyro_sde.distributions.state_space import masked_alone
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.joining import join_clocks
+from numpyro_sde.runtime.entry import Held, entry_point, holds_same_numbers
 from numpyro_sde.statespace.model import AbstractFilter
 
 
@@ -88,6 +89,61 @@ def smooth(
     if len(set(num_draws.values())) != 1:
         raise ValueError(f"samples must have one leading axis of draws, got lengths {num_draws}")
 
+    keys = jax.random.split(rng_key, next(iter(num_draws.values())))
+    rest = (method, tuple(sorted(names)), times, batch_size, kept, keys)
+    observed = _observed_values(inner, model_args, model_kwargs)
+    try:
+        # Data as arguments of the program: new data of the same shape find it.
+        return _smoothed(inner, _held((model_args, model_kwargs), observed), *rest)
+    except jax.errors.JAXTypeError:  # the model asks for the numbers of its data
+        return _smoothed(inner, _held((model_args, model_kwargs), []), *rest)
+
+
+def _observed_values(model: Callable[..., Any], args: Any, kwargs: Any) -> list[np.ndarray]:
+    """Arrays that a run of the model observes as they are."""
+    found: list[np.ndarray] = []
+
+    def run() -> int:
+        with block(), trace() as recorded, seed(rng_seed=0):
+            model(*args, **kwargs)
+        for site in recorded.values():
+            value = site.get("value")
+            known = not isinstance(value, jax.core.Tracer)
+            if site["type"] == "sample" and site["is_observed"] and known:
+                found.append(np.asarray(value))
+        return 0
+
+    jax.eval_shape(run)
+    return found
+
+
+def _held(arguments: Any, observed: list[np.ndarray]) -> Any:
+    """Arguments of a model: those that are observed as arrays, the others as they are."""
+
+    def hold(leaf: Any) -> Any:
+        array = isinstance(leaf, jax.Array | np.ndarray)
+        is_data = array and any(holds_same_numbers(leaf, y) for y in observed)
+        return jnp.asarray(leaf) if is_data else Held(leaf)
+
+    return jax.tree.map(hold, arguments)
+
+
+@entry_point
+def _smoothed(
+    model: Callable[..., Any],
+    arguments: Any,
+    method: AbstractFilter,
+    names: tuple[str, ...],
+    times: Any,
+    batch_size: int,
+    kept: dict[str, Array],
+    keys: PRNGKeyArray,
+) -> dict[str, Array]:
+    """Draws of all paths; compiled once for a model and the shapes of its data."""
+    args, kwargs = jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, Held) else leaf, arguments
+    )
+
     def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Array]:
         draw, key = inputs
         model_key, path_key = jax.random.split(key)
@@ -99,7 +155,7 @@ def smooth(
             substitute(data=draw),
             smoother,
         ):
-            inner(*model_args, **model_kwargs)
+            model(*args, **kwargs)
         _require_data(recorded)
         keys = jax.random.split(path_key, len(smoother.paths))
         return {
@@ -107,8 +163,7 @@ def smooth(
             for (name, path), key in zip(smoother.paths.items(), keys, strict=True)
         }
 
-    keys = jax.random.split(rng_key, next(iter(num_draws.values())))
-    return jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=batch_size))((kept, keys))
+    return jax.lax.map(one, (kept, keys), batch_size=batch_size)
 
 
 def _require_data(recorded: Any) -> None:

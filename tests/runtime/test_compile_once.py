@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.infer import MCMC
 
 import numpyro_sde as nsde
 from numpyro_sde.runtime.clock import Stopwatch
@@ -91,3 +93,44 @@ def test_what_may_change_unseen_is_compiled_again():
     assert float(scaled(jnp.ones(()), fn)) == 1.0
     settings.scale = 3.0
     assert float(scaled(jnp.ones(()), fn)) == 3.0
+
+
+def test_smooth_draws():
+    def model(times, y):
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        sde = nsde.SDE(lambda t, x, p: -p * x, lambda t, x, p: 0.5, params=rate)
+        x = numpyro.sample("x", nsde.SDEPath(sde, times, dist.Normal(0.0, 1.0)))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+
+    def run(seed):
+        draws = {"rate": np.random.default_rng(seed).gamma(2.0, size=5)}
+        method, key = nsde.filters.Kalman(), jax.random.key(seed)
+        return nsde.smooth(model, draws, TIMES, data(seed), method=method, rng_key=key)["x"]
+
+    run(0)
+    again, second = programs(run, 1)
+    assert again == 0
+    # Noise of 0.1: it is the second data that the draws follow.
+    assert float(np.abs(second - data(1)).max()) < 0.6
+
+
+def test_a_second_posterior_compiles_what_numpyro_insists_on():
+    def model(y):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        well = nsde.processes.DoubleWell(1.0, 1.0, scale)
+        law = nsde.SDEPath(well, TIMES, dist.Normal(0.0, 1.0), scheme=nsde.schemes.Euler())
+        x = numpyro.sample("x", law)
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+
+    guided = numpyro.handlers.reparam(model, config={"x": nsde.reparam.GuidedReparam()})
+    kernel = nsde.infer.SplitNUTS(guided)
+
+    def run(seed):
+        mcmc = MCMC(kernel, num_warmup=5, num_samples=5, progress_bar=False)
+        mcmc.run(jax.random.key(seed), data(seed))
+        return mcmc.get_samples()
+
+    run(0)
+    again, draws = programs(run, 1)
+    assert again <= 2  # the loop over draws, which NumPyro makes anew, and a cast at most
+    assert np.all(np.isfinite(draws["x"]))
