@@ -109,7 +109,15 @@ def observe(
     obs = None if obs is None else as_data(f"observe({name!r}): obs", obs)
     openings = _openings(name, x, clock, rows, side)
     emissions = Emission(
-        emission, params, event_dims, inputs, len(rows), batch_shape, openings, split
+        emission,
+        params,
+        event_dims,
+        inputs,
+        len(rows),
+        batch_shape,
+        openings,
+        split,
+        whole=_is_whole(x, clock),
     )
     if isinstance(x, IntegratedPath):
         statement = make_statement(emissions, x.index[rows], clock.state_shape, batch_shape)
@@ -129,6 +137,17 @@ def observe(
     _check_mask(name, mask_of_value(x))
     _check_declared(name, emissions, law.event_shape, batch_shape, obs, clock.undeclared)
     return numpyro.sample(name, law, obs=obs)
+
+
+def _is_whole(x: Any, clock: Clock) -> bool:
+    """Whether the states seen are whole numbers."""
+    if isinstance(x, IntegratedPath):
+        return x.path.whole_states
+    return bool(clock.law.whole_states) if clock.law is not None else _holds_integers(x)
+
+
+def _holds_integers(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.integer))
 
 
 def _law_of(name: str, x: Any, clock: Clock) -> SDEPath:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
 from numpyro.distributions import constraints
@@ -46,6 +47,8 @@ class JumpPath(SDEPath):
         ((4, 3), 'int32', (4,))
     """
 
+    whole_states: ClassVar[bool] = True
+
     def __init__(
         self,
         chain: MarkovJumpProcess,
@@ -83,10 +86,18 @@ class JumpPath(SDEPath):
         """The process."""
         return self.equation.chain
 
-    @property
-    def state_dtype(self) -> Any:
-        """Type of a state: whole numbers."""
-        return jnp.int32
+    def of_states(self, states: Array) -> Array:
+        """States as whole numbers; the counts that they stand for, of a network."""
+        return states if self.equation.values is not None else states.astype(jnp.int32)
+
+    def instruments(self, statement: Any, times: Any, y: Array) -> list[Any]:
+        """Lay a statement's unbatched data out on the grid; it sees what states stand for."""
+        values = self.equation.values
+        if values is None:
+            return super().instruments(statement, times, y)
+        table = np.asarray(values, float)
+        laid_out = statement.instruments(times, table.shape[1:], y)
+        return [_seen_through(one, table) for one in laid_out]
 
     @property
     def has_rsample(self) -> bool:
@@ -112,3 +123,19 @@ class JumpPath(SDEPath):
         if init is not None:
             return JumpPath(self.chain, times, init)
         return JumpPath.of_equation(self.equation, times)
+
+
+def _seen_through(instrument: Any, table: np.ndarray) -> Any:
+    """An instrument that is given the number of a state and sees what it stands for."""
+
+    def state_of(x: Array) -> Array:
+        return jnp.asarray(table, x.dtype)[x[0].astype(jnp.int32)]
+
+    def log_prob(inputs: Any, x: Array, y: Array, present: Array) -> Array:
+        value: Array = instrument.log_prob(inputs, state_of(x), y, present)
+        return value
+
+    def moments(inputs: Any, x: Array) -> Any:
+        return instrument.moments(inputs, state_of(x))
+
+    return instrument._replace(log_prob=log_prob, moments=moments, law=None)

@@ -22,6 +22,7 @@ from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import Clock
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.state_space import (
     draw_starts,
     masked_alone,
@@ -36,6 +37,7 @@ from numpyro_sde.distributions.statement import (
     stack_replicates,
 )
 from numpyro_sde.sde import broadcast_batch
+from numpyro_sde.filters.forward import ForwardResult
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 
@@ -281,6 +283,7 @@ def draw_smoothed(
     key: PRNGKeyArray,
 ) -> Array:
     """Draw one path for each element of `lead`, given the data, shape `(*lead, T, *state)`."""
+    path = path_for(method, path)
     filter_key, draw_key, start_key = jax.random.split(key, 3)
     keys = jax.random.split(draw_key, lead)
     # Draws for many parameter values must not share the filter's random numbers.
@@ -293,12 +296,16 @@ def draw_smoothed(
         model = with_starts(model, *starts)
         chosen = method.with_key(other)
         chosen.check(model)
-        draw = chosen.filter(model).sample(key, 1)[0]
+        result = chosen.filter(model)
+        draw = result.sample(key, 1)[0]
+        if isinstance(result, ForwardResult):  # counts of a network, or numbers of states
+            return draw if result.equation.values is not None else draw[:, 0]
         return model.visible(draw)
 
     key_dim = keys.ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
-    return run_on_model(path, lead, data, one, (keys, method_keys, *starts), dims)
+    draws = run_on_model(path, lead, data, one, (keys, method_keys, *starts), dims)
+    return path.of_states(draws)
 
 
 @promote_batch_shape.register

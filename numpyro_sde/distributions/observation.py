@@ -115,6 +115,7 @@ class Emission(eqx.Module):
         batch_shape: batch shape of the states.
         openings: the events after which the states are seen; None for before.
         split: parts a state into the process and its integrals, or None.
+        whole: whether states are whole numbers, which parameters may be indexed with.
 
     Raises:
         TypeError: `fn` is no function of these arguments.
@@ -129,6 +130,7 @@ class Emission(eqx.Module):
     has_inputs: bool = eqx.field(static=True)
     opening: Opening | None
     split: Any = eqx.field(static=True)
+    whole: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -140,10 +142,12 @@ class Emission(eqx.Module):
         batch_shape: tuple[int, ...],
         openings: Openings | None = None,
         split: Callable[[Array], tuple[Array, Any]] | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self.has_params, self.has_inputs = params is not None, inputs is not None
         self.opening = None if openings is None else openings.opening
-        self.split = split
+        self.split, self.whole = split, whole
         optional = {"p": ("params", self.has_params), "u": ("inputs", self.has_inputs)}
         arguments = "t, x" if split is None else "t, x, acc"
         if isinstance(fn, dist.Distribution) or _is_law_class(fn):
@@ -186,6 +190,8 @@ class Emission(eqx.Module):
         if self.opening is not None:
             u, shown = u
             x = self.opening.open(x, shown)
+        if self.whole:
+            x = jnp.asarray(x).astype(jnp.int32)
         args = [t, x] if self.split is None else [t, *self.split(x)]
         if self.has_params:
             args.append(self.parameters.tree)

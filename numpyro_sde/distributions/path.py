@@ -75,6 +75,7 @@ class SDEPath(dist.Distribution):
     """
 
     arg_constraints: ClassVar = {"times": constraints.ordered_vector}
+    whole_states: ClassVar[bool] = False
     reparametrized_params: ClassVar = ["times"]
     pytree_data_fields = ("sde", "times", "dt", "init", "scheme", "forcing", "events")
     pytree_aux_fields = ("structure", "grid", "scheme_chosen", "start_kind", *_DIMS)
@@ -176,6 +177,14 @@ class SDEPath(dist.Distribution):
     def state_shape(self) -> tuple[int, ...]:
         """Shape of one state, `()` or `(d,)`."""
         return self.event_shape[1:]
+
+    def of_states(self, states: Array) -> Array:
+        """Paths from the real numbers that engines work on."""
+        return states
+
+    def instruments(self, statement: Any, times: Any, y: Array) -> list[Any]:
+        """Lay a statement's unbatched data out on the grid, for engines."""
+        return cast("list[Any]", statement.instruments(times, self.state_shape, y))
 
     @property
     def clock(self) -> Clock:

@@ -66,7 +66,8 @@ def ReactionPath(  # noqa: N802
 def _with_accumulators(net: ReactionNetwork, init: Any, law: AbstractLaw) -> Any:
     species, extra = net.num_species, len(net.accumulated)
     if not isinstance(init, dist.Distribution):
-        state = jnp.asarray(init, jnp.result_type(float))
+        with jax.ensure_compile_time_eval():  # a start that is known stays known inside a trace
+            state = jnp.asarray(init, jnp.result_type(float))
         if state.shape != (species,):
             raise ValueError(
                 f"init must have shape ({species},), one number for each of "
@@ -74,7 +75,8 @@ def _with_accumulators(net: ReactionNetwork, init: Any, law: AbstractLaw) -> Any
             )
         if law.counts:
             check_counts("init", state)
-        return jnp.concatenate([state, jnp.zeros(extra, state.dtype)])
+        with jax.ensure_compile_time_eval():
+            return jnp.concatenate([state, jnp.zeros(extra, state.dtype)])
     if init.event_shape != (species,):
         raise ValueError(
             f"init must have event shape ({species},), one number for each of "

@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.fractional_linear import markovian_sde
@@ -107,7 +108,7 @@ def run_on_model(
         observed, others = rest[: len(flat)], rest[len(flat) :]
         instruments: list[Instrument] = []
         for statement, y in zip(observed[::2], observed[1::2], strict=True):
-            instruments += statement.instruments(times, state_shape, y)
+            instruments += path.instruments(statement, times, y)
         model = StateSpaceModel(
             sde=sde,
             scheme=scheme,
@@ -135,6 +136,7 @@ def run_method(
     fn: Callable[[AbstractFilter, StateSpaceModel], Any],
 ) -> Any:
     """Map `fn(method, model)` over `lead`, each element with random numbers of its own."""
+    path = path_for(method, path)
     key = method.random_key
 
     def checked(method: AbstractFilter, model: StateSpaceModel) -> Any:

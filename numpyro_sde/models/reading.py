@@ -108,9 +108,9 @@ class Reader(Messenger):
         lead = shape[: len(shape) - path.event_dim]
         given = self.values.get(msg["name"])
         if self.marked:  # a value that depends on nothing, its own law neither
-            value = marked_value(msg["name"], jnp.ones(shape, jnp.result_type(float)))
+            value = marked_value(msg["name"], jnp.ones(shape, _real(path)))
         else:
-            value = stand_in(path, lead) if given is None else given + 0.0
+            value = stand_in(path, lead) if given is None else given + 0
         plates = plates_around(msg)
         _, mask = peel(msg["fn"])
         power = power_of(msg["scale"], plates, plates)
@@ -148,7 +148,13 @@ def stand_in(path: SDEPath, lead: tuple[int, ...]) -> Array:
         start = jnp.zeros(path.init.shape(), jnp.result_type(float))
     start = jnp.where(jnp.isfinite(start), start, 1.0)
     axis = start.ndim - len(path.state_shape)
-    return jnp.broadcast_to(jnp.expand_dims(start, axis), lead + path.event_shape) + 0.0
+    whole = jnp.broadcast_to(jnp.expand_dims(start, axis), lead + path.event_shape)
+    return whole.astype(_real(path)) + 0
+
+
+def _real(path: SDEPath) -> Any:
+    """The type of a path's states."""
+    return jnp.int32 if path.whole_states else jnp.result_type(float)
 
 
 class Reading(NamedTuple):
@@ -379,7 +385,7 @@ def marked_value(name: str, value: Array) -> Array:
     """The value, its origin told by the name of a call in the trace."""
 
     def path_value(value: Array) -> Array:
-        return value + 0.0
+        return value + 0
 
     path_value.__name__ = MARK + name
     return jax.jit(path_value)(value)

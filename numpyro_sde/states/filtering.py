@@ -296,7 +296,15 @@ def _checked(
     if not isinstance(method, AbstractFilter):
         raise TypeError(f"method must be one of nsde.filters, got {method!r}")
     rows = np.arange(path.num_times) if at is None else check_indices("y", at, path.num_times)
-    emissions = Emission(emission, params, event_dims, inputs, len(rows), path.batch_shape)
+    emissions = Emission(
+        emission,
+        params,
+        event_dims,
+        inputs,
+        len(rows),
+        path.batch_shape,
+        whole=path.whole_states,
+    )
     statement = make_statement(emissions, rows, path.state_shape, path.batch_shape)
     y = as_data("obs", obs)
     check_data("y", y, path.batch_shape, statement.event_shape, statement.structure)
