@@ -463,6 +463,7 @@ class refine(_ChangePath):  # noqa: N801
 
 
 # At the end, because it builds on what stands above.
+from numpyro_sde.states.approximate import approximate  # noqa: E402
 from numpyro_sde.states.extend import extend  # noqa: E402
 
-__all__ = ["discretize", "drive", "extend", "marginalize", "refine"]
+__all__ = ["approximate", "discretize", "drive", "extend", "marginalize", "refine"]

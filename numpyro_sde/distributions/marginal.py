@@ -36,8 +36,8 @@ from numpyro_sde.distributions.statement import (
     missing_where_masked,
     stack_replicates,
 )
-from numpyro_sde.sde import broadcast_batch
 from numpyro_sde.filters.forward import ForwardResult
+from numpyro_sde.sde import broadcast_batch
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 

@@ -40,21 +40,22 @@ def path_for(method: Any, path: SDEPath) -> SDEPath:
 
 def _projected(path: SDEPath, bounds: tuple[int, ...]) -> JumpPath:
     net: Any = path.sde
-    chain, states = project(net, bounds, _known_start(path))
+    start = known_start(path)
+    chain, states = project(net, bounds, None if start is None else start.round().astype(int))
     return JumpPath.of_equation(
         ChainEquation(chain, _start(path, states), _with_sink(states), sink=True),
         path.grid or path.times,
     )
 
 
-def _known_start(path: SDEPath) -> np.ndarray | None:
+def known_start(path: SDEPath) -> np.ndarray | None:
     """The fixed start of one process, where it is known on the host."""
     law = path.init
     while isinstance(law, dist.ExpandedDistribution):
         law = law.base_dist
     if not isinstance(law, dist.Delta) or isinstance(law.v, jax.core.Tracer) or law.v.ndim != 1:
         return None
-    return np.asarray(law.v).round().astype(int)
+    return np.asarray(law.v)
 
 
 def _with_sink(states: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
+from numpyro_sde.infer.conditional_forward import ConditionalForward
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
 from numpyro_sde.infer.metric import guided_metric
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
@@ -15,6 +16,7 @@ __all__ = [
     "PMMH",
     "BlackJAX",
     "BlackJAXState",
+    "ConditionalForward",
     "ConditionalSMC",
     "ConditionalSMCState",
     "Contestant",
