@@ -143,7 +143,7 @@ def refuse_without_noise(sde: SDE, state_shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: naming what can be done.
     """
-    if has_no_noise(sde, state_shape):
+    if sde.is_diffusion and has_no_noise(sde, state_shape):
         raise ValueError(
             "diffusion is zero, so the path follows from its start and has no density: treat it by "
             "reparam.InnovationReparam, or integrate it out by handlers.marginalize"

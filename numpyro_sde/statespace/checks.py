@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.markov_jumps import ChainEquation
 from numpyro_sde.statespace.model import StateSpaceModel
 
 EMISSIONS = ("laplace", "moments")
@@ -93,6 +94,11 @@ def check_moments(model: StateSpaceModel, method: str, emission: str = "laplace"
         method: what to call the filter.
         emission: what it does with emissions that are not normal, one of `EMISSIONS`.
     """
+    if isinstance(model.sde, ChainEquation):
+        raise ValueError(
+            f"{method} follows the mean and the covariance of real states, which the states of a "
+            "JumpPath are not: use Forward(), or Particle(proposal='bootstrap')"
+        )
     if model.init_kind == "flat":
         raise ValueError(
             f"{method} starts from a mean and a covariance, which a flat init (ImproperUniform) "
