@@ -174,7 +174,7 @@ def test_state_dependent_rates_excite_themselves(x64):
         (nsde.filters.UnscentedKalman(), "Gaussian transition"),
         (nsde.filters.MomentMatching(), "uses no scheme"),
         (nsde.filters.EnsembleKalman(), "bootstrap"),
-        (nsde.filters.Particle(10), "bootstrap"),
+        (nsde.filters.Particle(10, proposal="guided"), "bootstrap"),
     ],
 )
 def test_engines_that_would_drop_the_jumps_refuse(method, message):

@@ -174,7 +174,7 @@ def test_particles_agree_with_the_forward_algorithm(x64):
         (nsde.filters.UnscentedKalman(), r"use Forward\(\)"),
         (nsde.filters.MomentMatching(), r"use Forward\(\)"),
         (nsde.filters.EnsembleKalman(), r"use Forward\(\)"),
-        (nsde.filters.Particle(10), "bootstrap"),
+        (nsde.filters.Particle(10, proposal="guided"), "bootstrap"),
         (nsde.filters.IMM(), "SwitchingSDE"),
     ],
 )

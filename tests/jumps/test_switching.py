@@ -123,7 +123,7 @@ def test_gradient_and_prediction(x64):
         (nsde.filters.ExtendedKalman(), "Gaussian transition"),
         (nsde.filters.MomentMatching(), "uses no scheme"),
         (nsde.filters.EnsembleKalman(), "bootstrap"),
-        (nsde.filters.Particle(10), "bootstrap"),
+        (nsde.filters.Particle(10, proposal="guided"), "bootstrap"),
         (nsde.filters.Forward(), "finitely many states"),
     ],
 )
@@ -144,6 +144,6 @@ def test_other_paths_and_other_arguments_are_refused():
     with pytest.raises(ValueError, match="first_regime must be a state"):
         nsde.SwitchingSDE(lambda t, x, r: x, lambda t, x, r: 1.0, switching().chain, first_regime=2)
     with pytest.raises(TypeError, match="inner must be"):
-        nsde.filters.IMM(nsde.filters.Particle(10))
+        nsde.filters.IMM(nsde.filters.Particle(10, proposal="guided"))
     with pytest.raises(ValueError, match="order must be 1 or 2"):
         nsde.filters.GPB(3)
