@@ -94,7 +94,7 @@ class JumpPath(SDEPath):
         """Lay a statement's unbatched data out on the grid; it sees what states stand for."""
         values = self.equation.values
         if values is None:
-            return super().instruments(statement, times, y)
+            return list(statement.instruments(times, (), y))
         table = np.asarray(values, float)
         laid_out = statement.instruments(times, table.shape[1:], y)
         return [_seen_through(one, table) for one in laid_out]

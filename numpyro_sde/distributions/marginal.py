@@ -22,6 +22,7 @@ from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import Clock
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.state_space import (
     draw_starts,
@@ -305,7 +306,7 @@ def draw_smoothed(
     key_dim = keys.ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
     draws = run_on_model(path, lead, data, one, (keys, method_keys, *starts), dims)
-    return path.of_states(draws)
+    return path.of_states(draws) if isinstance(path, JumpPath) else draws
 
 
 @promote_batch_shape.register

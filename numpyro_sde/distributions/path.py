@@ -178,14 +178,6 @@ class SDEPath(dist.Distribution):
         """Shape of one state, `()` or `(d,)`."""
         return self.event_shape[1:]
 
-    def of_states(self, states: Array) -> Array:
-        """Paths from the real numbers that engines work on."""
-        return states
-
-    def instruments(self, statement: Any, times: Any, y: Array) -> list[Any]:
-        """Lay a statement's unbatched data out on the grid, for engines."""
-        return cast("list[Any]", statement.instruments(times, self.state_shape, y))
-
     @property
     def clock(self) -> Clock:
         """Times and state shape, for observation statements."""
@@ -457,7 +449,11 @@ class SDEPath(dist.Distribution):
 
     @staticmethod
     def infer_shapes(
-        sde: Any, times: tuple[int, ...], init: Any, scheme: Any = None, events: Any = ()
+        sde: Any,
+        times: tuple[int, ...],
+        init: Any,
+        scheme: Any = None,
+        events: Any = (),  # noqa: ARG004
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Batch and event shape from the shapes of the arguments.
 
@@ -468,7 +464,6 @@ class SDEPath(dist.Distribution):
             scheme: not used.
             events: events of the path.
         """
-        del scheme
         batch = sde.batch_shape if isinstance(sde, SDE) else tuple(sde)
         batch = jnp.broadcast_shapes(
             batch, *(one.batch_shape for one in arguments.as_events(events))

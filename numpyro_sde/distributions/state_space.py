@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
+from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.statement import Statement
@@ -108,7 +109,10 @@ def run_on_model(
         observed, others = rest[: len(flat)], rest[len(flat) :]
         instruments: list[Instrument] = []
         for statement, y in zip(observed[::2], observed[1::2], strict=True):
-            instruments += path.instruments(statement, times, y)
+            if isinstance(path, JumpPath):
+                instruments += path.instruments(statement, times, y)
+            else:
+                instruments += statement.instruments(times, state_shape, y)
         model = StateSpaceModel(
             sde=sde,
             scheme=scheme,
