@@ -23,6 +23,7 @@ from numpyro_sde.distributions.clocks import (
     distinct,
     mask_of_value,
 )
+from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import (
     Emission,
@@ -142,8 +143,8 @@ def observe(
 def _is_whole(x: Any, clock: Clock) -> bool:
     """Whether the states seen are whole numbers."""
     if isinstance(x, IntegratedPath):
-        return x.path.whole_states
-    return bool(clock.law.whole_states) if clock.law is not None else _holds_integers(x)
+        return has_whole_states(x.path)
+    return _holds_integers(x) if clock.law is None else has_whole_states(clock.law)
 
 
 def _holds_integers(x: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +46,6 @@ class JumpPath(SDEPath):
         >>> s.shape, s.dtype.name, path.log_prob(s).shape
         ((4, 3), 'int32', (4,))
     """
-
-    whole_states: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -139,3 +137,8 @@ def _seen_through(instrument: Any, table: np.ndarray) -> Any:
         return instrument.moments(inputs, state_of(x))
 
     return instrument._replace(log_prob=log_prob, moments=moments, law=None)
+
+
+def has_whole_states(path: SDEPath) -> bool:
+    """Whether the states of a path are whole numbers, which parameters may be indexed with."""
+    return isinstance(path, JumpPath)

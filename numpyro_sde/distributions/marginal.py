@@ -20,9 +20,9 @@ from numpyro.util import is_prng_key
 from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import Clock
+from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.state_space import (
     draw_starts,

@@ -75,7 +75,6 @@ class SDEPath(dist.Distribution):
     """
 
     arg_constraints: ClassVar = {"times": constraints.ordered_vector}
-    whole_states: ClassVar[bool] = False
     reparametrized_params: ClassVar = ["times"]
     pytree_data_fields = ("sde", "times", "dt", "init", "scheme", "forcing", "events")
     pytree_aux_fields = ("structure", "grid", "scheme_chosen", "start_kind", *_DIMS)
@@ -449,11 +448,7 @@ class SDEPath(dist.Distribution):
 
     @staticmethod
     def infer_shapes(
-        sde: Any,
-        times: tuple[int, ...],
-        init: Any,
-        scheme: Any = None,
-        events: Any = (),  # noqa: ARG004
+        sde: Any, times: tuple[int, ...], init: Any, scheme: Any = None, events: Any = ()
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Batch and event shape from the shapes of the arguments.
 
@@ -464,6 +459,7 @@ class SDEPath(dist.Distribution):
             scheme: not used.
             events: events of the path.
         """
+        del scheme
         batch = sde.batch_shape if isinstance(sde, SDE) else tuple(sde)
         batch = jnp.broadcast_shapes(
             batch, *(one.batch_shape for one in arguments.as_events(events))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
 from numpyro_sde.distributions.jump_path import JumpPath
+from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.statement import Statement

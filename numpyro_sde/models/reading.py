@@ -19,6 +19,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from numpyro_sde.distributions.clocks import identity_of_path, remember_value, times_shown
+from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import ObservedPath
@@ -154,7 +155,7 @@ def stand_in(path: SDEPath, lead: tuple[int, ...]) -> Array:
 
 def _real(path: SDEPath) -> Any:
     """The type of a path's states."""
-    return jnp.int32 if path.whole_states else jnp.result_type(float)
+    return jnp.int32 if has_whole_states(path) else jnp.result_type(float)
 
 
 class Reading(NamedTuple):

@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
 
 from numpyro_sde.checks.data import as_data
+from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import run_method
@@ -303,7 +304,7 @@ def _checked(
         inputs,
         len(rows),
         path.batch_shape,
-        whole=path.whole_states,
+        whole=has_whole_states(path),
     )
     statement = make_statement(emissions, rows, path.state_shape, path.batch_shape)
     y = as_data("obs", obs)
