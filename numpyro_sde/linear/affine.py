@@ -152,9 +152,17 @@ def _call(body: Any, operands: list[int], count: int) -> list[int]:
     return _walk(inner, operands)
 
 
+def _scan_sizes(params: Any) -> tuple[int, int]:
+    """Numbers of constants and of carried values of a scan."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12: trees of its operands
+    return len(list(consts.vals)), len(list(carry.vals))
+
+
 def _scan(params: Any, operands: list[int], count: int) -> list[int]:
     del count
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = _scan_sizes(params)
     consts, rest = operands[:num_consts], operands[num_consts:]
     carry, over = rest[:num_carry], rest[num_carry:]
     while True:
