@@ -16,6 +16,7 @@ import numpyro_sde
 
 ROOT = Path(numpyro_sde.__file__).parent
 PUBLIC_MODULES = [
+    "data",
     *("datasets", "diagnostics", "distributions", "filters", "guides", "handlers", "infer"),
     "jumps",
     "laws",

@@ -68,8 +68,7 @@ class Forecast(Mapping[str, np.ndarray]):
     Example:
         >>> import numpy as np
         >>> from numpyro_sde.diagnostics import Forecast
-        >>> known = {"y": ForecastSite("x", 0, ())}
-        >>> Forecast(np.array([3.0, 4.0]), {"y": np.zeros((50, 2))}, (), known)["y"].shape
+        >>> Forecast(np.array([3.0, 4.0]), {"y": np.zeros((50, 2))}, (), {})["y"].shape
         (50, 2)
     """
 

@@ -74,6 +74,7 @@ class Predictions:
         num_draws: Number of parameter draws.
 
     Example:
+        >>> from numpyro_sde.diagnostics import Predictions
         >>> Predictions(1, {}, {}, 100).log_scores
         {}
     """
