@@ -16,6 +16,7 @@ Shahbaba, Lan, Johnson and Neal (2014), "Split Hamiltonian Monte Carlo".
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -42,8 +43,10 @@ from numpyro_sde.infer.searched import (
     search_start,
     start_near_mode,
 )
+from numpyro_sde.models.stack import progress_is_shown
 from numpyro_sde.reparam.path import is_innovation
 from numpyro_sde.reparam.planning import Found
+from numpyro_sde.runtime.progress import told
 
 # Largest angle of a step: three doublings then go round more than half a circle and turn back,
 # seven gradients a draw. Steps of 1.2 need three, for half the effective draws at most; at a full
@@ -153,9 +156,13 @@ class SplitNUTS(NUTS):
 
     def _searched_state(self, rng_key: Any, args: Any, kwargs: Any) -> HMCState | None:
         """A state from what guided paths found; None where they found nothing."""
-        found = search_start(self._model, args, kwargs)
+        shown = progress_is_shown(sys._getframe(1))
+        with told("looking for the mode along guided paths", shown):
+            found = search_start(self._model, args, kwargs)
         if found is None:
             return None
+        if shown:
+            print("compiling the sampler: the bar moves when that is done", file=sys.stderr)
         model = seed(self._model, 0)
         self._potential_fn_gen = lambda *args, **kwargs: partial(
             potential_energy, model, args, kwargs

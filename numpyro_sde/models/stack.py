@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.handlers import condition, do, reparam, scale, substitute, trace
+from numpyro.infer import MCMC
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 from numpyro_sde.distributions.path import SDEPath
@@ -177,6 +178,16 @@ class Run(NamedTuple):
     def _leaves(self) -> list[Any]:
         data = [outer.data for outer in self.conditions]
         return jax.tree_util.tree_leaves((self.args, self.kwargs, data))
+
+
+def progress_is_shown(frame: FrameType | None) -> bool:
+    """Whether the `MCMC` that runs a kernel, found among the calls, shows a progress bar."""
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, MCMC):
+            return bool(owner.progress_bar)
+        frame = frame.f_back
+    return False
 
 
 def enclosing_run(frame: FrameType | None, name: str, kind: str) -> Run:

@@ -183,3 +183,20 @@ def test_bad_input_is_refused():
         kernel = nsde.infer.SplitNUTS(linear, **options)
         with pytest.raises(ValueError, match="no latent sites of the model, which has"):
             kernel.init(jax.random.key(0), 10, None, (1.0,), {})
+
+
+def test_progress_says_what_comes_before_the_bar(capsys):
+    def model(y):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        sde = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, scale)
+        x = numpyro.sample("x", nsde.SDEPath(sde, np.arange(4.0), dist.Normal(0.0, 1.0)))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+
+    guided = numpyro.handlers.reparam(model, config={"x": nsde.reparam.GuidedReparam()})
+    for shown in (False, True):
+        kernel = nsde.infer.SplitNUTS(guided)
+        mcmc = MCMC(kernel, num_warmup=2, num_samples=2, progress_bar=shown)
+        mcmc.run(jax.random.key(0), np.array([0.5, 0.1, -0.2, 0.3]))
+        told = capsys.readouterr().err
+        assert ("looking for the mode along guided paths ... " in told) == shown
+        assert ("compiling the sampler" in told) == shown
