@@ -30,6 +30,7 @@ from numpyro_sde.distributions.steady_state import steady_state
 from numpyro_sde.effects import random_effects
 from numpyro_sde.events import Events, doses
 from numpyro_sde.grid import TimeGrid
+from numpyro_sde.infer.evidence import evidence
 from numpyro_sde.inputs import Input
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.jumps.reactions import ReactionNetwork
@@ -68,6 +69,7 @@ __all__ = [
     "distributions",
     "doses",
     "enable_compilation_cache",
+    "evidence",
     "filter_additive",
     "filter_path",
     "filters",

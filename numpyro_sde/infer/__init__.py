@@ -3,6 +3,7 @@
 from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.conditional_forward import ConditionalForward
+from numpyro_sde.infer.evidence import Evidence, EvidenceRound, evidence
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
 from numpyro_sde.infer.metric import guided_metric
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
@@ -20,6 +21,8 @@ __all__ = [
     "ConditionalSMC",
     "ConditionalSMCState",
     "Contestant",
+    "Evidence",
+    "EvidenceRound",
     "PMMHState",
     "ParisianEstimate",
     "ParticleGibbs",
@@ -28,6 +31,7 @@ __all__ = [
     "SplitNUTS",
     "UnderdampedLangevin",
     "UnderdampedLangevinState",
+    "evidence",
     "guided_metric",
     "parisian_gibbs",
     "score",

@@ -47,8 +47,17 @@ _RACE_PARTICLES = 64
 _MOST_PARTICLES = 200_000
 
 
-class _Tuned(NamedTuple):
-    """What a kernel has found for one data set."""
+class Tuned(NamedTuple):
+    """What a kernel has found for one data set.
+
+    Attributes:
+        z: the start, unconstrained.
+        factor: lower Cholesky factor of the random walk's first covariance.
+        method: the filter.
+        sd: standard deviation of its log likelihood; None where it was not asked.
+        race: how its proposal was chosen; None where nothing was raced.
+        postprocess: makes, of the model's arguments, what constrains draws.
+    """
 
     z: dict[str, Array]
     factor: Array
@@ -171,8 +180,8 @@ class PMMH(MCMCKernel):
         self.log_likelihood_sd: float | None = None
         self.proposals: ProposalRace | None = None
         self._num_warmup = 0
-        self._tuned: dict[Any, _Tuned] = {}
-        self._current: _Tuned | None = None
+        self._tuned: dict[Any, Tuned] = {}
+        self._current: Tuned | None = None
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -196,11 +205,12 @@ class PMMH(MCMCKernel):
         self, z: dict[str, Array], keys: PRNGKeyArray, args: Any, kwargs: Any
     ) -> Array:
         """Estimated log density of unconstrained values; minus infinity where it fails."""
-        method = self._tuning.method.with_key(keys)
+        method = self.tuning.method.with_key(keys)
         return estimated_log_density(self._model, method, z, args, kwargs)
 
     @property
-    def _tuning(self) -> _Tuned:
+    def tuning(self) -> Tuned:
+        """What was found for the data in use: start, filter, race."""
         if self._current is None:
             raise RuntimeError("PMMH runs only after `tune` or `init`")
         return self._current
@@ -220,7 +230,7 @@ class PMMH(MCMCKernel):
         self._use(found)
         return self
 
-    def _tune(self, rng_key: PRNGKeyArray, args: Any, kwargs: Any) -> _Tuned:
+    def _tune(self, rng_key: PRNGKeyArray, args: Any, kwargs: Any) -> Tuned:
         init_key, race_key, size_key = jax.random.split(rng_key, 3)
         start, postprocess = approximate_mode(self._model, args, kwargs, init_key)
         raced, proposal = None, self.proposal
@@ -247,9 +257,9 @@ class PMMH(MCMCKernel):
         # The best scale of a random walk (Roberts, Gelman and Gilks 1997).
         width = 2.38 / np.sqrt(flat.size)
         method = LikelihoodEstimator(size, proposal=proposal, **self._options())
-        return _Tuned(back(flat), width * start.factor, method, sd, raced, postprocess)
+        return Tuned(back(flat), width * start.factor, method, sd, raced, postprocess)
 
-    def _use(self, found: _Tuned) -> None:
+    def _use(self, found: Tuned) -> None:
         self._current = found
         self.num_particles, self.log_likelihood_sd = found.method.num_particles, found.sd
         self.proposals = found.race
@@ -321,7 +331,7 @@ class PMMH(MCMCKernel):
         # Chains in one program come with a batch of keys.
         rng_key = typed_key(rng_key)
         self._find(rng_key if rng_key.ndim == 0 else rng_key[0], model_args, kwargs)
-        start, factor = self._tuning.z, self._tuning.factor
+        start, factor = self.tuning.z, self.tuning.factor
 
         def one(key: PRNGKeyArray, params: Any) -> PMMHState:
             key, move_key, noise_key = jax.random.split(key, 3)
@@ -427,7 +437,7 @@ class PMMH(MCMCKernel):
         """Constrain the values and add deterministic sites."""
         kwargs = {} if model_kwargs is None else model_kwargs
         self._find(jax.random.key(0), model_args, kwargs)
-        return self._tuning.postprocess(*model_args, **kwargs)
+        return self.tuning.postprocess(*model_args, **kwargs)
 
 
 def _adapt(factor: Array, direction: Array, excess: Array, i: Array) -> Array:
