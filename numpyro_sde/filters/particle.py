@@ -20,7 +20,7 @@ from numpyro_sde.smc.defensive import Auto, Defensive
 from numpyro_sde.smc.next_observation import ModifiedBridge, ResidualBridge
 from numpyro_sde.smc.online import OnlineSums, additive_online
 from numpyro_sde.smc.particle_filter import Run, run_filter
-from numpyro_sde.smc.proposals import Guided, Proposal
+from numpyro_sde.smc.proposals import Guided, Plan, Proposal
 from numpyro_sde.smc.race import Race, race
 from numpyro_sde.smc.resampling import SCHEMES, Resampling, effective_size
 from numpyro_sde.smc.settings import PROPOSALS, Setting, make_setting, name_of
@@ -30,6 +30,7 @@ from numpyro_sde.statespace.bounds import largest_log_likelihood
 from numpyro_sde.statespace.checks import check_brownian, check_choice, check_count, typed_key
 from numpyro_sde.statespace.exact import refuse_exact
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
+from numpyro_sde.statespace.updates import with_valid_inputs
 
 # Folded into the key of a filter for the race before it.
 _RACE = 7
@@ -240,17 +241,18 @@ class Particle(AbstractFilter):
         """What the engine needs to know."""
         return Setting(self.num_particles, self.mover, self.resampler, self.ess_threshold)
 
-    def _raced(self, model: StateSpaceModel) -> tuple[Setting, Race | None, PRNGKeyArray]:
-        """The setting for a model, and the key of the filter itself.
+    def _raced(
+        self, model: StateSpaceModel
+    ) -> tuple[Setting, Plan | None, Race | None, PRNGKeyArray]:
+        """The setting for a model, its plan if it has one, the race, and the filter's own key.
 
         The race has random numbers of its own, so that the estimate stays unbiased.
         """
         key = self.random_key
         if not isinstance(self.mover, Auto):
-            return self.setting, None, key
+            return self.setting, None, None, key
         race_key = jax.random.fold_in(key if key.ndim == 0 else key[0], _RACE)
-        setting, raced = race(model, self.setting, race_key)
-        return setting, raced, key
+        return *race(model, self.setting, race_key), key
 
     def check(self, model: StateSpaceModel) -> None:
         check_brownian(model, "Particle()")
@@ -263,15 +265,16 @@ class Particle(AbstractFilter):
             model.scheme.require_smooth(f"Particle(proposal={self.proposal!r})")
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
-        setting, _, key = self._raced(model)
-        value = run_filter(model, setting, key).log_likelihood
+        setting, plan, _, key = self._raced(model)
+        value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
         jax.debug.callback(partial(_warn, str(self.proposal)), value, largest)
         return _without_gradient(jnp.where(_is_above(value, largest), jnp.nan, value))
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
-        setting, _, key = self._raced(model)
-        return _without_gradient(run_filter(model, setting, key, diagnose=True).increments)
+        setting, plan, _, key = self._raced(model)
+        run = run_filter(model, setting, key, diagnose=True, plan=plan)
+        return _without_gradient(run.increments)
 
     def additive(
         self,
@@ -282,7 +285,7 @@ class Particle(AbstractFilter):
     ) -> OnlineSums:
         """Smoothed sums along the path while the filter runs: see `nsde.filter_additive`."""
         self._check_weighing(model, "filter_additive")
-        setting, _, key = self._raced(model)
+        setting, _, _, key = self._raced(model)
         run = partial(additive_online, model, setting, key, functional)
         result = jax.jit(lambda: run(num_backward=num_backward))()
         jax.debug.callback(partial(_warn, str(self.proposal)), result.log_likelihood, jnp.inf)
@@ -293,7 +296,7 @@ class Particle(AbstractFilter):
         check_choice("join", join, JOINS)
         self._check_weighing(model, "two_filter")
         refuse_exact(model, "two_filter")
-        setting, _, key = self._raced(model)
+        setting, _, _, key = self._raced(model)
         return jax.jit(lambda: two_filter(model, setting, key, join=join))()
 
     def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
@@ -322,9 +325,9 @@ class Particle(AbstractFilter):
         return eqx.tree_at(lambda r: r.log_likelihood, result, jnp.where(above, jnp.nan, value))
 
     def _filter(self, model: StateSpaceModel) -> ParticleResult:
-        setting, raced, key = self._raced(model)
+        setting, plan, raced, key = self._raced(model)
         run_key, second_key = jax.random.split(key) if key.ndim == 0 else (key, key)
-        plan = setting.proposal.plan(model)
+        plan = setting.proposal.plan(with_valid_inputs(model)) if plan is None else plan
         run = run_filter(
             model,
             setting,

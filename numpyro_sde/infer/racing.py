@@ -50,8 +50,8 @@ class LikelihoodEstimator(Particle):
         super().__init__(*args, **kwargs)
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
-        setting, _, key = self._raced(model)
-        value = run_filter(model, setting, key).log_likelihood
+        setting, plan, _, key = self._raced(model)
+        value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
         possible = value <= largest + 1e-3 * (1.0 + jnp.abs(largest))
         return jnp.where(possible, value, -jnp.inf)

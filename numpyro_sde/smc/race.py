@@ -18,9 +18,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.smc.defensive import SHARES, Auto, Defensive, is_linear_gaussian
 from numpyro_sde.smc.particle_filter import run_filter
+from numpyro_sde.smc.proposals import Plan
 from numpyro_sde.smc.settings import Setting
 from numpyro_sde.statespace.exact import has_exact
 from numpyro_sde.statespace.model import StateSpaceModel
+from numpyro_sde.statespace.updates import with_valid_inputs
 
 _RUNS = 4
 # Place of the mixture among the shares, and by how many nats others must be better.
@@ -46,8 +48,11 @@ class Race(NamedTuple):
 
 def race(
     model: StateSpaceModel, setting: Setting, key: PRNGKeyArray
-) -> tuple[Setting, Race | None]:
+) -> tuple[Setting, Plan | None, Race | None]:
     """The setting with the proposal that the model asks for, where it is "auto", and how it won.
+
+    With it goes the plan that the race made, which is that of the filter too; None where nothing
+    was raced.
 
     Args:
         model: the path and its instruments.
@@ -56,18 +61,17 @@ def race(
     """
     decided = has_exact(model) or is_linear_gaussian(model) or not model.scheme.smooth
     if not isinstance(setting.proposal, Auto) or decided:
-        return setting.for_model(model), None
+        return setting.for_model(model), None, None
     size = max(_LEAST_PARTICLES, setting.num_particles // _SHARE_OF_PARTICLES)
     size = min(size, setting.num_particles)
-    if model.starts is not None:
-        model = model._replace(starts=model.starts[:size])
     dtype = model.init_mean.dtype
     shares = jnp.asarray(SHARES, dtype)
-    plan = Defensive().plan(model)
+    plan = Defensive().plan(with_valid_inputs(model))
+    short = model if model.starts is None else model._replace(starts=model.starts[:size])
 
     def one(share: Array, key: PRNGKeyArray) -> Array:
         tried = setting._replace(num_particles=size, proposal=Defensive(share=share))
-        return run_filter(model, tried, key, plan=plan).log_likelihood
+        return run_filter(short, tried, key, plan=plan).log_likelihood
 
     keys = jax.random.split(key, _RUNS)
     runs = lax.map(lambda share: lax.map(lambda key: one(share, key), keys), shares)
@@ -76,4 +80,5 @@ def race(
     best = jnp.argmax(mean - jnp.where(shares == shares[_MIXTURE], 0.0, _CLEARLY))
     best = jnp.where(jnp.any(jnp.isfinite(mean)), best, _MIXTURE)
     chosen = shares[best]
-    return setting._replace(proposal=Defensive(share=chosen)), Race(shares, mean, chosen)
+    won = setting._replace(proposal=Defensive(share=chosen))
+    return won, plan, Race(shares, mean, chosen)
