@@ -73,7 +73,7 @@ def _warn(proposal: str, log_likelihood: Any, largest: Any) -> None:
             ParticleCollapseWarning,
             stacklevel=2,
         )
-    if np.any(_is_above(log_likelihood, largest)):
+    if np.any(is_above(log_likelihood, largest)):
         warnings.warn(
             f"the estimated log likelihood {np.max(log_likelihood):.6g} is above the largest that "
             f"the data can have, {np.max(largest):.6g}, so it is given as NaN: weights of a few "
@@ -97,9 +97,10 @@ def _warn_of_result(proposal: str, log_likelihood: Any, reliability: Reliability
         )
 
 
-def _is_above(log_likelihood: Any, largest: Any) -> Any:
+def is_above(log_likelihood: Any, largest: Any) -> Any:
     """Whether an estimate is impossible, rounding left aside."""
-    return log_likelihood > largest + 1e-3 * (1.0 + abs(largest))
+    # A bound that is no number, as for components seen exactly, bounds nothing.
+    return (largest < np.inf) & (log_likelihood > largest + 1e-3 * (1.0 + abs(largest)))
 
 
 @jax.custom_jvp
@@ -269,7 +270,7 @@ class Particle(AbstractFilter):
         value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
         jax.debug.callback(partial(_warn, str(self.proposal)), value, largest)
-        return _without_gradient(jnp.where(_is_above(value, largest), jnp.nan, value))
+        return _without_gradient(jnp.where(is_above(value, largest), jnp.nan, value))
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
         setting, plan, _, key = self._raced(model)
@@ -321,7 +322,7 @@ class Particle(AbstractFilter):
             partial(_warn_of_result, str(self.proposal)), result.log_likelihood, result.reliability
         )
         value = result.log_likelihood
-        above = _is_above(value, result.reliability.largest)
+        above = is_above(value, result.reliability.largest)
         return eqx.tree_at(lambda r: r.log_likelihood, result, jnp.where(above, jnp.nan, value))
 
     def _filter(self, model: StateSpaceModel) -> ParticleResult:

@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.infer.util import potential_energy
 
-from numpyro_sde.filters.particle import Particle
+from numpyro_sde.filters.particle import Particle, is_above
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.start import Start
 from numpyro_sde.smc.defensive import is_linear_gaussian
@@ -53,8 +53,7 @@ class LikelihoodEstimator(Particle):
         setting, plan, _, key = self._raced(model)
         value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
-        possible = value <= largest + 1e-3 * (1.0 + jnp.abs(largest))
-        return jnp.where(possible, value, -jnp.inf)
+        return jnp.where(is_above(value, largest), -jnp.inf, value)
 
 
 def estimated_log_density(
@@ -193,6 +192,7 @@ def race_proposals(
     points = spread_points(start, point_key, NUM_POINTS)
     keys = jax.random.split(run_key, NUM_RUNS)
     raced, values, times = [], [], []
+    refused: ValueError | None = None
     for name in names:
         method = LikelihoodEstimator(num_particles, proposal=name, **options)
 
@@ -206,14 +206,16 @@ def race_proposals(
         run = jax.jit(estimate)
         try:
             jax.block_until_ready(run(jnp.asarray(points)))
-        except ValueError:
-            if name == "bootstrap":
-                raise
-            continue  # a proposal that this model's scheme or noise does not allow
+        except ValueError as error:
+            # A proposal that this model does not allow: its scheme, or components seen exactly.
+            refused = refused or error
+            continue
         raced.append(name)
         before = time.process_time()
         values.append(np.asarray(jax.block_until_ready(run(jnp.asarray(points))), np.float64))
         times.append(1e3 * (time.process_time() - before) / (NUM_POINTS * NUM_RUNS))
+    if not raced and refused is not None:
+        raise refused
     return judge(tuple(raced), np.array(values), np.array(times), points, num_particles)
 
 
