@@ -23,6 +23,7 @@ SLOW = {
         "path_guides",
     ),
     *(
+        *("jump_diffusions", "markov_jump_processes", "reaction_networks"),
         "partly_seen",
         "comparing",
         "comparing_models",
