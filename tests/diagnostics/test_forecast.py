@@ -139,6 +139,24 @@ def test_a_latent_path_starts_at_its_last_datum_not_at_its_filling():
     check(ahead["x"], *exact())
 
 
+def test_a_path_that_plain_statements_see_goes_on_from_its_end():
+    """Which of its times another likelihood has seen is not known: none is drawn again."""
+
+    def plain():
+        numpyro.sample("unused", dist.Normal(0.0, 1.0))
+        ou = nsde.processes.OrnsteinUhlenbeck(RATE, MEAN, SCALE)
+        x = numpyro.sample("x", nsde.SDEPath(ou, TIMES, dist.Normal(MEAN, 0.7)))
+        numpyro.sample("end", dist.Normal(x[-1], 0.1), obs=0.3)
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, SD), obs=np.full(5, np.nan))
+
+    fit = {**DRAWS, "x": np.full((NUM, 5), 0.3)}
+    ahead = nsde.forecast(fit, AHEAD, model=plain, rng_key=KEY)
+    decay = np.exp(-RATE * (AHEAD - 3.0))
+    check(ahead["x"], MEAN + (0.3 - MEAN) * decay, SCALE * np.sqrt((1 - decay**2) / (2 * RATE)))
+    with pytest.raises(ValueError, match="goes on from its last datum at 3"):
+        nsde.forecast(fit, [1.0], model=plain, rng_key=KEY)
+
+
 def test_particles_and_approximate_filters():
     for method in (nsde.filters.ExtendedKalman(), nsde.filters.Particle(200)):
         num = 400 if isinstance(method, nsde.filters.Particle) else NUM

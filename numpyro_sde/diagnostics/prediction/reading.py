@@ -271,12 +271,19 @@ def _last_row(name: str, trace: Mapping[str, Any]) -> np.ndarray:
     last = np.full(lead, -1)
     if site["is_observed"]:
         return np.full(lead, end)
+    values = {id(one["value"]) for one in trace.values()}
+    stated = False
     for other in trace.values():
-        law = unwrap(other["fn"]) if other["type"] == "sample" else None
-        if not isinstance(law, EmissionPath) or identity_of_path(law.observed_path) != id(
-            site["value"]
-        ):
+        if not is_observation(other):
             continue
+        law = unwrap(other["fn"])
+        owner = identity_of_path(law.observed_path) if isinstance(law, EmissionPath) else None
+        if owner != id(site["value"]):
+            # Data that may depend on the path in a way not seen here: all of it is known.
+            if owner not in values and not isinstance(law, SDEPath):
+                return np.full(lead, end)
+            continue
+        stated = True
         shown = times_shown(law.observed_path)
         rows = np.asarray(law.observed_rows) % len(np.arange(end + 1) if shown is None else shown)
         rows = rows if shown is None else np.asarray(shown)[rows]
@@ -285,7 +292,7 @@ def _last_row(name: str, trace: Mapping[str, Any]) -> np.ndarray:
         there = ~np.isnan(value).reshape(*value.shape[: value.ndim - size + 1], -1).all(axis=-1)
         latest = np.where(there, rows, -1).max(axis=-1, initial=-1)
         last = np.maximum(last, latest)
-    return np.where(last < 0, end if not last.any() else 0, last)
+    return np.maximum(last, 0) if stated else np.full(lead, end)
 
 
 def _filter_of(fit: Any) -> AbstractFilter | None:
