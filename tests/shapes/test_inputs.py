@@ -11,6 +11,7 @@ import pytest
 from dense_laws import Law, held, stretch
 from numpyro.handlers import reparam, seed, trace
 from numpyro.infer.util import log_density
+from scipy.integrate import quad
 
 import numpyro_sde as nsde
 
@@ -317,3 +318,43 @@ def test_the_gradient_costs_little_more_than_without_an_input():
     with_input = cost(two_state_model, "linear")
     without = cost(lambda order, y: two_state_model(order, y, with_input=False), "linear")
     assert with_input < 2.5 * without
+
+
+@pytest.mark.parametrize("kind", ["a linear input as the rate", "a rate of time itself"])
+@pytest.mark.usefixtures("x64")
+def test_kalman_integrates_what_multiplies_the_state(kind):
+    """A time-dependent rate, with a dose inside a gap, against quadrature of the exact law."""
+    times, y = np.arange(4.0), np.array([0.3, 1.0, 0.5, 1.2])
+    knots, values = np.array([0.0, 1.5, 3.0]), np.array([1.0, 2.0, 0.5])
+
+    def rate(t):
+        return np.interp(t, knots, values) if "input" in kind else 1.0 + 0.5 * np.sin(t)
+
+    def model():
+        dose = nsde.doses([0.5], [1.0])
+        if "input" in kind:
+            sde = nsde.SDE(
+                lambda t, x, u: -u["rate"] * x,
+                lambda t, x, u: 0.4,
+                inputs={"rate": nsde.Input(knots, values, order="linear")},
+            )
+        else:
+            sde = nsde.SDE(lambda t, x: -(1.0 + 0.5 * jnp.sin(t)) * x, lambda t, x: 0.4)
+        grid = nsde.TimeGrid(times, 0.25, include=[sde.breakpoints, dose.breakpoints])
+        x = numpyro.sample("x", nsde.SDEPath(sde, grid, dist.Normal(0.0, 1.0), events=[dose]))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.2), obs=y, at=grid.index)
+
+    def integral(a, b):
+        return quad(rate, a, b, points=[1.5] if a < 1.5 < b else None, epsabs=1e-12)[0]
+
+    law = Law(0.0, 1.0)
+    for a, b in itertools.pairwise([0.0, 0.5, 1.0, 1.5, 2.0, 3.0]):
+        if a == 0.5:
+            law.jump(1.0, 1.0)
+        Q = quad(lambda s, b=b: 0.16 * np.exp(-2 * integral(s, b)), a, b, epsabs=1e-12)[0]
+        law.move(np.array([[np.exp(-integral(a, b))]]), np.zeros(1), np.array([[Q]]))
+        if b in times:
+            law.mark()
+    exact = law.log_density(y, [1.0] * 4, np.zeros(4), [0.04] * 4)
+    marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+    assert float(log_density(marginal, (), {}, {})[0]) == pytest.approx(exact, abs=1e-7)
