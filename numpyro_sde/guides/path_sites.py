@@ -23,6 +23,7 @@ from numpyro_sde.models.reading import read_model, stand_in
 from numpyro_sde.models.stack import outside_all_handlers, path_law, peel
 from numpyro_sde.reparam.guided import carried
 from numpyro_sde.schemes.milstein import Milstein
+from numpyro_sde.statespace.exact import refuse_exact
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import data_reference, smoothed_reference
 
@@ -146,6 +147,7 @@ def sizes_of(site: ObservedPath, num_theta: int) -> Sizes:
     path = site.path
 
     def probe(model: StateSpaceModel) -> Array:
+        refuse_exact(model, "AutoPathGuide")
         found.append(
             Sizes(
                 num_steps=path.num_times - 1,

@@ -286,6 +286,10 @@ def curved(y, scheme=None):
             "ModifiedBridge: states",
         ),
         (
+            lambda: seed(nsde.guides.AutoPathGuide(langevin), 0)(Y, LOCAL),
+            "AutoPathGuide: states",
+        ),
+        (
             lambda: value_of(nsde.filters.ExtendedKalman(), curved, ONES),
             "affine in the state",
         ),
