@@ -63,7 +63,8 @@ def test_short_rates_are_judged_by_prediction(rates):
     assert found.models.loc["ckls", "weight"] > 0.5
     assert found.verdicts["ckls"].startswith("predicts best")
     assert found.verdicts["vasicek"].startswith("predicts worse by")
-    assert "do not trust" not in "".join(found.verdicts.values())
+    # Short chains may be told to be short; parameters of two models are never told to differ.
+    assert "away from" not in "".join(found.verdicts.values())
     assert ("scale", "cir") in found.parameters.index
     assert "power" in str(found)
     assert found.models.loc["cir", "num_points"] == len(TIMES) - 1
@@ -73,7 +74,7 @@ def test_compare_fits_knows_that_models_differ(rates):
     found = compare_fits(rates)
     assert "another model than vasicek" in found.verdicts["cir"]
     assert "compare_models" in found.verdicts["cir"]
-    assert "do not trust" not in found.verdicts["cir"]
+    assert "away from" not in found.verdicts["cir"]
     assert np.isnan(found.parameters.loc[("scale", "cir"), "distance"])
     asked = compare_fits(rates, var_names=["scale"])
     assert np.isfinite(asked.parameters.loc[("scale", "cir"), "distance"])
