@@ -15,6 +15,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
+from numpyro.util import identity
 
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.observe import observe
@@ -47,6 +48,7 @@ class Way:
         must_refuse: whether there is no right number.
         copies: how often `log p(y)` counts with the path integrated out (subsampled plates).
         leaves_latent: whether `marginalize` may leave the path latent: no `observe` sees it.
+        outside: a handler to put around the model after its path is treated.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Way:
     must_refuse: bool = False
     copies: float = 1.0
     leaves_latent: bool = False
+    outside: Callable[[Callable[..., Any]], Callable[..., Any]] = identity
 
     def __str__(self) -> str:
         return self.name

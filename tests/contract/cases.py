@@ -319,6 +319,18 @@ def _at_zero(b):
     return q
 
 
+class _MaskSite(handlers.block):
+    """Mask one site out, whatever made it: as a handler of a user's own would."""
+
+    def __init__(self, fn, name):
+        super().__init__(fn, hide_fn=lambda _: False)
+        self.name = name
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["name"] == self.name:
+            msg["fn"] = msg["fn"].mask(False)
+
+
 CASES += [
     Way(
         "condition on the path",
@@ -340,6 +352,35 @@ CASES += [
         leaves_latent=True,
     ),
     Way("block of another site", handlers.block(CASES[0].model, hide=["w"]), CASES[0].truth),
+    Way(
+        "condition on data, outside",
+        lambda: seen(ou(level()), None),
+        ou_truth({"y": Y}),
+        outside=partial(handlers.condition, data={"y": Y}),
+    ),
+    Way(
+        "condition on the path, outside",
+        CASES[0].model,
+        lambda b: CASES[0].truth(b).known(R, X0),
+        shape=None,
+        refusal="condition",
+        outside=partial(handlers.condition, data={"x": X0}),
+    ),
+    Way(
+        "do, outside",
+        CASES[0].model,
+        _at_zero,
+        refusal=r"\bdo\b|interv|no data|observes",
+        leaves_latent=True,
+        outside=partial(handlers.do, data={"x": np.zeros(3)}),
+    ),
+    Way(
+        "mask around observe, outside",
+        CASES[0].model,
+        ou_truth(),
+        refusal="mask|data|observ",
+        outside=lambda model: _MaskSite(model, "y"),
+    ),
 ]
 
 # ---------------------------------------------------------------- vectors

@@ -68,7 +68,7 @@ class NotAskedError(Exception):
 def _centred(case):
     x = None if case.shape is None else some_path(case)
     values = {"b": B} if x is None else {"b": B, "x": x}
-    got = log_density(handlers.seed(case.model, 0), case.args, {}, values)[0]
+    got = log_density(handlers.seed(case.outside(case.model), 0), case.args, {}, values)[0]
     truth = case.truth(B)
     yield "log density", got, prior() + case.copies * truth.at(() if x is None else x), 1e-9
 
@@ -78,7 +78,7 @@ def _change_of_variables(case, reparam, known=()):
 
     Of a path on which nothing depends, masked out with its data, neither counts.
     """
-    model = handlers.reparam(at_level(case.model), config={"x": reparam})
+    model = case.outside(handlers.reparam(at_level(case.model), config={"x": reparam}))
     sites = handlers.trace(handlers.seed(model, 1)).get_trace(*case.args)
     names = [n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]]
     start = {name: sites[name]["value"] for name in names}
@@ -125,8 +125,12 @@ def _bridge(case):
 
 
 def _marginal(case, method, tolerance, *, derivative=False):
-    model = nsde.handlers.marginalize(case.model, method=method)
-    refuse_latent(case, model)
+    model = case.outside(nsde.handlers.marginalize(case.model, method=method))
+    if stays_latent(case, model):
+        x = some_path(case)
+        got = log_density(handlers.seed(model, 0), case.args, {}, {"b": B, "x": x})[0]
+        yield "joint log density", got, prior() + case.truth(B).at(x), tolerance
+        return
 
     def density(b):
         return log_density(handlers.seed(model, 0), case.args, {}, {"b": b})[0]
@@ -140,8 +144,8 @@ def _marginal(case, method, tolerance, *, derivative=False):
     yield "its derivative", slope, case.score(B) - B, 1e-5 + 10 * tolerance
 
 
-def refuse_latent(case, model):
-    """A path that stays latent is in the posterior's sites: no number is wrong, none is asked."""
+def stays_latent(case, model):
+    """Whether a path that no `observe` sees as it is has been left among the latent sites."""
 
     def run():
         recorded.update(handlers.trace(handlers.seed(model, 0)).get_trace(*case.args))
@@ -149,8 +153,7 @@ def refuse_latent(case, model):
 
     recorded: dict[str, Any] = {}
     jax.eval_shape(run)
-    if case.leaves_latent and "x" in recorded and not recorded["x"]["is_observed"]:
-        raise NotAskedError
+    return case.leaves_latent and "x" in recorded and not recorded["x"]["is_observed"]
 
 
 @engine("Kalman", ALL)
@@ -175,11 +178,13 @@ def _moment_matching(case):
 
 def _estimated(case, method, repeats, key=7):
     keys = jax.random.split(jax.random.key(key), repeats)
-    refuse_latent(case, nsde.handlers.marginalize(case.model, method=method))
+    if stays_latent(case, case.outside(nsde.handlers.marginalize(case.model, method=method))):
+        raise NotAskedError
+
+    model = case.outside(nsde.handlers.marginalize(case.model, method=method))
 
     def density(key):
         # Under a seed handler its key decides, not the filter's own.
-        model = nsde.handlers.marginalize(case.model, method=method)
         return log_density(handlers.seed(model, key), case.args, {}, {"b": B})[0]
 
     return np.asarray(jax.jit(lambda keys: jax.lax.map(density, keys))(keys)) - prior()
@@ -228,7 +233,7 @@ def _moments_agree(case, draws, what):
 @engine("ConditionalSMC", FEW)
 def _conditional(case):
     latent(case)
-    kernel = nsde.infer.ConditionalSMC(at_level(case.model), num_particles=6)
+    kernel = nsde.infer.ConditionalSMC(at_level(case.outside(case.model)), num_particles=6)
     count, key = 3000, jax.random.key(5)
     # Its checks are made where it starts.
     jax.eval_shape(lambda k: kernel.init(k, 0, {"x": jnp.zeros(case.shape)}, case.args, {}), key)
@@ -249,7 +254,7 @@ def _conditional(case):
 
 @engine("PMMH", FEW)
 def _pmmh(case):
-    kernel = nsde.infer.PMMH(case.model, num_particles=20)
+    kernel = nsde.infer.PMMH(case.outside(case.model), num_particles=20)
     kernel.tune(jax.random.key(1), *case.args)
     keys = jax.random.split(jax.random.key(2), 20)
     got = kernel.init(keys, 0, {"b": jnp.full(20, B)}, case.args, {}).log_density
@@ -259,7 +264,7 @@ def _pmmh(case):
 @engine("score", FEW)
 def _score(case):
     got = nsde.infer.score(
-        case.model,
+        case.outside(case.model),
         {"b": B},
         *case.args,
         rng_key=jax.random.key(3),
@@ -276,7 +281,12 @@ def _smooth(case):
     draws = {"b": np.full(3000, B)}
     method = nsde.filters.Kalman()
     got = nsde.smooth(
-        case.model, draws, *case.args, method=method, rng_key=jax.random.key(4), batch_size=3000
+        case.outside(case.model),
+        draws,
+        *case.args,
+        method=method,
+        rng_key=jax.random.key(4),
+        batch_size=3000,
     )
     yield from _moments_agree(case, got["x"], "draws")
 
@@ -284,7 +294,7 @@ def _smooth(case):
 def _path_law(case, law):
     """Weighted by joint over guide, draws of the guide give the evidence without bias."""
     latent(case)
-    model = at_level(case.model)
+    model = at_level(case.outside(case.model))
     guide = nsde.guides.AutoPathGuide(model, path=law)
     params = {
         name: site["value"]
@@ -324,7 +334,7 @@ def _score_path(case):
 
 @engine("to_arviz, integrated out")
 def _pointwise(case):
-    model = nsde.handlers.marginalize(case.model, method=nsde.filters.Kalman())
+    model = case.outside(nsde.handlers.marginalize(case.model, method=nsde.filters.Kalman()))
     tree = nsde.diagnostics.to_arviz({"b": np.full(2, B)}, model=model, model_args=case.args)
     terms = tree["log_likelihood"].data_vars.values()
     got = sum(float(v.values[0, 0].sum()) for v in terms)
