@@ -181,6 +181,14 @@ class MarginalPath(dist.Distribution):
         of its times is added to the first of the two.
         """
         statement, y, lead, batch = self.laid_out(value)
+        # 1, or what stands at all times of a series whose path is masked out.
+        kept = self._unless_masked(jnp.ones(lead), statement, y)[..., None]
+        terms = self._pointwise_of(statement, y, lead, batch)
+        return jnp.where(kept == 1.0, terms, kept)
+
+    def _pointwise_of(
+        self, statement: Statement, y: Any, lead: tuple[int, ...], batch: tuple[int, ...]
+    ) -> Array:
         count = math.prod(statement.replicates)
         if count == 1:
             return self._pointwise(statement, y, lead, None)

@@ -55,18 +55,9 @@ def _():
     seen(ou(level()), np.ma.masked_equal([0.9, -999.0, 0.5], -999.0))
 
 
-<<<<<<< HEAD
-@case("object data", ou_truth({"y": [0.9, np.nan, 0.5]}), refusal="dtype|object")
-=======
 @case("data with None", ou_truth({"y": [0.9, NAN, 0.5]}), refusal="dtype|object")
->>>>>>> 6e9f17f (Contract: seeds decide the particles; data with None, text as data)
 def _():
     seen(ou(level()), np.array([0.9, None, 0.5], dtype=object))
-
-
-@case("text as data", ou_truth({"y": Y}), refusal="dtype|number", must_refuse=True)
-def _():
-    seen(ou(level()), np.array(["0.9", "-0.2", "0.5"], dtype=object))
 
 
 @case("complex data", ou_truth({"y": Y}), refusal="dtype|complex", must_refuse=True)
