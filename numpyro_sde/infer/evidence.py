@@ -148,7 +148,7 @@ def evidence(
         >>> found = nsde.evidence(model, np.array([0.5, -0.2, 0.1, 0.4]), rng_key=jax.random.key(0),
         ...                       num_particles=4, num_draws=400)
         >>> round(found.log_evidence, 1), found.samples["scale"].shape
-        (-3.4, (400,))
+        (-4.0, (400,))
     """
     check_choice("method", method, ("filters",))
     check_count("num_draws", num_draws, least=50)
