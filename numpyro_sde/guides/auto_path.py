@@ -33,6 +33,7 @@ from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.models.reading import latent_paths
 from numpyro_sde.models.stack import outside_all_handlers
+from numpyro_sde.runtime.entry import Held, entry_point
 
 # A network is told of the shared parameters if there are no more of them than this.
 _MAX_THETA = 16
@@ -126,6 +127,7 @@ class AutoPathGuide(AutoGuide):
         self._sites: dict[str, Any] = {}
         self._theta_start: Any = 0.0
         self._open: dict[str, Any] = {}
+        self._draws: Any = None
 
     def __repr__(self) -> str:
         return f"AutoPathGuide(parameters={self.parameters!r}, path={type(self.path).__name__})"
@@ -270,14 +272,30 @@ class AutoPathGuide(AutoGuide):
         if not args and not kwargs:
             args, kwargs = self._data
 
-        def draw(key: PRNGKeyArray) -> dict[str, Array]:
-            with block(), seed(rng_seed=key), substitute(data=dict(params)):
-                return self(*args, **kwargs)
-
-        count = int(np.prod(sample_shape, dtype=int))
-        keys = jax.random.split(rng_key, count)
-        drawn = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=min(count, _BATCH)))(keys)
+        keys = jax.random.split(rng_key, int(np.prod(sample_shape, dtype=int)))
+        drawn = self._compiled_draws(args, kwargs)(dict(params), keys)
         return {k: jnp.reshape(v, sample_shape + v.shape[1:]) for k, v in drawn.items()}
+
+    def _compiled_draws(self, args: Any, kwargs: Any) -> Callable[..., Any]:
+        """`draws(params, keys)`, kept for the arguments of the last call."""
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+        held = tuple(Held(np.asarray(a) if isinstance(a, jax.Array) else a) for a in leaves)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        key = None if traced else (treedef, held)
+        if key is not None and self._draws is not None and self._draws[0] == key:
+            return self._draws[1]
+
+        def draws(params: dict[str, Any], keys: PRNGKeyArray) -> dict[str, Array]:
+            def draw(key: PRNGKeyArray) -> dict[str, Array]:
+                with block(), seed(rng_seed=key), substitute(data=params):
+                    return self(*args, **kwargs)
+
+            return jax.lax.map(draw, keys, batch_size=min(len(keys), _BATCH))
+
+        compiled = entry_point(draws)
+        if key is not None:
+            self._draws = key, compiled
+        return compiled
 
     def median(self, params: Mapping[str, Any]) -> dict[str, Array]:
         """Median of each parameter and of each path at each time; see `quantiles`."""
@@ -299,4 +317,4 @@ class AutoPathGuide(AutoGuide):
         return {k: jnp.quantile(v, probabilities, axis=0) for k, v in drawn.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_open": {}}
+        return {**super().__getstate__(), "_open": {}, "_draws": None}

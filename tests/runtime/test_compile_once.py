@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC
+from numpyro.infer import MCMC, SVI, Trace_ELBO
 
 import numpyro_sde as nsde
 from numpyro_sde.runtime.clock import Stopwatch
@@ -134,3 +134,26 @@ def test_a_second_posterior_compiles_what_numpyro_insists_on():
     again, draws = programs(run, 1)
     assert again <= 2  # the loop over draws, which NumPyro makes anew, and a cast at most
     assert np.all(np.isfinite(draws["x"]))
+
+
+@pytest.mark.slow
+def test_draws_of_a_path_guide():
+    def model(y):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        sde = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, scale)
+        x = numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0)))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+
+    guide = nsde.guides.AutoPathGuide(model)
+    svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
+    params = svi.run(jax.random.key(0), 2, data(0), progress_bar=False).params
+
+    def draw(seed, params):
+        key = jax.random.key(seed)
+        return guide.sample_posterior(key, params, data(0), sample_shape=(4,))["x"]
+
+    first = draw(0, params)
+    moved = jax.tree.map(lambda a: a + 0.1 if isinstance(a, jax.Array) else a, params)
+    again, second = programs(draw, 1, moved)
+    assert again == 0
+    assert float(np.abs(second - first).max()) > 1e-3
