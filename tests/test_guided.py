@@ -16,7 +16,7 @@ from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.reparam import GuidedReparam, InnovationReparam, auto
 from numpyro_sde.statespace.guide import guided_path, guided_start, make_guide
@@ -109,7 +109,9 @@ def test_weights_of_a_linear_model_are_its_likelihood(x64, name):
         return first + rest + log_terms(model, states), exact
 
     dims = (1, len(path.innovation_shape), 2)
-    compiled = jax.jit(lambda *a: run_on_model(path, (), statements(path), weigh, a, dims))
+    compiled = jax.jit(
+        lambda *a: ObservedPath(path, (), tuple(statements(path))).map(weigh, a, dims)
+    )
     totals = []
     d = max(1, len(path.state_shape) and path.state_shape[0])
     for seed in range(3):
@@ -135,9 +137,9 @@ def test_references_pass_through_precise_data(x64):
     data = [(make_statement(emission, np.arange(12), (), ()), y)]
     seen = ~np.isnan(y)
     for find in (data_reference, smoothed_reference):
-        reference = run_on_model(path, (), data, find)[:, 0]
+        reference = ObservedPath(path, (), tuple(data)).map(find)[:, 0]
         np.testing.assert_allclose(reference[seen], y[seen], atol=5e-3)
-    between = run_on_model(path, (), data, data_reference)[4, 0]
+    between = ObservedPath(path, (), tuple(data)).map(data_reference)[4, 0]
     share = (TIMES[4] - TIMES[3]) / (TIMES[5] - TIMES[3])
     np.testing.assert_allclose(between, y[3] + share * (y[5] - y[3]), atol=5e-3)
 
@@ -147,7 +149,7 @@ def test_data_reference_solves_a_nonlinear_emission_and_leaves_the_rest(x64):
     counts = np.array([3, 8, 20, 55, 150, 400, 150, 55, 20, 8, 3, 1])
     emission = Emission(lambda t, x: dist.Poisson(jnp.exp(x[0])), None, None, None, 12, ())
     data = [(make_statement(emission, np.arange(12), (2,), ()), counts)]
-    reference = jax.jit(lambda: run_on_model(path, (), data, data_reference))()
+    reference = jax.jit(lambda: ObservedPath(path, (), tuple(data)).map(data_reference))()
     np.testing.assert_allclose(reference[:, 0], np.log(counts), atol=0.02)
     np.testing.assert_array_equal(reference[:, 1], 0.0)
 

@@ -23,12 +23,10 @@ from numpyro_sde.distributions.clocks import Clock
 from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.state_space import (
+    ObservedPath,
     draw_starts,
     masked_alone,
-    run_method,
-    run_on_model,
     with_starts,
 )
 from numpyro_sde.distributions.statement import (
@@ -142,7 +140,7 @@ class MarginalPath(dist.Distribution):
         def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
             return getattr(method, what)(model)
 
-        return run_method(self.path, lead, data, self.method, evaluate)
+        return ObservedPath(self.path, lead, tuple(data)).run(self.method, evaluate)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
         statement, y, lead, batch = self.laid_out(value)
@@ -235,7 +233,8 @@ class MarginalPath(dist.Distribution):
         _, _, without = self._stacked()
         lead = sample_shape + without(self.batch_shape)
         if self.earlier:
-            states = draw_smoothed(self.path, self.method, list(self.earlier), lead, key_path)
+            observed = ObservedPath(self.path, lead, self.earlier)
+            states = draw_smoothed(observed, self.method, key_path)
         else:
             path = self.method.simulator(self.path)
             states = path.expand(lead).sample(key_path)
@@ -284,15 +283,10 @@ def _sum_from(terms: Array, rows: np.ndarray, present: Array) -> Array:
     return flat.reshape(*lead, rows.size)
 
 
-def draw_smoothed(
-    path: SDEPath,
-    method: AbstractFilter,
-    data: list[tuple[Statement, Any]],
-    lead: tuple[int, ...],
-    key: PRNGKeyArray,
-) -> Array:
-    """Draw one path for each element of `lead`, given the data, shape `(*lead, T, *state)`."""
-    path = path_for(method, path)
+def draw_smoothed(observed: ObservedPath, method: AbstractFilter, key: PRNGKeyArray) -> Array:
+    """Draw one path for each element of the batch, given the data, `(*lead, T, *state)`."""
+    observed = observed.treated_by(method)
+    path, lead = observed.path, observed.lead
     filter_key, draw_key, start_key = jax.random.split(key, 3)
     keys = jax.random.split(draw_key, lead)
     # Draws for many parameter values must not share the filter's random numbers.
@@ -313,7 +307,7 @@ def draw_smoothed(
 
     key_dim = keys.ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
-    draws = run_on_model(path, lead, data, one, (keys, method_keys, *starts), dims)
+    draws = observed.map(one, (keys, method_keys, *starts), dims)
     return path.of_states(draws) if isinstance(path, JumpPath) else draws
 
 

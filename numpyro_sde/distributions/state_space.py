@@ -47,21 +47,114 @@ class ObservedPath(eqx.Module):
         """Whether anything is observed of it."""
         return bool(self.data)
 
-    def map(self, fn: Callable[..., Any], arrays: tuple = (), dims: tuple = ()) -> Any:
-        """Map `fn(model, *arrays)` of the unbatched state-space model over the batch."""
-        return run_on_model(self.path, self.lead, list(self.data), fn, arrays, dims)
+    def map(
+        self, fn: Callable[..., Any], arrays: tuple[Any, ...] = (), dims: tuple[int, ...] = ()
+    ) -> Any:
+        """Map `fn(model, *arrays)` of the unbatched state-space model over the batch.
+
+        Args:
+            fn: function of the model of one path.
+            arrays: further arguments, leading dimensions the batch.
+            dims: event dimensions of each.
+        """
+        path = self.path
+        kind = path.start_kind
+        mean, cov = start_moments(path.init, len(path.state_shape), kind)
+        # A start given in whole numbers is a real state all the same.
+        mean, cov = (
+            mean.astype(jnp.result_type(mean, float)),
+            cov.astype(jnp.result_type(cov, float)),
+        )
+        state_shape, chosen = path.state_shape, path.scheme_chosen
+        flat: list[Any] = []
+        flat_dims: list[Any] = []
+        for statement, y in self.data:
+            flat += [statement, y]
+            flat_dims += [statement.leaf_event_dims(), len(statement.event_shape)]
+
+        def one(
+            sde: Any,
+            scheme: Any,
+            times: Any,
+            dt: Any,
+            cache: Any,
+            mean: Array,
+            cov: Array,
+            *rest: Any,
+        ) -> Any:
+            observed, others = rest[: len(flat)], rest[len(flat) :]
+            instruments: list[Instrument] = []
+            for statement, y in zip(observed[::2], observed[1::2], strict=True):
+                if isinstance(path, JumpPath):
+                    instruments += path.instruments(statement, times, y)
+                else:
+                    instruments += statement.instruments(times, state_shape, y)
+            model = StateSpaceModel(
+                sde=sde,
+                scheme=scheme,
+                scheme_chosen=chosen,
+                times=times,
+                dt=dt,
+                cache=cache,
+                init_mean=mean,
+                init_cov=cov,
+                init_gaussian=kind == "normal",
+                init_kind=kind,
+                scalar=state_shape == (),
+                instruments=tuple(instruments),
+            )
+            return fn(with_memory(model, state_shape), *others)
+
+        return path._map(one, self.lead, (mean, cov, *flat, *arrays), (1, 2, *flat_dims, *dims))
+
+    def run(
+        self, method: AbstractFilter, fn: Callable[[AbstractFilter, StateSpaceModel], Any]
+    ) -> Any:
+        """Map `fn(method, model)` over the batch, each element with random numbers of its own."""
+        observed = self.treated_by(method)
+        key = method.random_key
+
+        def checked(method: AbstractFilter, model: StateSpaceModel) -> Any:
+            method.check(model)
+            check_powers(method, model)
+            return with_scale_of_powers(method, model, fn(method, model))
+
+        if key is None:
+            return observed.map(lambda model: checked(method, model))
+
+        def seeded(model: StateSpaceModel, key: PRNGKeyArray) -> Any:
+            return checked(method.with_key(key), model)
+
+        return observed.map_seeded(seeded, key, method.num_starts)
+
+    def treated_by(self, method: AbstractFilter) -> ObservedPath:
+        """The same with the path as a method takes it."""
+        path = path_for(method, self.path)
+        return ObservedPath(path, self.lead, self.data, self.name, self.mask)
 
     def map_seeded(
         self,
         fn: Callable[..., Any],
         key: PRNGKeyArray,
         num_starts: int,
-        arrays: tuple = (),
-        dims: tuple = (),
+        arrays: tuple[Any, ...] = (),
+        dims: tuple[int, ...] = (),
     ) -> Any:
         """Map `fn(model, key, *arrays)`, each element with a key and starts of its own."""
-        data = list(self.data)
-        return run_seeded(self.path, self.lead, data, fn, key, num_starts, arrays, dims)
+        lead, path = self.lead, self.path
+        key = typed_key(key)
+        # Split before use: a child made by `fold_in` may be one that `split` makes.
+        start_key, own = jax.random.split(key) if key.ndim == 0 else (key[0], key)
+        starts = draw_starts(path, lead, num_starts, start_key)
+        keys = _keys_for(own, lead)
+        count = len(arrays)
+
+        def seeded(model: StateSpaceModel, key: PRNGKeyArray, *rest: Any) -> Any:
+            return fn(with_starts(model, *rest[count:]), key, *rest[:count])
+
+        start_dims = tuple(1 + len(path.state_shape) for _ in starts)
+        every = (keys.ndim - len(lead), *dims, *start_dims)
+        return self.map(seeded, (keys, *arrays, *starts), every)
 
 
 def masked_alone(mask: Any, statement: Statement, y: Any, name: str) -> Array:
@@ -81,80 +174,6 @@ def masked_alone(mask: Any, statement: Statement, y: Any, name: str) -> Array:
             "it cannot be integrated out, or drawn. Mask the observe statements alone"
         )
     return alone
-
-
-def run_on_model(
-    path: SDEPath,
-    lead: tuple[int, ...],
-    data: list[tuple[Statement, Any]],
-    fn: Callable[..., Any],
-    arrays: tuple[Any, ...] = (),
-    dims: tuple[int, ...] = (),
-) -> Any:
-    """Map `fn(model, *arrays)` of the unbatched state-space model over `lead`."""
-    kind = path.start_kind
-    mean, cov = start_moments(path.init, len(path.state_shape), kind)
-    # A start given in whole numbers is a real state all the same.
-    mean, cov = mean.astype(jnp.result_type(mean, float)), cov.astype(jnp.result_type(cov, float))
-    state_shape, chosen = path.state_shape, path.scheme_chosen
-    flat: list[Any] = []
-    flat_dims: list[Any] = []
-    for statement, y in data:
-        flat += [statement, y]
-        flat_dims += [statement.leaf_event_dims(), len(statement.event_shape)]
-
-    def one(
-        sde: Any, scheme: Any, times: Any, dt: Any, cache: Any, mean: Array, cov: Array, *rest: Any
-    ) -> Any:
-        observed, others = rest[: len(flat)], rest[len(flat) :]
-        instruments: list[Instrument] = []
-        for statement, y in zip(observed[::2], observed[1::2], strict=True):
-            if isinstance(path, JumpPath):
-                instruments += path.instruments(statement, times, y)
-            else:
-                instruments += statement.instruments(times, state_shape, y)
-        model = StateSpaceModel(
-            sde=sde,
-            scheme=scheme,
-            scheme_chosen=chosen,
-            times=times,
-            dt=dt,
-            cache=cache,
-            init_mean=mean,
-            init_cov=cov,
-            init_gaussian=kind == "normal",
-            init_kind=kind,
-            scalar=state_shape == (),
-            instruments=tuple(instruments),
-        )
-        return fn(with_memory(model, state_shape), *others)
-
-    return path._map(one, lead, (mean, cov, *flat, *arrays), (1, 2, *flat_dims, *dims))
-
-
-def run_method(
-    path: SDEPath,
-    lead: tuple[int, ...],
-    data: list[tuple[Statement, Any]],
-    method: AbstractFilter,
-    fn: Callable[[AbstractFilter, StateSpaceModel], Any],
-) -> Any:
-    """Map `fn(method, model)` over `lead`, each element with random numbers of its own."""
-    path = path_for(method, path)
-    key = method.random_key
-
-    def checked(method: AbstractFilter, model: StateSpaceModel) -> Any:
-        method.check(model)
-        check_powers(method, model)
-        return with_scale_of_powers(method, model, fn(method, model))
-
-    if key is None:
-        return run_on_model(path, lead, data, lambda model: checked(method, model))
-
-    def seeded(model: StateSpaceModel, key: PRNGKeyArray) -> Any:
-        return checked(method.with_key(key), model)
-
-    return run_seeded(path, lead, data, seeded, key, method.num_starts)
 
 
 def check_powers(method: AbstractFilter, model: StateSpaceModel) -> None:
@@ -195,32 +214,6 @@ def with_scale_of_powers(method: AbstractFilter, model: StateSpaceModel, result:
             (result.increments + terms, result.log_likelihood + jnp.sum(terms)),
         )
     return result + (terms if jnp.ndim(result) else jnp.sum(terms))
-
-
-def run_seeded(
-    path: SDEPath,
-    lead: tuple[int, ...],
-    data: list[tuple[Statement, Any]],
-    fn: Callable[..., Any],
-    key: PRNGKeyArray,
-    num_starts: int,
-    arrays: tuple[Any, ...] = (),
-    dims: tuple[int, ...] = (),
-) -> Any:
-    """Map `fn(model, key, *arrays)` over `lead`, each element with a key and starts of its own."""
-    key = typed_key(key)
-    # Split before use: a child made by `fold_in` may be one that `split` makes.
-    start_key, own = jax.random.split(key) if key.ndim == 0 else (key[0], key)
-    starts = draw_starts(path, lead, num_starts, start_key)
-    keys = _keys_for(own, lead)
-    count = len(arrays)
-
-    def seeded(model: StateSpaceModel, key: PRNGKeyArray, *rest: Any) -> Any:
-        return fn(with_starts(model, *rest[count:]), key, *rest[:count])
-
-    start_dims = tuple(1 + len(path.state_shape) for _ in starts)
-    every = (keys.ndim - len(lead), *dims, *start_dims)
-    return run_on_model(path, lead, data, seeded, (keys, *arrays, *starts), every)
 
 
 def _keys_for(key: PRNGKeyArray, lead: tuple[int, ...]) -> PRNGKeyArray:

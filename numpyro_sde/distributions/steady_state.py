@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.events import Doses
 from numpyro_sde.filters.forced import (
     forced_transitions,
@@ -71,7 +71,7 @@ def steady_state(
     ends = np.broadcast_to(np.array([0.0, interval]), (*lead, 2))
     grid = TimeGrid(ends, include=cycle.breakpoints)
     path = SDEPath(sde, grid, dist.Delta(jnp.zeros(shape), event_dim=len(shape)), events=[cycle])
-    mean, cov = run_on_model(path, path.batch_shape, [], _settle)
+    mean, cov = ObservedPath(path, path.batch_shape).map(_settle)
     if not isinstance(mean, jax.core.Tracer) and not np.all(np.isfinite(mean)):
         raise ValueError(
             "steady_state: the SDE does not forget its start (what multiplies x in drift has an "

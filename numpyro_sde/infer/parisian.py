@@ -16,8 +16,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import (
+    ObservedPath,
     draw_starts,
-    run_on_model,
     with_starts,
 )
 from numpyro_sde.distributions.statement import make_statement
@@ -167,7 +167,7 @@ def _compiled(
     run: Any, path: SDEPath, statement: Any, y: Array, key: PRNGKeyArray, starts: Any
 ) -> Array:
     dims = (0, *(1 + len(path.state_shape) for _ in starts))
-    return run_on_model(path, (), [(statement, y)], run, (key, *starts), dims)
+    return ObservedPath(path, (), ((statement, y),)).map(run, (key, *starts), dims)
 
 
 def _iterate(

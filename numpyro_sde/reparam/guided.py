@@ -16,7 +16,7 @@ from numpyro.infer.reparam import Reparam
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.models.reading import read_model
@@ -291,7 +291,7 @@ def _guided_states(
         states, more = guided_path(model, guide, x0, z)
         return model.visible(states), weight + more, guide, states
 
-    return run_on_model(path, lead, data, one, arrays, dims)
+    return ObservedPath(path, lead, tuple(data)).map(one, arrays, dims)
 
 
 def _start_sites(name: str, site: Unwrapped) -> tuple[Array, bool]:
@@ -337,7 +337,7 @@ def _along_reference(name: str, site: Unwrapped, reference: Any) -> Array:
     def visible(model: StateSpaceModel, reference: Array) -> Array:
         return model.visible(reference)
 
-    value = run_on_model(path, site.lead, [], visible, (jnp.asarray(reference),), (2,))
+    value = ObservedPath(path, site.lead).map(visible, (jnp.asarray(reference),), (2,))
     remember_value(value, path.clock)
     return value
 
@@ -353,10 +353,11 @@ def _first(
     data, path = look_ahead(name, run), site.path
     _start_sites(name, site)
     latent(f"{name}_innov", path.init, site, path.innovation_shape)
+    observed = ObservedPath(path, site.lead, tuple(data))
     given = owner._given(name, site)
     everything = jnp.array(True)
     if not isinstance(given, str):
-        model_reference = run_on_model(path, site.lead, data, carried, (given,), (2,))
+        model_reference = observed.map(carried, (given,), (2,))
         value = jnp.reshape(given, site.lead + path.event_shape)
         remember_value(value, path.clock)
         return value, model_reference, everything
@@ -371,7 +372,7 @@ def _first(
             reference, seen = seen_reference(model)
         return model.visible(reference), reference, seen
 
-    value, reference, seen = run_on_model(path, site.lead, data, one)
+    value, reference, seen = observed.map(one)
     remember_value(value, path.clock)
     return value, reference, seen
 

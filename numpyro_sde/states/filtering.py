@@ -16,7 +16,7 @@ from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.distributions.state_space import run_method
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement, make_statement
 from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.filters.ensemble import EnsembleKalman
@@ -235,7 +235,7 @@ def _run(
     def run(method: AbstractFilter, model: StateSpaceModel) -> Any:
         return fn(method, _without_gaps(model) if complete else model)
 
-    return run_method(path, lead, [(statement, y)], method, run)
+    return ObservedPath(path, lead, ((statement, y),)).run(method, run)
 
 
 @entry_point
@@ -243,7 +243,7 @@ def _run_particles(
     path: SDEPath, statement: Statement, y: Array, method: Particle, lead: tuple[int, ...]
 ) -> Any:
     """The result of a particle filter, with the model in it; compiled once for its code."""
-    return run_method(path, lead, [(statement, y)], method, _filter)
+    return ObservedPath(path, lead, ((statement, y),)).run(method, _filter)
 
 
 def _filter(method: AbstractFilter, model: StateSpaceModel) -> FilterResult:

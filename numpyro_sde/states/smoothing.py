@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
-from numpyro_sde.distributions.state_space import masked_alone
+from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.joining import join_clocks
@@ -186,7 +186,7 @@ def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRN
         stand_in.lead, *(y.shape[: y.ndim - len(s.event_shape)] for s, y in data)
     )
     if times is None:
-        draws = draw_smoothed(path, method, data, lead, key)
+        draws = draw_smoothed(ObservedPath(path, lead, tuple(data)), method, key)
         return jnp.take(draws, stand_in.index, axis=len(lead))
     if isinstance(path.times, jax.core.Tracer):
         raise ValueError(
@@ -196,8 +196,9 @@ def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRN
     # Past the data steps are no longer than those of the path's own grid.
     step = None if path.grid is None or not np.size(path.dt) else float(np.max(path.dt))
     clock = join_clocks(path.times, times, step)
-    moved = [(s.moved(clock.old[s.rows.index]), y) for s, y in data]
-    draws = draw_smoothed(path.replace(times=clock.grid), method, moved, lead, key)
+    moved = tuple((s.moved(clock.old[s.rows.index]), y) for s, y in data)
+    observed = ObservedPath(path.replace(times=clock.grid), lead, moved)
+    draws = draw_smoothed(observed, method, key)
     return take_times(draws, clock.place, len(path.state_shape))
 
 

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.state_space import run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.smc.resampling import SCHEMES
 from numpyro_sde.smc.settings import PROPOSALS, Setting
@@ -38,7 +38,7 @@ def on_model(path, at, y, fn, law=emission):
     statement = make_statement(
         Emission(law, None, None, None, len(at), ()), at, path.state_shape, ()
     )
-    return run_on_model(path, (), [(statement, y)], fn)
+    return ObservedPath(path, (), ((statement, y),)).map(fn)
 
 
 def exact(fine: bool):

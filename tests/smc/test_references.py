@@ -9,7 +9,7 @@ import pytest
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.state_space import run_method, run_on_model
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.filters import Particle
 from numpyro_sde.statespace.reference import believed_guide, kalman_reference
@@ -25,9 +25,8 @@ def estimate(path, seen, method, repeats):
     """Independent estimates of a log likelihood."""
 
     def one(key):
-        return run_method(
-            path, (), [seen], method.with_key(key), lambda m, model: m.log_likelihood(model)
-        )
+        observed = ObservedPath(path, (), (seen,))
+        return observed.run(method.with_key(key), lambda m, model: m.log_likelihood(model))
 
     return jax.lax.map(one, jax.random.split(jax.random.key(1), repeats))
 
@@ -81,7 +80,7 @@ def test_what_runs_away_is_found_by_the_guides_own_path(x64):
             believed = believed_guide(model)
             return kalman_reference(model), believed.guide.reference, believed.log_fit
 
-        return run_on_model(path, (), [seen], both)
+        return ObservedPath(path, (), (seen,)).map(both)
 
     log_scales, exact = multimodal.exact("well")
     for scale, true in ((np.exp(log_scales[54]), exact[54]), (np.exp(log_scales[40]), exact[40])):

@@ -355,7 +355,7 @@ class _Plan:
             if isinstance(seen, SeenPath):
                 assert self.reading.method is not None
                 found[seen.name] = draw_smoothed(
-                    seen.path, self.reading.method, seen.data, seen.lead, keys[seen.name]
+                    seen.observed, self.reading.method, keys[seen.name]
                 )
         return found
 

@@ -15,7 +15,6 @@ from numpyro_sde.diagnostics.prediction.reading import (
     SeenPath,
     union_times,
 )
-from numpyro_sde.distributions.state_space import run_method
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
@@ -79,7 +78,7 @@ def _filter_terms(path: SeenPath, method: AbstractFilter) -> Array:
     def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
         return method.increments(model)
 
-    return run_method(path.path, path.lead, path.data, method, evaluate)
+    return path.observed.run(method, evaluate)
 
 
 def _recorded(

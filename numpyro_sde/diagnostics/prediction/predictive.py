@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.special import ndtri
 
 from numpyro_sde.diagnostics.prediction.reading import SeenPath
-from numpyro_sde.distributions.state_space import run_seeded
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.linear.small import psd_factor
 from numpyro_sde.smc.normals import normals
@@ -95,7 +94,7 @@ def predict_path(
             return _by_particles(chosen, model, rows, horizon, counts, draw_key)
         return _by_moments(chosen, model, rows, horizon, counts, draw_key)
 
-    return run_seeded(seen.path, seen.lead, seen.data, one, key, method.num_starts)
+    return seen.observed.map_seeded(one, key, method.num_starts)
 
 
 def observed_times(seen: SeenPath) -> np.ndarray:

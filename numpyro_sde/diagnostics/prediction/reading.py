@@ -30,6 +30,7 @@ from numpyro_sde.distributions.clocks import identity_of_path, times_shown
 from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.handlers import marginalize, observed_paths
@@ -53,6 +54,11 @@ class SeenPath(NamedTuple):
     lead: tuple[int, ...]
     data: list[tuple[Statement, Any]]
     sites: list[str]
+
+    @property
+    def observed(self) -> ObservedPath:
+        """The path and its data as filters take them."""
+        return ObservedPath(self.path, self.lead, tuple(self.data), self.name)
 
 
 class DirectPath(NamedTuple):
