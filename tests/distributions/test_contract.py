@@ -17,7 +17,11 @@ from numpyro.distributions.batch_util import promote_batch_shape
 import numpyro_sde as nsde
 from numpyro_sde import testing
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    # The laws here are small, their steps too long on purpose.
+    pytest.mark.filterwarnings("ignore::numpyro_sde.distributions.step_check.CoarseStepWarning"),
+]
 
 LAWS = {**PATHS, **EMISSIONS}
 QUICK = {"batch by params", "fixed vector start", "Poisson"}

@@ -12,7 +12,11 @@ from numpyro_sde.distributions import (
     FractionalOrnsteinUhlenbeck,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    # The laws here are small, their steps too long on purpose.
+    pytest.mark.filterwarnings("ignore::numpyro_sde.distributions.step_check.CoarseStepWarning"),
+]
 
 TIMES = jnp.array([0.3, 0.7, 1.0, 1.4])
 
