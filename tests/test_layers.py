@@ -12,7 +12,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ["runtime", "linear.small", "linear.balance", "linear.discretize", "linear.affine"],
+    [
+        "runtime",
+        "linear.ranks",
+        "linear.small",
+        "linear.balance",
+        "linear.discretize",
+        "linear.affine",
+    ],
     [
         *(
             "checks",

@@ -208,7 +208,7 @@ class FractionalBrownianMotion(GaussianSeries):
         return jnp.zeros(self.num_times, jnp.result_type(float))
 
     def _cross(self, rows: Any, columns: Any, times: Array, hurst: Array, scale: Array) -> Array:
-        s, t = times[rows][:, None], times[columns]
+        s, t = times[rows][:, None], times[columns][None]
         hurst = _in_range(hurst)
         if self.kind == 1:
             e = 2.0 * hurst
@@ -331,7 +331,7 @@ class FractionalOrnsteinUhlenbeck(GaussianSeries):
         location: Array,
     ) -> Array:
         del location
-        s, t, hurst = times[rows][:, None], times[columns], _in_range(hurst)
+        s, t, hurst = times[rows][:, None], times[columns][None], _in_range(hurst)
         if self._pinned:
             return fou_zero_start_covariance(s, t, hurst, rate, scale)
         return fou_autocovariance(jnp.abs(s - t), hurst, rate, scale)

@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.distributions import constraints
 
 from numpyro_sde.distributions.missing import peel
+from numpyro_sde.linear.ranks import equal_rank
 
 _WIDTH = 1e3  # of a guide's start where nothing tells a scale
 
@@ -147,4 +148,5 @@ def mean_and_cov(d: dist.Distribution, event_dim: int) -> tuple[Array, Array]:
             )
         return mean, jnp.broadcast_to(cov, (*lead, size, size))
     variance = jnp.broadcast_to(jnp.asarray(d.variance), shape).reshape((*lead, size))
-    return mean, variance[..., :, None] * jnp.eye(size, dtype=variance.dtype)
+    rows, eye = equal_rank(variance[..., :, None], jnp.eye(size, dtype=variance.dtype))
+    return mean, rows * eye

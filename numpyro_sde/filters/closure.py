@@ -181,7 +181,7 @@ def _compare(result: FilterResult, finer: FilterResult | None, simulated: Any) -
     predicted = result.predicted_mean[1:]
     predicted_var = jnp.diagonal(result.predicted_cov[1:], axis1=-2, axis2=-1)
     # A component that the noise has not reached has no spread to measure errors in.
-    floor = 1e-6 * jnp.maximum(jnp.max(var, axis=0), jnp.finfo(var.dtype).tiny)
+    floor = 1e-6 * jnp.maximum(jnp.max(var, axis=0, keepdims=True), jnp.finfo(var.dtype).tiny)
     sd = jnp.sqrt(jnp.maximum(var, floor))
     ratio = jnp.where(var > floor, predicted_var / jnp.maximum(var, floor), 1.0)
     worst = jnp.argmax(jnp.abs(jnp.log(ratio)))
@@ -214,7 +214,7 @@ def _simulate(
 
     def draw(key: PRNGKeyArray, mean: Array, cov: Array) -> Array:
         z = jax.random.normal(key, (num_paths, model.dim), mean.dtype)
-        return mean + matmul(z, transpose(psd_factor(cov)))
+        return mean[None] + matmul(z, transpose(psd_factor(cov)))
 
     def step(x: Array, inputs: Any) -> tuple[Array, Any]:
         key, (t, dt, cache), redraw, mean, cov = inputs
@@ -245,7 +245,7 @@ def _simulate(
 def _shape(x: Array) -> tuple[Array, Array, Array, Array]:
     """Mean, variance, skewness and excess kurtosis of each component."""
     mean, var = jnp.mean(x, axis=0), jnp.var(x, axis=0)
-    z = (x - mean) / jnp.sqrt(jnp.where(var > 0, var, 1.0))
+    z = (x - mean[None]) / jnp.sqrt(jnp.where(var > 0, var, 1.0))[None]
     kurtosis = jnp.where(var > 0, jnp.mean(z**4, axis=0) - 3.0, 0.0)
     return mean, var, jnp.mean(z**3, axis=0), kurtosis
 

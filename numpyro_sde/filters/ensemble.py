@@ -203,7 +203,7 @@ class EnsembleKalman(AbstractFilter):
 
 def _draw_start(model: StateSpaceModel, key: PRNGKeyArray, num_members: int) -> _Ensemble:
     z = jax.random.normal(key, (num_members, model.dim), model.init_mean.dtype)
-    return model.init_mean + matmul(z, transpose(psd_factor(model.init_cov)))
+    return model.init_mean[None] + matmul(z, transpose(psd_factor(model.init_cov)))
 
 
 def _moments(members: _Ensemble) -> tuple[Array, Array]:
@@ -211,7 +211,7 @@ def _moments(members: _Ensemble) -> tuple[Array, Array]:
 
 
 def _covariance(a: Array, b: Array) -> Array:
-    a, b = a - jnp.mean(a, axis=0), b - jnp.mean(b, axis=0)
+    a, b = (x - jnp.mean(x, axis=0, keepdims=True) for x in (a, b))
     return jnp.matmul(a.T, b, precision=lax.Precision.HIGHEST) / (a.shape[0] - 1)
 
 
@@ -227,8 +227,8 @@ def _perturbed_update(
     L = cholesky(symmetrize(_covariance(means, means)) + R)
     noise = jax.random.normal(key, means.shape, members.dtype)
     # Centred, the perturbations leave the mean of the ensemble to the data alone.
-    noise = matmul(noise - jnp.mean(noise, axis=0), transpose(cholesky(R)))
-    residuals = jnp.where(present, y + noise - means, 0.0)
+    noise = matmul(noise - jnp.mean(noise, axis=0, keepdims=True), transpose(cholesky(R)))
+    residuals = jnp.where(present, y[None] + noise - means, 0.0)
     residual = jnp.where(present, y - jnp.mean(means, axis=0), 0.0)
     columns = [residuals.T, _covariance(means, members), residual[:, None]]
     white = solve_lower(L, jnp.concatenate(columns, axis=1))

@@ -243,7 +243,7 @@ def _safe_length(
     """Length of each of the next Runge-Kutta steps: of all that is left, or as the drift allows."""
     weights = jnp.asarray(rule.weights, carry.mean.dtype)
     z = jnp.asarray(rule.points, carry.mean.dtype)
-    points = carry.mean + matmul(z, transpose(carry.S))
+    points = carry.mean[None] + matmul(z, transpose(carry.S))
     jacobians = jax.vmap(jax.jacfwd(lambda x: model.drift(t, x)))(points)
     rate = lax.stop_gradient(fastest_rate(jnp.tensordot(weights, jacobians, 1)))
     wanted = carry.left / substeps
@@ -297,9 +297,9 @@ def _expectations(
         L = model.factor(t, x)
         return drift, jacobian, matmul(L, transpose(L))
 
-    drifts, jacobians, noises = jax.vmap(at)(m + matmul(z, transpose(S)))
+    drifts, jacobians, noises = jax.vmap(at)(m[None] + matmul(z, transpose(S)))
     drift, jacobian, noise = (jnp.tensordot(weights, v, 1) for v in (drifts, jacobians, noises))
-    slopes = matmul(transpose((drifts - drift) * weights[:, None]), z)
+    slopes = matmul(transpose((drifts - drift[None]) * weights[:, None]), z)
     return drift, _linearization(S, slopes, jacobian, noise, h, m), noise
 
 

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_sde.linear.ranks import equal_rank
+
 CouplingKind = Literal["affine", "spline"]
 
 # A bin narrower than this share of the box, or a slope smaller than this, costs float32 more
@@ -88,7 +90,8 @@ def rational_quadratic_spline(
     index = jnp.sum(inside[..., None] >= knots[int(inverse), ..., 1:-1], axis=-1, keepdims=True)
     # A product with a one-hot vector selects the bin: its derivative is a product too, where that
     # of a gather is a scatter.
-    one_hot = (index == jnp.arange(widths.shape[-1])).astype(knots.dtype)
+    index, bins = equal_rank(index, jnp.arange(widths.shape[-1]))
+    one_hot = (index == bins).astype(knots.dtype)
     ends = [
         *knots[..., :-1],
         *jnp.diff(knots),
@@ -96,7 +99,7 @@ def rational_quadratic_spline(
         jnp.concatenate([inner, edge], axis=-1),
     ]
     x_left, y_left, width, height, slope_left, slope_right = jnp.sum(
-        one_hot * jnp.stack(ends), axis=-1
+        one_hot[None] * jnp.stack(ends), axis=-1
     )
     secant = height / width
     excess = slope_left + slope_right - 2.0 * secant
@@ -208,9 +211,10 @@ class Conditioner(eqx.Module):
     def __call__(self, x: Float[Array, "*batch _in"]) -> Float[Array, "*batch _out"]:
         """Evaluate the network on a batch of vectors."""
         *hidden, last = zip(self.weights, self.biases, strict=True)
+        batch = (1,) * (x.ndim - 1)
         for weight, bias in hidden:
-            x = jax.nn.silu(x @ weight + bias)
-        return x @ last[0] / math.sqrt(max(last[0].shape[0], 1)) + last[1]
+            x = jax.nn.silu(x @ weight + bias.reshape(*batch, -1))
+        return x @ last[0] / math.sqrt(max(last[0].shape[0], 1)) + last[1].reshape(*batch, -1)
 
 
 class CouplingLayer(eqx.Module):

@@ -186,7 +186,7 @@ def place_of(model: StateSpaceModel, reference: Array, theta: Array) -> Place:
     """
     along = guide_along(model, reference)
     center = jnp.mean(reference, axis=0)
-    variance = jnp.mean((reference - center) ** 2, axis=0)
+    variance = jnp.mean((reference - center[None]) ** 2, axis=0)
     if model.num_times > 1:
         B = along.linear.B
         noise = jnp.sum(B**2, axis=0) if B.ndim == 2 else jnp.sum(B**2, axis=(0, 2))

@@ -152,7 +152,8 @@ def _monomials(x: Array, n: int) -> Array:
     """`x^k / k!` for k = 0, ..., n - 1, on a new last axis."""
     k = np.arange(n)
     scale = np.array([1.0 / math.factorial(i) for i in k]).astype(x.dtype)
-    return jnp.stack([lax.integer_pow(x, int(i)) for i in k], axis=-1) * scale
+    powers = jnp.stack([lax.integer_pow(x, int(i)) for i in k], axis=-1)
+    return powers * scale.reshape(*(1,) * x.ndim, n)
 
 
 def _sum_series(weights: Array, terms: Array) -> Array:
@@ -271,8 +272,10 @@ def _matrix(
             state,
             jnp.arange(max_doublings),
         )
-    Q = state.Q * unit[:, None] if sqrt else symmetrize(state.Q) * (unit[:, None] * unit)
-    return Transition(state.F * (unit[:, None] / unit), state.c * unit, Q)
+    units = unit.reshape(*(1,) * x.ndim, d)
+    rows, columns = units[..., :, None], units[..., None, :]
+    Q = state.Q * rows if sqrt else symmetrize(state.Q) * (rows * columns)
+    return Transition(state.F * (rows / columns), state.c * units, Q)
 
 
 # --- the public functions ---------------------------------------------------------------------

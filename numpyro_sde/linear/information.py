@@ -165,7 +165,7 @@ def spans(
         A, c, B, is_end = now
         phi = jnp.where(is_end, eye, carry.phi)
         b, V = jnp.where(is_end, 0.0, carry.b), jnp.where(is_end, 0.0, carry.V)
-        through = phi * B if B.ndim == 1 else matmul(phi, B)
+        through = phi * B[None] if B.ndim == 1 else matmul(phi, B)
         V = symmetrize(V + matmul(through, transpose(through)))
         new = Spans(matmul(phi, A), b + matvec(phi, c), V)
         return new, new
@@ -213,10 +213,10 @@ def match_noise(
 def _discount(H: Array, B: Array) -> tuple[Array, Array]:
     """`M = (I + H B B')^-1` and the gain `K = H B (I + B'H B)^-1`, with `M = I - K B'`."""
     eye = jnp.eye(H.shape[-1], dtype=H.dtype)
-    HB = H * B if B.ndim == 1 else matmul(H, B)
+    HB = H * B[None] if B.ndim == 1 else matmul(H, B)
     L = cholesky(innovation_precision(H, B))
     K = transpose(solve_lower(L, solve_lower(L, transpose(HB)), transposed=True))
-    return eye - (K * B if B.ndim == 1 else matmul(K, transpose(B))), K
+    return eye - (K * B[None] if B.ndim == 1 else matmul(K, transpose(B))), K
 
 
 def innovation_precision(H: Float[Array, "d d"], B: Float[Array, "..."]) -> Float[Array, "m m"]:

@@ -205,7 +205,7 @@ def _observations(
     seen = jnp.ones((T, p), bool) if mask is None else mask.astype(bool)
     dtype = model.m0.dtype
     C = jnp.broadcast_to(model.C, (T, p, model.state_size))
-    y = y if model.e is None else y - model.e
+    y = y if model.e is None else y - jnp.broadcast_to(model.e, (T, p))
     y = jnp.where(seen, y, 0).astype(dtype)
     C = C if mask is None else jnp.where(seen[..., None], C, 0)
     constant = -0.5 * _LOG_2PI * seen.sum(-1).astype(dtype)

@@ -40,6 +40,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.linear.small import (
     diagonal,
     inverse_one_plus,
@@ -220,7 +221,8 @@ def _associate(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
 
 def _update(m: Array, P: Array, K: Array, v: Array, h: Array, r: Array) -> tuple[Array, Array]:
     """Moments after one scalar observation, in Joseph's form."""
-    A = jnp.eye(m.shape[-1], dtype=m.dtype) - outer(K, h)
+    one, Kh = equal_rank(jnp.eye(m.shape[-1], dtype=m.dtype), outer(K, h))
+    A = one - Kh
     P = matmul(matmul(A, P), transpose(A)) + r[..., None, None] * outer(K, K)
     return m + K * v[..., None], symmetrize(P)
 

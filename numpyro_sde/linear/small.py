@@ -25,6 +25,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.ranks import equal_rank
+
 MAX_UNROLLED = 6
 """Largest number of rows for which factorisations and solves are unrolled."""
 
@@ -81,6 +83,7 @@ def matmul(A: Float[Array, "*batch m k"], B: Float[Array, "*batch k n"]) -> Arra
         return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
     if A.ndim == B.ndim == 2:
         return (A[:, :, None] * B[None, :, :]).sum(-2)
+    A, B = equal_rank(A, B)
     out = A[..., :, 0, None] * B[..., 0, None, :]
     for i in range(1, k):
         out = out + A[..., :, i, None] * B[..., i, None, :]
@@ -100,7 +103,8 @@ def matvec(A: Float[Array, "*batch m k"], x: Float[Array, "*batch k"]) -> Array:
     """
     if A.shape[-1] != x.shape[-1]:
         raise ValueError(f"matvec: inner dimensions differ in {A.shape} and {x.shape}")
-    return (A * x[..., None, :]).sum(-1)
+    A, x = equal_rank(A, x[..., None, :])
+    return (A * x).sum(-1)
 
 
 def outer(x: Float[Array, "*batch m"], y: Float[Array, "*batch n"]) -> Array:
@@ -111,6 +115,7 @@ def outer(x: Float[Array, "*batch m"], y: Float[Array, "*batch n"]) -> Array:
         >>> outer(jnp.array([1.0, 2.0]), jnp.array([3.0])).tolist()
         [[3.0], [6.0]]
     """
+    x, y = equal_rank(x, y)
     return x[..., :, None] * y[..., None, :]
 
 
@@ -468,7 +473,8 @@ def inverse_one_plus(H: Float[Array, "*batch d d"], Q: Float[Array, "*batch d d"
         [[0.25, 0.0], [0.0, 0.25]]
     """
     eye = jnp.eye(_square(H, "H"), dtype=jnp.result_type(H, Q))
-    return solve(eye + matmul(H, Q), eye)
+    one, HQ = equal_rank(eye, matmul(H, Q))
+    return solve(one + HQ, eye)
 
 
 def tria(A: Float[Array, "*batch d m"]) -> Float[Array, "*batch d d"]:

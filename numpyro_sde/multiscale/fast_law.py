@@ -205,7 +205,7 @@ def linear_nodes(
     """Nodes of the Gaussian law of linear fast dynamics."""
     _, mean, cov = linear_moments(drift, diffusion, shape, t, x, p)
     points, weights = (jnp.asarray(a, mean.dtype) for a in rule.normal(mean.size))
-    y = mean + rule.spread(points, psd_factor(cov))
+    y = mean[None] + rule.spread(points, psd_factor(cov))
     return y.reshape(-1, *shape), weights
 
 

@@ -149,7 +149,7 @@ class Coordinatewise(AbstractRule):
 
     def spread(self, points: Array, factor: Array) -> Array:
         # Each coordinate by itself: the marginals are all that sums over coordinates see.
-        return points * jnp.sqrt(jnp.sum(factor**2, axis=-1))
+        return points * jnp.sqrt(jnp.sum(factor**2, axis=-1))[None]
 
     def normal(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         nodes, weights = np.polynomial.hermite_e.hermegauss(self.order)

@@ -45,6 +45,11 @@ def power(x: ArrayLike, exponent: ArrayLike) -> Array:
     return jnp.where(inside, jnp.exp(exponent * jnp.log(jnp.where(inside, x, 1.0))), 0.0)
 
 
+def _last(values: Any, x: Array) -> Any:
+    """A vector along an axis after those of x."""
+    return values.reshape(*(1,) * x.ndim, -1)
+
+
 def excess_of_exponential(x: Array) -> Array:
     """`(x - 1 + e^-x) / x^2` for `x >= 0`, which is 1/2 at zero.
 
@@ -124,7 +129,7 @@ def increments_covariance(times: Float[Array, " T"], hurst: ArrayLike) -> Float[
     is a linear map of determinant one.
     """
     start = jnp.concatenate([jnp.zeros_like(times[:1]), times[:-1]])
-    return increment_covariance((start[:, None], times[:, None]), (start, times), hurst)
+    return increment_covariance((start[:, None], times[:, None]), (start[None], times[None]), hurst)
 
 
 @jax.jit
@@ -147,7 +152,7 @@ def fgn_spectral_density(frequency: Float[Array, "*n"], hurst: ArrayLike) -> Flo
     s = 2.0 * hurst + 1.0
     both = jnp.stack([frequency, -frequency], axis=-1)
     images = 2 * math.pi * np.arange(1, _IMAGES)
-    total = power(frequency, -s) + power(both[..., None] + images, -s).sum((-1, -2))
+    total = power(frequency, -s) + power(both[..., None] + _last(images, both), -s).sum((-1, -2))
     x = 2 * math.pi * _IMAGES + both
     rest = 0.5 + x / (2 * math.pi * (s - 1.0))
     slope, rising = 2 * math.pi / x, s
@@ -190,12 +195,13 @@ def riemann_liouville_covariance(
     split = jnp.minimum(reach, _RL_SPLIT)
     k = np.arange(_RL_TERMS)
     binomial = jnp.cumprod(jnp.concatenate([jnp.ones(1), (a - k[1:]) / k[1:]]))
+    k, binomial = _last(k, split), _last(binomial, split)
     series = (binomial * split[..., None] ** k / (a + k)).sum(-1) * power(split, a)
     points, mass = np.polynomial.legendre.leggauss(_RL_NODES)
     width = jnp.log(jnp.maximum(reach, _RL_SPLIT) / _RL_SPLIT)
-    x = math.log(_RL_SPLIT) + width[..., None] * (points + 1) / 2
+    x = math.log(_RL_SPLIT) + width[..., None] * _last(points + 1, width) / 2
     integrand = jnp.exp(a * x + (a - 1) * jnp.log1p(jnp.exp(x)))
-    rest = 0.5 * width * (integrand * mass).sum(-1)
+    rest = 0.5 * width * (integrand * _last(mass, width)).sum(-1)
     total = jnp.where(
         apart, power(gap, 2 * a - 1) * (series + rest), power(s, 2 * a - 1) / (2 * a - 1)
     )
@@ -224,7 +230,8 @@ def _growing_part(x: Array, e: Array) -> Array:
     """`x^e sum_k x^2k / ((e + 1) ... (e + 2k))`, for small x."""
     k = np.arange(1, _FOU_SERIES_TERMS)
     rising = jnp.cumprod((e + 2 * k - 1) * (e + 2 * k))
-    return power(x, e) * (1.0 + ((x * x)[..., None] ** k / rising).sum(-1))
+    series = (x * x)[..., None] ** _last(k, x) / _last(rising, x)
+    return power(x, e) * (1.0 + series.sum(-1))
 
 
 def _quadrature(x: Array, e: Array) -> Array:
@@ -232,6 +239,7 @@ def _quadrature(x: Array, e: Array) -> Array:
     points, mass = np.polynomial.legendre.leggauss(_FOU_NODES)
     v = np.concatenate([a + (b - a) * (points + 1) / 2 for a, b in itertools.pairwise(_FOU_PANELS)])
     weight = np.concatenate([mass * (b - a) / 2 for a, b in itertools.pairwise(_FOU_PANELS)])
+    v, weight = _last(v, x), _last(weight, x)
     scale = power(x, e)
     # From above: (x + v)^e - x^e over all v; from below, (x - v)^e - x^e over v < x / 2.
     above = jnp.expm1(e * jnp.log1p(v / x[..., None]))
@@ -242,7 +250,8 @@ def _quadrature(x: Array, e: Array) -> Array:
     middle = middle + (below * weight).sum(-1) * half / _FOU_PANELS[-1]
     # Nearer to v = x: e^(w - x) w^e over w = x - v < x / 2, a series of positive terms.
     k = np.arange(_FOU_TAIL_TERMS)
-    factorial = np.array([math.lgamma(i + 1.0) for i in k])
+    factorial = _last(np.array([math.lgamma(i + 1.0) for i in k]), x)
+    k = _last(k, x)
     terms = jnp.exp(k * jnp.log(half)[..., None] - factorial - x[..., None]) / (e + 1 + k)
     near = terms.sum(-1) * power(half, e + 1)
     # Beyond: v > x gives e^-x Gamma(e + 1); -x^e over v > x / 2 gives -x^e e^(-x/2).
@@ -272,7 +281,8 @@ def fou_shape(x: Float[Array, "*n"], hurst: ArrayLike) -> Float[Array, "*n"]:
     large = jnp.where(is_large, x, _FOU_ASYMPTOTIC_FROM)
     n = np.arange(1, _FOU_ASYMPTOTIC_TERMS + 1)
     falling = jnp.cumprod((e - 2 * n + 2) * (e - 2 * n + 1))
-    asymptotic = power(large, e) * (falling * large[..., None] ** (-2.0 * n)).sum(-1)
+    terms = _last(falling, large) * large[..., None] ** _last(-2.0 * n, large)
+    asymptotic = power(large, e) * terms.sum(-1)
     return jnp.where(is_small, series, jnp.where(is_large, asymptotic, middle))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from numpyro_sde.linear.small import matmul, matvec, transpose, tria
+from numpyro_sde.linear.small import matmul, matvec, outer, transpose, tria
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.generator import as_point
 
@@ -160,5 +160,5 @@ def _agree(coarse: _Step, fine: _Step, size: _Size) -> Bool[Array, ""]:
     return (
         jnp.all(jnp.abs(fine.F - coarse.F) <= tolerance * matmul(bound, bound))
         & jnp.all(jnp.abs(fine.c - coarse.c) <= tolerance * (matvec(bound, size.c) + sd))
-        & jnp.all(jnp.abs(Q - P) <= tolerance * sd[:, None] * sd)
+        & jnp.all(jnp.abs(Q - P) <= tolerance * outer(sd, sd))
     )

@@ -329,7 +329,7 @@ def _right_divide(cross: Array, cov: Array) -> Array:
     values, vectors = jnp.linalg.eigh(0.5 * (cov + cov.T))
     floor = jnp.finfo(cov.dtype).eps * cov.shape[0] * jnp.max(jnp.abs(values))
     inverse = jnp.where(values > floor, 1.0 / jnp.where(values > floor, values, 1.0), 0.0)
-    return cross @ (vectors * inverse) @ vectors.T
+    return cross @ (vectors * inverse[None]) @ vectors.T
 
 
 def _psd_root(cov: Array) -> Array:

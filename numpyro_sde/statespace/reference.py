@@ -24,6 +24,7 @@ from numpyro_sde.linear.information import (
     log_weight,
     step_sd,
 )
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.linear.small import diagonal, spd_solve
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.euler import Euler
@@ -93,7 +94,7 @@ def data_reference(model: StateSpaceModel) -> Float[Array, "N d"]:
         move = spd_solve(_with_ridge(J), s[..., None])
         # Of a few lengths the one that fits best, at each time: a full step may overshoot far.
         points = _keep_positive(
-            model, x + jnp.asarray(_LENGTHS, x.dtype)[:, None, None] * move[..., 0]
+            model, x[None] + jnp.asarray(_LENGTHS, x.dtype)[:, None, None] * move[..., 0][None]
         )
         fit = jax.vmap(lambda x: log_emissions(model, x))(points)
         best = jnp.argmax(jnp.where(jnp.isnan(fit), -jnp.inf, fit), axis=0)
@@ -273,10 +274,10 @@ def _with_ridge(J: Float[Array, "N d d"]) -> Float[Array, "N d d"]:
     d = J.shape[-1]
     ridge = _RIDGE * jnp.trace(J, axis1=1, axis2=2) / d
     ridge = jnp.where(ridge > 0, ridge, 1.0)
-    return J + ridge[:, None, None] * jnp.eye(d, dtype=J.dtype)
+    return J + ridge[:, None, None] * jnp.eye(d, dtype=J.dtype)[None]
 
 
 def _keep_positive(model: StateSpaceModel, x: Array) -> Array:
     if not model.sde.positive or model.state_shape is not None:
         return x
-    return jnp.maximum(x, _POSITIVE_FLOOR * jnp.abs(model.init_mean))
+    return jnp.maximum(*equal_rank(x, _POSITIVE_FLOOR * jnp.abs(model.init_mean)))

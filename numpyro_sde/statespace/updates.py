@@ -189,9 +189,9 @@ def regress(
     """
     z = jnp.asarray(rule.points, mean.dtype)
     w, wc = jnp.asarray(rule.weights, mean.dtype), jnp.asarray(rule.cov_weights, mean.dtype)
-    means, covs = jax.vmap(moments)(mean + matmul(z, transpose(S)))
+    means, covs = jax.vmap(moments)(mean[None] + matmul(z, transpose(S)))
     center = jnp.tensordot(w, means, 1)
-    deviations = means - center
+    deviations = means - center[None]
     G = matmul(transpose(deviations * wc[:, None]), z)
     rest = deviations - matmul(z, transpose(G))
     spread = matmul(transpose(rest * wc[:, None]), rest)
@@ -268,7 +268,7 @@ def _newton(objective: Callable[[Array], Array], start: Array, num_steps: int) -
         B = cholesky(_with_curvature(-hessian))
         white = solve_lower(B, gradient[:, None])
         direction = solve_lower(B, white, transposed=True)[:, 0]
-        points = z + outer(sizes, direction)
+        points = z[None] + outer(sizes, direction)
         values = jax.vmap(objective)(points)
         values = jnp.where(jnp.isnan(values), -jnp.inf, values)
         # Near the mode the values differ by rounding alone: there only full steps converge.
