@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 
 def equal_rank(*arrays: Array) -> tuple[Array, ...]:
@@ -21,3 +21,15 @@ def equal_rank(*arrays: Array) -> tuple[Array, ...]:
     return tuple(
         a if a.ndim == rank else a.reshape(*(1,) * (rank - a.ndim), *a.shape) for a in arrays
     )
+
+
+def outer(x: Float[Array, "*batch m"], y: Float[Array, "*batch n"]) -> Array:
+    """Outer product of two vectors, shapes `(..., m)` and `(..., n)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> outer(jnp.array([1.0, 2.0]), jnp.array([3.0])).tolist()
+        [[3.0], [6.0]]
+    """
+    x, y = equal_rank(x, y)
+    return x[..., :, None] * y[..., None, :]

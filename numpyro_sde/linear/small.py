@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.ranks import equal_rank
+from numpyro_sde.linear.ranks import outer as outer
 
 MAX_UNROLLED = 6
 """Largest number of rows for which factorisations and solves are unrolled."""
@@ -105,18 +106,6 @@ def matvec(A: Float[Array, "*batch m k"], x: Float[Array, "*batch k"]) -> Array:
         raise ValueError(f"matvec: inner dimensions differ in {A.shape} and {x.shape}")
     A, x = equal_rank(A, x[..., None, :])
     return (A * x).sum(-1)
-
-
-def outer(x: Float[Array, "*batch m"], y: Float[Array, "*batch n"]) -> Array:
-    """Outer product of two vectors, shapes `(..., m)` and `(..., n)`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> outer(jnp.array([1.0, 2.0]), jnp.array([3.0])).tolist()
-        [[3.0], [6.0]]
-    """
-    x, y = equal_rank(x, y)
-    return x[..., :, None] * y[..., None, :]
 
 
 def transpose(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
