@@ -395,31 +395,11 @@ def marked_value(name: str, value: Array) -> Array:
 def _view(
     closed: Any, index: int, output: int, site: PathSite, name: str, path: str
 ) -> TimewiseMap:
-    jaxpr, invar = closed.jaxpr, closed.jaxpr.invars[index]
-    stand_ins = [v for v in jaxpr.invars if v is not invar]
-    one = jaxpr.replace(
-        invars=[invar],
-        constvars=[*jaxpr.constvars, *stand_ins],
-        outvars=[jaxpr.outvars[output]],
-        eqns=_needed(jaxpr, jaxpr.outvars[output]),
-        debug_info=None,
-    )
-    # What does not reach the output does not matter: zeros stand for the other paths.
-    consts = [*closed.consts, *(jnp.zeros(v.aval.shape, v.aval.dtype) for v in stand_ins)]
+    front = (*site.lead, site.law.num_times)
     try:
-        return timewise_map(one, consts, (*site.lead, site.law.num_times))
+        return timewise_map(closed.jaxpr, closed.consts, front, index, output)
     except MixesTimesError as error:
         raise ValueError(
             f"observe({name!r}) sees what is made of path {path!r}, and {error}: hand observe the "
             "path itself and put the transformation into emission(t, x), or choose times with at="
         ) from None
-
-
-def _needed(jaxpr: Any, output: Any) -> list[Any]:
-    """The operations that an output is made by."""
-    wanted, kept = {output}, []
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in wanted for v in eqn.outvars):
-            kept.append(eqn)
-            wanted.update(v for v in eqn.invars if not hasattr(v, "val"))
-    return kept[::-1]

@@ -168,7 +168,9 @@ class _Reader:
         self.count = 1
         self.rows: Any = None
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    def run(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], only: int | None = None
+    ) -> list[Any]:
         env: dict[Any, Any] = {}
         env.update(zip(jaxpr.constvars, (_Known(c) for c in consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
@@ -176,11 +178,12 @@ class _Reader:
         def read(var: Any) -> Any:
             return _Known(var.val) if isinstance(var, Literal) else env[var]
 
-        for eqn in jaxpr.eqns:
+        outvars = jaxpr.outvars if only is None else [jaxpr.outvars[only]]
+        for eqn in jaxpr.eqns if only is None else needed(jaxpr, outvars[0]):
             operands = [read(v) for v in eqn.invars]
             outs = self._equation(eqn, operands)
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [read(v) for v in outvars]
 
     def _equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
         name = eqn.primitive.name
@@ -288,19 +291,36 @@ class _Reader:
         raise MixesTimesError(f"its operation {name} is not one on each time apart")
 
 
-def timewise_map(jaxpr: Any, consts: Sequence[Any], front: tuple[int, ...]) -> TimewiseMap:
+def needed(jaxpr: Any, output: Any) -> list[Any]:
+    """The operations that an output of a trace is made by."""
+    wanted, kept = {output}, []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in wanted for v in eqn.outvars):
+            kept.append(eqn)
+            wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return kept[::-1]
+
+
+def timewise_map(
+    jaxpr: Any, consts: Sequence[Any], front: tuple[int, ...], index: int = 0, output: int = 0
+) -> TimewiseMap:
     """The map of one state in a trace from a whole path to what is made of it.
 
     Args:
-        jaxpr: trace of one input, the path `(*lead, T, *state)`, and one output.
+        jaxpr: the trace.
         consts: its constants; may be traced outside.
         front: the leading axes of the path, `(*lead, T)`.
+        index: which input is the path, `(*lead, T, *state)`.
+        output: which output is what is made of it; it does not use the other inputs.
 
     Raises:
         MixesTimesError: an operation uses one time for another.
     """
     reader = _Reader(front)
-    (result,) = reader.run(jaxpr, consts, [_Timewise(0, None)])
+    # What does not reach the output does not matter: zeros stand for the other inputs.
+    args: list[Any] = [_Known(jnp.zeros(v.aval.shape, v.aval.dtype)) for v in jaxpr.invars]
+    args[index] = _Timewise(0, None)
+    (result,) = reader.run(jaxpr, consts, args, only=output)
     if isinstance(result, _Known):
         raise MixesTimesError("it does not depend on the path")
     rows = None if reader.rows is None else tuple(int(i) for i in reader.rows)

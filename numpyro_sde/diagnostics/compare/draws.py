@@ -134,7 +134,7 @@ def evaluate_model(
 def observation_log_probs(trace: Mapping[str, Any], num_times: int | None) -> dict[str, Array]:
     """Pointwise log density of every observation site of a trace."""
     return {
-        name: pointwise_log_prob(site["fn"], jnp.asarray(site["value"]), num_times)
+        name: pointwise_log_prob(site["fn"], site["value"], num_times)
         for name, site in trace.items()
         if is_observation(site)
     }
