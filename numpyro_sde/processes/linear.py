@@ -28,7 +28,7 @@ def _linear_drift(t: Any, x: Any, p: Any) -> Array:
     x = jnp.asarray(x)
     if x.shape != p["b"].shape:
         raise ValueError(f"a state of this LinearSDE must have shape {p['b'].shape}, got {x.shape}")
-    return small.matvec(p["A"], x) + p["b"]
+    return small.matvec(jnp.asarray(p["A"]), x) + p["b"]
 
 
 def _linear_diffusion(t: Any, x: Any, p: Any) -> Array:
