@@ -20,10 +20,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output demo_output
 
-# Compiling is most of the work of the default suite: XLA leaves its optimisations out, and
+# Compiling is most of the work of the default suite: XLA leaves most optimisations out, and
 # tests/conftest.py asks for loops as single kernels. `make test-all` has the optimisations.
 test: $(STAMP)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST)
+	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(PYTEST)
 
 # File by file, each with a time limit; `make test-all-2` is the second of four pieces. A run that
 # was cut off goes on where it stopped.

@@ -17,6 +17,14 @@ MODULES = {
 PUBLIC = public_objects()
 # Those that compile for more than five seconds.
 SLOW = {
+    "diagnostics.compare.guide_quality",
+    "diagnostics.prediction.forecast",
+    "diagnostics.prediction.leave_future",
+    "distributions.jump_path",
+    "infer.conditional_forward",
+    "infer.evidence",
+    "states.filtering",
+    "testing.engines",
     *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
     *("guides.path_laws", "guides.score", "guides.auto_path", "guides.training"),

@@ -12,7 +12,7 @@ MODULES = {
 
 
 # Those that compile for more than five seconds.
-SLOW = {"filters.particle"}
+SLOW = {"filters.particle", "filters.particle_result"}
 
 
 @pytest.mark.parametrize(

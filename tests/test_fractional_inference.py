@@ -18,10 +18,14 @@ from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.distributions import FractionalOrnsteinUhlenbeck
+from numpyro_sde.distributions.observation import Emission
+from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.filters import Kalman, Particle
 from numpyro_sde.handlers import drive, marginalize
 from numpyro_sde.noise import Brownian, MarkovFBM
 from numpyro_sde.reparam import GuidedReparam, InnovationReparam
+from numpyro_sde.statespace.guide import observations_along
 
 # --- a linear equation, every third time observed --------------------------------------------
 
@@ -242,18 +246,11 @@ def test_a_guide_sees_an_emission_whose_variance_is_the_state(spread, x64):
     path = nsde.SDEPath(sde, np.arange(4.0), dist.Normal(0.0, 1.0))
     v = np.array([0.1, -0.3, 0.2, 0.0])
 
-    class Look(nsde.filters.AbstractFilter):
-        def log_likelihood(self, model):
-            from numpyro_sde.statespace.guide import observations_along
-
-            J, s = observations_along(model, jnp.asarray(v)[:, None])
-            np.testing.assert_allclose(J[:, 0, 0], 0.5, rtol=1e-12)
-            np.testing.assert_allclose(s[:, 0], 0.5 * (r**2 * np.exp(-v) - 1.0), rtol=1e-9)
-            return jnp.zeros(())
-
-        filter = log_likelihood
-
-    nsde.filter_path(path, lambda t, v: dist.Normal(0.0, jnp.exp(v / 2)), r, method=Look())
+    emission = Emission(lambda t, v: dist.Normal(0.0, jnp.exp(v / 2)), None, None, None, 4, ())
+    observed = ObservedPath(path, (), ((make_statement(emission, np.arange(4), (), ()), r),))
+    J, s = observed.map(lambda model: observations_along(model, jnp.asarray(v)[:, None]))
+    np.testing.assert_allclose(J[:, 0, 0], 0.5, rtol=1e-12)
+    np.testing.assert_allclose(s[:, 0], 0.5 * (r**2 * np.exp(-v) - 1.0), rtol=1e-9)
 
 
 # --- which noise? ----------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def warn_coarse_step(path: Any, states: ArrayLike) -> None:
     key = (getattr(drift, "__code__", type(drift)), path.num_times, float(np.max(path.dt)))
     if key in _seen:
         return
-    product = rate_times_step(path, states)
+    product = rate_times_step(path, jnp.asarray(states, jnp.result_type(float)))
     if product is None:
         return
     _seen.add(key)

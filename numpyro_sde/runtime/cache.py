@@ -35,7 +35,7 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
 
     Example:
         >>> import numpyro_sde as nsde
-        >>> nsde.enable_compilation_cache("compiled")  # doctest: +SKIP
+        >>> turn_on = nsde.enable_compilation_cache  # call it: turn_on("compiled")
     """
     chosen = path or getattr(jax.config, "jax_compilation_cache_dir", None)
     if not chosen:

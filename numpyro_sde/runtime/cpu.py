@@ -30,10 +30,11 @@ def configure_cpu() -> str:
     ms for 1.66, compiling it 1.0 s for 2.5. Results change by rounding at most.
 
     Call it once, before the first computation with JAX (importing is no computation): XLA reads
-    its flags then and never again. Flags that `XLA_FLAGS` already sets stay as they are, those
-    that the installed jaxlib does not know are left out, and where JAX is told to run elsewhere
-    (`JAX_PLATFORMS`) nothing is done. Programs that spend their time in large arrays (many
-    thousands of particles, neural networks) neither gain nor lose.
+    its flags then and never again. Flags that `XLA_FLAGS` already sets stay as they are; those that
+    the installed jaxlib does not know are left out, and so is the one that needs XLA's
+    optimisations where they are switched off (`JAX_DISABLE_MOST_OPTIMIZATIONS`). Where JAX is told
+    to run elsewhere (`JAX_PLATFORMS`) nothing is done. Programs that spend their time in large
+    arrays (many thousands of particles, neural networks) neither gain nor lose.
 
     Returns:
         The value of `XLA_FLAGS` from now on.
@@ -77,9 +78,19 @@ def _with_flags(flags: str, version: tuple[int, ...]) -> str:
         else:
             parts.append(_EXTRA + option)
     oldest, newest = _EMITTERS_KNOWN
-    if _EMITTERS not in flags and oldest <= version <= newest:
+    if _EMITTERS not in flags and oldest <= version <= newest and _optimises(flags):
         parts.append(f"{_EMITTERS}=false")
     return " ".join(parts)
+
+
+def _optimises(flags: str) -> bool:
+    """Whether XLA optimises: without, the older emitters give wrong numbers in some loops.
+
+    Seen with jaxlib 0.10.2 at level 0: a covariance that depends on its parameter through a loop
+    is off by as much as itself, at level 1 and above it is right to rounding.
+    """
+    without = bool(getattr(jax.config, "jax_disable_most_optimizations", False))
+    return not without and "--xla_backend_optimization_level=0" not in flags
 
 
 def _has_computed() -> bool:

@@ -157,6 +157,7 @@ def test_a_path_that_plain_statements_see_goes_on_from_its_end():
         nsde.forecast(fit, [1.0], model=plain, rng_key=KEY)
 
 
+@pytest.mark.slow
 def test_particles_and_approximate_filters():
     for method in (nsde.filters.ExtendedKalman(), nsde.filters.Particle(200)):
         num = 400 if isinstance(method, nsde.filters.Particle) else NUM
@@ -166,6 +167,7 @@ def test_particles_and_approximate_filters():
         check(ahead["x"], *exact(), num=num)
 
 
+@pytest.mark.slow
 def test_particle_samplers_are_taken_as_they_are():
     """PMMH brings its filter, particle Gibbs its paths; parameters known, so laws are exact."""
     for kernel in (
@@ -225,6 +227,7 @@ def heated(u, events=()):
     return driven
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integrated", [True, False])
 def test_scenarios_of_inputs_and_doses(integrated):
     fitted = nsde.Input([0.0, 2.0], [1.0, 1.0], order="hold")

@@ -89,6 +89,7 @@ def test_against_closed_form(refit, horizon):
         assert np.all(found.khat <= 0.7)
 
 
+@pytest.mark.slow
 def test_refits_of_a_sampler_compile_once():
     """Seed 0: five refits by NUTS; the model runs in Python for the first alone."""
     mcmc = MCMC(NUTS(MARGINAL), num_warmup=100, num_samples=300, progress_bar=False)

@@ -52,6 +52,7 @@ def rates():
     return fits
 
 
+@pytest.mark.slow
 def test_short_rates_are_judged_by_prediction(rates):
     """Maximum log likelihoods are -256.52 (Vasicek) and -214.49 (CIR), see the data set."""
     found = compare_models(rates, parameters=["scale", "power"])

@@ -77,7 +77,7 @@ def test_draws_have_the_law_of_the_model(kernel, draws, bias):
     assert jnp.all(sizes == sizes[0])  # nothing adapts after warm-up
 
 
-def test_adaptation_draw_by_draw_is_that_of_blackjax():
+def test_adaptation_draw_by_draw_is_that_of_blackjax(x64):
     """Step size and mass matrix of BlackJAX's own warm-up with the same random numbers."""
     from numpyro_sde.interop.blackjax import make_adaptation, make_algorithm
 

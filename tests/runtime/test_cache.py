@@ -64,6 +64,7 @@ def test_second_process_finds_every_program(tmp_path):
     assert run(CODE.format(folder)) == [misses, 0]
 
 
+@pytest.mark.slow
 def test_new_data_of_the_same_shape_find_every_program(tmp_path):
     folder = str(tmp_path / "xla")
     misses, first = run(NUTS.format(folder, 0))

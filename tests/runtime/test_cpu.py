@@ -11,6 +11,7 @@ import numpyro_sde as nsde
 from numpyro_sde.runtime.cpu import _with_flags
 
 LOOP = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
+UNOPTIMISED = "--xla_backend_optimization_level=0"
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 
@@ -37,6 +38,8 @@ def run(code, **environment):
         ("--xla_cpu_use_fusion_emitters=true", (0, 7, 2), f"{EMITTERS[:-5]}true {LOOP}"),
         ("--xla_backend_extra_options=b=2", (0, 12, 0), LOOP.replace("=xla", "=b=2,xla")),
         (f"{LOOP[:-5]}1024 {EMITTERS}", (0, 10, 2), f"{LOOP[:-5]}1024 {EMITTERS}"),
+        # Without optimisations those emitters give wrong numbers.
+        (UNOPTIMISED, (0, 10, 2), f"{UNOPTIMISED} {LOOP}"),
     ],
 )
 def test_flags_are_added_to_those_given(given, version, wanted):

@@ -92,7 +92,13 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("method", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, id=n, marks=pytest.mark.slow if "particles" in n else ())
+        for n, m in ENGINES.items()
+    ],
+)
 @pytest.mark.usefixtures("x64")
 def test_engines_on_local_linear_steps(method):
     assert value_of(method, panel, "before", LOCAL) == pytest.approx(2 * BEFORE, abs=1e-8)

@@ -27,7 +27,7 @@ KALMAN = nsde.filters.Kalman()
 def langevin(y, scheme=None, times=TIMES, matrix=A, max_step=None):
     """A damped oscillator started in equilibrium; noise on the velocity alone."""
     sde = nsde.SDE(
-        lambda t, x, p: p @ x,
+        lambda t, x, p: jnp.asarray(p) @ x,
         lambda t, x, p: jnp.array([[0.0], [0.6]]),
         params=matrix,
         event_dims=2,

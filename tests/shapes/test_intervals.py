@@ -111,7 +111,13 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("method", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, id=n, marks=pytest.mark.slow if "particles" in n else ())
+        for n, m in ENGINES.items()
+    ],
+)
 @pytest.mark.usefixtures("x64")
 def test_engines_on_local_linear_steps(method):
     assert value_of(method, averages, LOST, LOCAL) == pytest.approx(EXACT_LOST, abs=1e-9)
@@ -123,6 +129,7 @@ def test_moment_matching():
     assert got == pytest.approx(EXACT, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_guided_log_weight_is_the_likelihood():
     guided = reparam(averages, config={"x": nsde.reparam.GuidedReparam()})

@@ -49,6 +49,7 @@ def in_errors(estimates, exact):
     return (ratios.mean(1) - 1.0) / error
 
 
+@pytest.mark.slow
 def test_a_guide_does_not_run_away_between_observations(x64):
     """Along the smoother's own mean they were 200 to 2e11 nats off at 15 of these scales."""
     log_scales, exact = multimodal.exact("well")

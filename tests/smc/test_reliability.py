@@ -61,6 +61,7 @@ def test_a_collapse_does_not_advise_what_is_in_use():
     assert "proposal='auto' or 'guided'" in text
 
 
+@pytest.mark.slow
 def test_auto_takes_the_guide_where_it_is_exact_and_races_elsewhere(x64):
     ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 1.0)
     path = nsde.SDEPath(ou, [0.0, 1.0, 2.0], init=dist.Normal(0.0, 0.7))
@@ -81,6 +82,7 @@ def test_auto_takes_the_guide_where_it_is_exact_and_races_elsewhere(x64):
     assert raced.log_likelihood[0] < jnp.max(raced.log_likelihood)
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_result_whatever_its_kind():
     results = [
         run(1.0, Particle(50, key=key)) for key in (jax.random.key(3), jax.random.PRNGKey(3))
