@@ -25,11 +25,11 @@ SLOW = {
     "infer.evidence",
     "states.filtering",
     "testing.engines",
-    *("testing.contract", "guides.auto", "guides.flows", "diagnostics.guides", "filtering"),
+    *("testing.contract", "guides.auto", "guides.flows"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
     *("guides.path_laws", "guides.score", "guides.auto_path", "guides.training"),
     *("infer.metric", "infer.split_nuts"),
-    *("multiscale.flow", "diagnostics.scale", "distributions.fractional", "handlers"),
+    *("multiscale.flow", "diagnostics.scales.scan", "distributions.fractional", "handlers"),
 }
 
 
