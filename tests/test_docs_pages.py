@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Pages that fit or compile for more than ten seconds; the README's example stands for them.
 SLOW = {
+    "inputs_and_doses",
+    "saving_and_resuming",
     *(
         "batching",
         "first_model",

@@ -24,6 +24,7 @@ SLOW = {
     "infer.conditional_forward",
     "infer.evidence",
     "states.filtering",
+    "testing.construction",
     "testing.engines",
     *("testing.contract", "guides.auto", "guides.flows"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),

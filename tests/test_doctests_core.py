@@ -12,7 +12,7 @@ MODULES = {
 
 
 # Those that compile for more than five seconds.
-SLOW = {"filters.particle", "filters.particle_result"}
+SLOW = {"filters.forward", "filters.particle", "filters.particle_result"}
 
 
 @pytest.mark.parametrize(

@@ -457,10 +457,7 @@ CORE = (
 # The same for the most expensive engines.
 FEW = (
     "plain",
-    "two instruments",
     "transformed",
     "plate of instruments",
-    "mask around path",
     "scale around observe",
-    "vector, missing in part",
 )
