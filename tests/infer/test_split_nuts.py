@@ -185,7 +185,10 @@ def test_bad_input_is_refused():
             kernel.init(jax.random.key(0), 10, None, (1.0,), {})
 
 
-def test_progress_says_what_comes_before_the_bar(capsys):
+def test_progress_says_what_comes_before_the_bar(capsys, monkeypatch):
+    for name in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro shows no bar
+        monkeypatch.delenv(name, raising=False)
+
     def model(y):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
         sde = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, scale)
