@@ -20,8 +20,7 @@ from numpyro_sde.distributions.moments import mean_and_cov
 from numpyro_sde.distributions.observation import Emission, EmissionStructure
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.statespace.model import Instrument
-
-_LOG_2PI = math.log(2.0 * math.pi)
+from numpyro_sde.statespace.updates import LOG_2PI
 
 
 class Rows:
@@ -224,7 +223,7 @@ def _powers_of_normals(instrument: Instrument, power: Array, x: Array) -> Array:
         both = present[:, None] & present[None, :]
         L = cholesky(jnp.where(both, scaled, jnp.eye(power.shape[0], dtype=cov.dtype)))
         log_pivots = jnp.where(present, jnp.log(jnp.diagonal(L)), 0.0)
-        ours = (1.0 - power) * (log_pivots + 0.5 * _LOG_2PI) - 0.5 * jnp.log(power)
+        ours = (1.0 - power) * (log_pivots + 0.5 * LOG_2PI) - 0.5 * jnp.log(power)
         return jnp.sum(jnp.where(present, ours, 0.0))
 
     return jax.vmap(at)(instrument.inputs, instrument.present)

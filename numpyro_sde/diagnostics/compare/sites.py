@@ -17,6 +17,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro import handlers
 
+from numpyro_sde.models.stack import peel
+
 _WRAPPERS = (dist.ExpandedDistribution, dist.MaskedDistribution, dist.Independent)
 
 
@@ -89,9 +91,7 @@ def unwrap(fn: Any) -> Any:
         >>> unwrap(dist.Normal(0.0, 1.0).expand([3]).to_event(1).mask(False)).batch_shape
         ()
     """
-    while isinstance(fn, _WRAPPERS):
-        fn = fn.base_dist
-    return fn
+    return peel(fn)[0]
 
 
 def law_times(fn: Any) -> np.ndarray | None:
