@@ -25,6 +25,7 @@ from numpyro_sde.diagnostics.prediction.forecast import forecast
 from numpyro_sde.distributions.compound_poisson import CompoundPoisson
 from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.reactions import ReactionPath
 from numpyro_sde.distributions.steady_state import steady_state
 from numpyro_sde.effects import random_effects
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SDE",
+    "AbstractPathLaw",
     "CompoundPoisson",
     "ConditionalFlow",
     "Events",

@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_sde.distributions.clocks import Clock, remember_value, times_shown
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, NoValue, no_value
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.statement import Rows, Statement
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.models.reading import stand_in, view_of
@@ -159,15 +159,15 @@ class marginalize(Messenger):  # noqa: N801
             owner = None if self._survey is None else self._survey.observed.get(msg["name"])
             if owner in self.paths:
                 self._state(msg, self._stated(msg["name"], owner, law), mask)
-        elif isinstance(law, SDEPath):
+        elif isinstance(law, AbstractPathLaw):
             self._integrate(msg, law, mask)
         elif self.sites is not None and msg["name"] in self.sites:
             raise ValueError(
                 f"marginalize: site {msg['name']!r} in sites is a {type(msg['fn']).__name__}, not "
-                "an SDEPath"
+                "an SDEPath or a JumpPath"
             )
 
-    def _integrate(self, msg: Any, path: SDEPath, mask: Any) -> None:
+    def _integrate(self, msg: Any, path: AbstractPathLaw, mask: Any) -> None:
         """Put a stand-in in the place of a path."""
         name = msg["name"]
         chosen = self._active is None or name in self._active
@@ -294,11 +294,11 @@ class _ChangePath(Messenger):
         self.changed: dict[str, tuple[np.ndarray, Clock]] = {}
         super().__init__(fn)
 
-    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+    def replace(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:
         """The new law, and where the old times stand among the new ones."""
         raise NotImplementedError
 
-    def change(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+    def change(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:
         """Replace the law and note that it was done."""
         new, index = self.replace(name, path)
         self.changed[name] = index, path.clock
@@ -312,8 +312,8 @@ class _ChangePath(Messenger):
         super().__exit__(exc_type, exc_value, traceback)
         if exc_type is None and not self.changed:
             raise ValueError(
-                f"{type(self).__name__} saw no SDEPath site. If the paths are reparametrised, "
-                "put it inside: reparam(..(model), config=...)"
+                f"{type(self).__name__} saw no SDEPath site, nor a JumpPath. If the paths are "
+                "reparametrised, put it inside: reparam(..(model), config=...)"
             )
 
     def process_message(self, msg: Any) -> None:
@@ -344,8 +344,8 @@ class _ChangePath(Messenger):
             remember_value(msg["value"], clock, source=value, index=index)
 
 
-def _rewrap(fn: Any, change: Callable[[SDEPath], SDEPath]) -> Any:
-    if isinstance(fn, SDEPath):
+def _rewrap(fn: Any, change: Callable[[AbstractPathLaw], AbstractPathLaw]) -> Any:
+    if isinstance(fn, AbstractPathLaw):
         return change(fn)
     if isinstance(fn, dist.ExpandedDistribution):
         return _rewrap(fn.base_dist, change).expand(fn.batch_shape)
@@ -383,7 +383,7 @@ class discretize(_ChangePath):  # noqa: N801
         self.scheme = scheme
         super().__init__(fn)
 
-    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:  # noqa: ARG002
+    def replace(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:  # noqa: ARG002
         return path.replace(scheme=self.scheme), np.arange(path.num_times)
 
 
@@ -416,7 +416,7 @@ class drive(_ChangePath):  # noqa: N801
         self.noise = noise
         super().__init__(fn)
 
-    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:  # noqa: ARG002
+    def replace(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:  # noqa: ARG002
         return path.replace(sde=path.sde.driven_by(self.noise)), np.arange(path.num_times)
 
 
@@ -452,7 +452,7 @@ class refine(_ChangePath):  # noqa: N801
         self.max_step = max_step
         super().__init__(fn)
 
-    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+    def replace(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:
         if isinstance(path.times, jax.core.Tracer):
             raise ValueError(
                 f"refine: the times of path {name!r} are traced; hand them to the model as "

@@ -23,7 +23,6 @@ from numpyro_sde.distributions.clocks import (
     distinct,
     mask_of_value,
 )
-from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import (
     Emission,
@@ -32,7 +31,7 @@ from numpyro_sde.distributions.observation import (
     Opening,
     Openings,
 )
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.grid import check_times
 from numpyro_sde.models.stack import plates_here
@@ -143,15 +142,15 @@ def observe(
 def _is_whole(x: Any, clock: Clock) -> bool:
     """Whether the states seen are whole numbers."""
     if isinstance(x, IntegratedPath):
-        return has_whole_states(x.path)
-    return _holds_integers(x) if clock.law is None else has_whole_states(clock.law)
+        return x.path.whole_states
+    return _holds_integers(x) if clock.law is None else clock.law.whole_states
 
 
 def _holds_integers(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.integer))
 
 
-def _law_of(name: str, x: Any, clock: Clock) -> SDEPath:
+def _law_of(name: str, x: Any, clock: Clock) -> AbstractPathLaw:
     if isinstance(x, IntegratedPath):
         return x.path
     if clock.law is None:
@@ -160,7 +159,7 @@ def _law_of(name: str, x: Any, clock: Clock) -> SDEPath:
             "of an SDEPath site as it was drawn: pass the path itself and transform it in the "
             "emission"
         )
-    return cast("SDEPath", clock.law)
+    return cast("AbstractPathLaw", clock.law)
 
 
 def _openings(name: str, x: Any, clock: Clock, rows: Any, side: str) -> Openings | None:
@@ -253,7 +252,7 @@ def _find_clock(name: str, x: Array, given: Any) -> Clock:
             law, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution
         ):
             law = law.base_dist
-        if isinstance(law, SDEPath):
+        if isinstance(law, AbstractPathLaw):
             if site["value"] is given:  # data given as NumPy are not the array made of them
                 if not law.clock.fits(x.shape):
                     raise ValueError(

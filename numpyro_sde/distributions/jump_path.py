@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +11,15 @@ from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
 from numpyro.distributions import constraints
 
 from numpyro_sde.distributions.clocks import remember_value
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.jumps.starts import start_law
 from numpyro_sde.schemes.markov_jumps import ChainEquation, MarkovJumps
+from numpyro_sde.sde import broadcast_batch
 
 
-class JumpPath(SDEPath):
+class JumpPath(AbstractPathLaw):
     """The law of the states of a Markov jump process at T times.
 
     Event shape `(T,)`, whole numbers `0..num_states - 1` (int32). An emission sees one state's
@@ -63,8 +64,25 @@ class JumpPath(SDEPath):
     def _of_equation(
         self, equation: ChainEquation, times: Any, validate_args: bool | None = None
     ) -> None:
+        self._set_clock(times)
         start = dist.Categorical(probs=equation.start, validate_args=False)
-        super().__init__(equation, times, start, scheme=MarkovJumps(), validate_args=validate_args)
+        batch_shape = broadcast_batch(
+            {
+                "params of the chain": equation.chain.batch_shape,
+                "times": jnp.shape(self.times)[:-1],
+                "init": start.batch_shape,
+            }
+        )
+        self._compose(
+            equation,
+            start,
+            MarkovJumps(),
+            scheme_chosen=True,
+            batch_shape=batch_shape,
+            validate_args=validate_args,
+        )
+
+    whole_states: ClassVar[bool] = True
 
     @classmethod
     def of_equation(cls, equation: ChainEquation, times: Any) -> JumpPath:
@@ -92,7 +110,7 @@ class JumpPath(SDEPath):
         """Lay a statement's unbatched data out on the grid; it sees what states stand for."""
         values = self.equation.values
         if values is None:
-            return list(statement.instruments(times, (), y))
+            return super().instruments(statement, times, y)
         table = np.asarray(values, float)
         laid_out = statement.instruments(times, table.shape[1:], y)
         return [_seen_through(one, table) for one in laid_out]
@@ -111,6 +129,21 @@ class JumpPath(SDEPath):
         path = super().sample(key, sample_shape).astype(jnp.int32)
         remember_value(path, self.clock)
         return path
+
+    @staticmethod
+    def infer_shapes(
+        chain: Any, times: tuple[int, ...], init: Any = ()
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Batch and event shape from the shapes of the arguments.
+
+        Args:
+            chain: a process, or the batch shape of its parameters.
+            times: shape of the times.
+            init: a distribution; anything else adds no batch dimension.
+        """
+        batch = chain.batch_shape if isinstance(chain, MarkovJumpProcess) else tuple(chain)
+        start = init.batch_shape if isinstance(init, dist.Distribution) else ()
+        return jnp.broadcast_shapes(batch, times[:-1], start), (times[-1],)
 
     def replace(self, *, times: Any = None, init: Any = None, **others: Any) -> JumpPath:
         """The same law at other times, or with another start."""
@@ -137,8 +170,3 @@ def _seen_through(instrument: Any, table: np.ndarray) -> Any:
         return instrument.moments(inputs, state_of(x))
 
     return instrument._replace(log_prob=log_prob, moments=moments, law=None)
-
-
-def has_whole_states(path: SDEPath) -> bool:
-    """Whether the states of a path are whole numbers, which parameters may be indexed with."""
-    return isinstance(path, JumpPath)

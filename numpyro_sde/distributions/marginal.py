@@ -20,9 +20,8 @@ from numpyro.util import is_prng_key
 from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import Clock
-from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import (
     ObservedPath,
     draw_starts,
@@ -78,7 +77,7 @@ class MarginalPath(dist.Distribution):
 
     def __init__(
         self,
-        path: SDEPath,
+        path: AbstractPathLaw,
         method: AbstractFilter,
         statement: Statement,
         earlier: tuple[tuple[Statement, Array], ...] = (),
@@ -308,7 +307,7 @@ def draw_smoothed(observed: ObservedPath, method: AbstractFilter, key: PRNGKeyAr
     key_dim = keys.ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
     draws = observed.map(one, (keys, method_keys, *starts), dims)
-    return path.of_states(draws) if isinstance(path, JumpPath) else draws
+    return path.of_states(draws)
 
 
 @promote_batch_shape.register
@@ -376,7 +375,7 @@ class IntegratedPath(NoValue):
     def __init__(
         self,
         name: str,
-        path: SDEPath,
+        path: AbstractPathLaw,
         method: AbstractFilter,
         lead: tuple[int, ...],
         index: np.ndarray | None = None,

@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 
 from numpyro_sde.distributions.jump_path import JumpPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.filters.forward import Forward
 from numpyro_sde.jumps.projection import project
 from numpyro_sde.jumps.reactions import ReactionNetwork
@@ -19,7 +19,7 @@ from numpyro_sde.schemes import Gillespie
 from numpyro_sde.schemes.markov_jumps import ChainEquation
 
 
-def path_for(method: Any, path: SDEPath) -> SDEPath:
+def path_for(method: Any, path: AbstractPathLaw) -> AbstractPathLaw:
     """The law that a method works on: of a network's exact jumps, that on bounded counts.
 
     Raises:
@@ -38,7 +38,7 @@ def path_for(method: Any, path: SDEPath) -> SDEPath:
     return _projected(path, method.bounds)
 
 
-def _projected(path: SDEPath, bounds: tuple[int, ...]) -> JumpPath:
+def _projected(path: AbstractPathLaw, bounds: tuple[int, ...]) -> JumpPath:
     net: Any = path.sde
     start = known_start(path)
     chain, states = project(net, bounds, None if start is None else start.round().astype(int))
@@ -48,7 +48,7 @@ def _projected(path: SDEPath, bounds: tuple[int, ...]) -> JumpPath:
     )
 
 
-def known_start(path: SDEPath) -> np.ndarray | None:
+def known_start(path: AbstractPathLaw) -> np.ndarray | None:
     """The fixed start of one process, where it is known on the host."""
     law = path.init
     while isinstance(law, dist.ExpandedDistribution):
@@ -62,7 +62,7 @@ def _with_sink(states: np.ndarray) -> np.ndarray:
     return np.concatenate([states, states[:1]])  # the sink is never said to be seen
 
 
-def _start(path: SDEPath, states: np.ndarray) -> Array:
+def _start(path: AbstractPathLaw, states: np.ndarray) -> Array:
     """Probabilities of the first state, what lies beyond the bounds with the last one."""
     real = jnp.result_type(float)
     fixed = path.fixed_start

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_sde.distributions.jump_path import JumpPath
 from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.schemes import LocalLinear
@@ -36,7 +35,7 @@ class ObservedPath(eqx.Module):
         mask: True, or where its density counts.
     """
 
-    path: SDEPath
+    path: AbstractPathLaw
     lead: tuple[int, ...] = eqx.field(static=True)
     data: tuple[tuple[Statement, Any], ...] = ()
     name: str = eqx.field(static=True, default="x")
@@ -85,10 +84,7 @@ class ObservedPath(eqx.Module):
             observed, others = rest[: len(flat)], rest[len(flat) :]
             instruments: list[Instrument] = []
             for statement, y in zip(observed[::2], observed[1::2], strict=True):
-                if isinstance(path, JumpPath):
-                    instruments += path.instruments(statement, times, y)
-                else:
-                    instruments += statement.instruments(times, state_shape, y)
+                instruments += path.instruments(statement, times, y)
             model = StateSpaceModel(
                 sde=sde,
                 scheme=scheme,
@@ -224,7 +220,7 @@ def _keys_for(key: PRNGKeyArray, lead: tuple[int, ...]) -> PRNGKeyArray:
 
 
 def draw_starts(
-    path: SDEPath, lead: tuple[int, ...], num_starts: int, key: PRNGKeyArray
+    path: AbstractPathLaw, lead: tuple[int, ...], num_starts: int, key: PRNGKeyArray
 ) -> tuple[Array, ...]:
     """Draws of first states that are not normal, one array `(*lead, M, *state)`, or none."""
     if num_starts == 0 or is_gaussian(path.init):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import constraints
 
 from numpyro_sde.distributions.clocks import remember_value
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.guides.path_laws import PathLaw, Sizes
 from numpyro_sde.guides.path_sites import place_of, reference_from_data
@@ -66,7 +66,7 @@ class PathGuideLaw(dist.Distribution):
         draw: Callable[[PRNGKeyArray], tuple[Array, Array]],
         density: Callable[[Array], Array],
         lead: tuple[int, ...],
-        path: SDEPath,
+        path: AbstractPathLaw,
     ) -> None:
         self._draw, self._density, self.path = draw, density, path
         super().__init__(lead, path.event_shape, validate_args=False)

@@ -15,7 +15,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
 from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
 from numpyro_sde.guides.steps import guide_along
@@ -120,7 +120,7 @@ def look(
     return site
 
 
-def check_site(name: str, path: SDEPath) -> None:
+def check_site(name: str, path: AbstractPathLaw) -> None:
     """Raise where a path cannot be guided."""
     scheme = path.scheme
     scheme.require_smooth(f"AutoPathGuide: path {name!r}")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import Distribution, biject_to
 
 from numpyro_sde.distributions.moments import is_gaussian
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.guides.steps import Along, hold_value, log_normal
 from numpyro_sde.linear.small import (
     cholesky,
@@ -27,7 +27,7 @@ from numpyro_sde.statespace.model import StateSpaceModel
 StartKind = Literal["fixed", "normal", "general"]
 
 
-def start_kind(path: SDEPath) -> StartKind:
+def start_kind(path: AbstractPathLaw) -> StartKind:
     """How a path begins."""
     if path.fixed_start is not None:
         return "fixed"

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import (
     ObservedPath,
     draw_starts,
@@ -52,7 +52,7 @@ class ParisianEstimate(NamedTuple):
 
 
 def parisian_gibbs(
-    path: SDEPath,
+    path: AbstractPathLaw,
     emission: Callable[..., dist.Distribution],
     obs: ArrayLike,
     functional: Callable[[Array, Array, Array, Array], Array],
@@ -114,8 +114,8 @@ def parisian_gibbs(
         >>> area.mean.shape, area.trace.shape
         ((), (60,))
     """
-    if not isinstance(path, SDEPath):
-        raise TypeError(f"path must be an SDEPath, got {type(path).__name__}")
+    if not isinstance(path, AbstractPathLaw):
+        raise TypeError(f"path must be a path law, SDEPath or JumpPath, got {type(path).__name__}")
     if path.batch_shape:
         raise ValueError(f"path must be one path, got a batch of shape {path.batch_shape}")
     for name, value, least in (
@@ -164,7 +164,7 @@ class _Iterations(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def _compiled(
-    run: Any, path: SDEPath, statement: Any, y: Array, key: PRNGKeyArray, starts: Any
+    run: Any, path: AbstractPathLaw, statement: Any, y: Array, key: PRNGKeyArray, starts: Any
 ) -> Array:
     dims = (0, *(1 + len(path.state_shape) for _ in starts))
     return ObservedPath(path, (), ((statement, y),)).map(run, (key, *starts), dims)

@@ -60,7 +60,7 @@ def approximate_mode(
         ValueError: the model observes no latent path.
     """
     if not observed_paths(model, args, kwargs):
-        raise ValueError("the model has no latent SDEPath site that it observes")
+        raise ValueError("the model has no latent SDEPath site, nor a JumpPath, that it observes")
     info = initialize_model(
         key,
         marginalize(model, method=_NoData()),

@@ -19,9 +19,8 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from numpyro_sde.distributions.clocks import identity_of_path, remember_value, times_shown
-from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import (
     Rows,
@@ -45,7 +44,7 @@ from numpyro_sde.schemes.dependence import reaches_output
 MARK = "value_of_path:"
 
 NO_PATH = (
-    "the model has no latent SDEPath site. Hand over the model itself: without "
+    "the model has no latent SDEPath site, nor a JumpPath. Hand over the model itself: without "
     "handlers.marginalize and without reparametrisation of the path"
 )
 
@@ -62,7 +61,7 @@ class PathSite(NamedTuple):
         value: its value as the law has it.
     """
 
-    law: SDEPath
+    law: AbstractPathLaw
     lead: tuple[int, ...]
     plates: dict[str, float]
     mask: Any
@@ -141,7 +140,7 @@ def _lead_of(value: Any, event_dim: int) -> tuple[int, ...]:
     return np.shape(value)[: np.ndim(value) - event_dim]
 
 
-def stand_in(path: SDEPath, lead: tuple[int, ...]) -> Array:
+def stand_in(path: AbstractPathLaw, lead: tuple[int, ...]) -> Array:
     """A value of the path's shape: its start's mean at all times."""
     try:
         start = jnp.asarray(path.init.mean, jnp.result_type(float))
@@ -153,9 +152,9 @@ def stand_in(path: SDEPath, lead: tuple[int, ...]) -> Array:
     return whole.astype(_real(path)) + 0
 
 
-def _real(path: SDEPath) -> Any:
+def _real(path: AbstractPathLaw) -> Any:
     """The type of a path's states."""
-    return jnp.int32 if has_whole_states(path) else jnp.result_type(float)
+    return jnp.int32 if path.whole_states else jnp.result_type(float)
 
 
 class Reading(NamedTuple):

@@ -20,7 +20,7 @@ from numpyro.handlers import condition, do, reparam, scale, substitute, trace
 from numpyro.infer import MCMC
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 
 
 def peel(fn: Any) -> tuple[Any, Any]:
@@ -33,10 +33,10 @@ def peel(fn: Any) -> tuple[Any, Any]:
     return fn, mask
 
 
-def path_law(fn: Any) -> SDEPath | None:
+def path_law(fn: Any) -> AbstractPathLaw | None:
     """The path law inside a distribution, if there is one."""
     law, _ = peel(fn)
-    return law if isinstance(law, SDEPath) else None
+    return law if isinstance(law, AbstractPathLaw) else None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from numpyro.infer.reparam import Reparam
 
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.models.stack import conditions_on, explicit_scale, intervenes_on, peel
 from numpyro_sde.reparam.bridge import bridge_path, plan_bridge
 
@@ -40,6 +41,8 @@ def unwrap(name: str, fn: Any, reparam: Reparam) -> Unwrapped:
     shape = fn.shape()
     fn, mask = peel(fn)
     if not isinstance(fn, SDEPath):
+        if isinstance(fn, AbstractPathLaw):
+            fn.scheme.require_smooth(type(reparam).__name__)
         raise TypeError(
             f"{type(reparam).__name__} is for SDEPath sites, but site {name!r} is a "
             f"{type(fn).__name__}"

@@ -102,6 +102,14 @@ class MarkovJumps(AbstractScheme):
                 "nsde.JumpPath"
             )
 
+    def require_smooth(self, user: str) -> None:
+        raise ValueError(
+            f"{user} needs steps that are smooth maps of their innovations, which the jumps of a "
+            "JumpPath are not: integrate it out by handlers.marginalize(model, "
+            "method=filters.Forward()), which is exact and has a gradient, draw it by "
+            "infer.ConditionalForward, or take filters.Particle(proposal='bootstrap')"
+        )
+
     def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
         return ()
 

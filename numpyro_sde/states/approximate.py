@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.projection import known_start
 from numpyro_sde.distributions.reactions import check_counts
 from numpyro_sde.handlers import _ChangePath
@@ -47,11 +48,12 @@ class approximate(_ChangePath):  # noqa: N801
         self.law = law
         super().__init__(fn)
 
-    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+    def replace(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:
         net = path.sde
         if not isinstance(net, ReactionNetwork):
+            what = type(net if isinstance(path, SDEPath) else path).__name__
             raise ValueError(
-                f"approximate: path {name!r} is of a {type(net).__name__}; laws are those of an "
+                f"approximate: path {name!r} is of a {what}; laws are those of an "
                 "nsde.ReactionNetwork. Other SDEs take handlers.discretize(model, scheme)"
             )
         if self.law.counts:

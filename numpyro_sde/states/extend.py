@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.events import Events
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import _ChangePath, path_law
@@ -69,7 +69,7 @@ class extend(_ChangePath):  # noqa: N801
         self.events = (events,) if isinstance(events, Events) else tuple(events)
         self.max_step = max_step
         self.until = until
-        self.laws: dict[str, SDEPath] = {}
+        self.laws: dict[str, AbstractPathLaw] = {}
         self.clocks: dict[str, JoinedClock] = {}
         self._used: set[str] = set()
         super().__init__(fn)
@@ -92,7 +92,7 @@ class extend(_ChangePath):  # noqa: N801
             return
         super().process_message(msg)
 
-    def replace(self, name: str, path: SDEPath) -> tuple[SDEPath, np.ndarray]:
+    def replace(self, name: str, path: AbstractPathLaw) -> tuple[AbstractPathLaw, np.ndarray]:
         if isinstance(path.times, jax.core.Tracer):
             raise ValueError(
                 f"extend: the times of path {name!r} are traced; hand them to the model as NumPy "
@@ -109,8 +109,10 @@ class extend(_ChangePath):  # noqa: N801
             breaks.append(np.asarray(sde.breakpoints, np.float64))
         further = _with_breaks(own, further, breaks)
         clock = join_clocks(own, further, step)
-        events = (*path.events, *self.events)
-        law = path.replace(times=clock.grid, sde=sde, events=events)
+        changes: dict[str, Any] = {} if sde is path.sde else {"sde": sde}
+        if self.events:
+            changes["events"] = (*path.events, *self.events)
+        law = path.replace(times=clock.grid, **changes)
         self.laws[name], self.clocks[name] = law, clock
         return law, clock.old
 
@@ -124,7 +126,7 @@ class extend(_ChangePath):  # noqa: N801
         found = [np.abs(g[:, None] - t).argmin(axis=0) for g, t in zip(grid, own, strict=True)]
         return np.stack(found).reshape(*lead, -1) if lead else found[0]
 
-    def _driven(self, name: str, path: SDEPath) -> Any:
+    def _driven(self, name: str, path: AbstractPathLaw) -> Any:
         """The equation under the scenario."""
         inputs = path.sde.inputs
         if not self.inputs or not isinstance(inputs, Inputs):

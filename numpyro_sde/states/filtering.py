@@ -13,9 +13,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
 
 from numpyro_sde.checks.data import as_data
-from numpyro_sde.distributions.jump_path import has_whole_states
 from numpyro_sde.distributions.observation import Emission
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement, make_statement
 from numpyro_sde.distributions.step_check import warn_coarse_step
@@ -31,7 +30,7 @@ from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpac
 
 
 def filter_path(
-    path: SDEPath,
+    path: AbstractPathLaw,
     emission: Callable[..., dist.Distribution],
     obs: ArrayLike,
     *,
@@ -86,7 +85,7 @@ def filter_path(
 
 
 def filter_additive(
-    path: SDEPath,
+    path: AbstractPathLaw,
     emission: Callable[..., dist.Distribution],
     obs: ArrayLike,
     functional: Callable[[Array, Array, Array, Array], Array],
@@ -153,7 +152,7 @@ def filter_additive(
 
 
 def two_filter(
-    path: SDEPath,
+    path: AbstractPathLaw,
     emission: Callable[..., dist.Distribution],
     obs: ArrayLike,
     *,
@@ -222,7 +221,7 @@ def two_filter(
 
 @entry_point
 def _run(
-    path: SDEPath,
+    path: AbstractPathLaw,
     statement: Statement,
     y: Array,
     method: AbstractFilter,
@@ -240,7 +239,7 @@ def _run(
 
 @entry_point
 def _run_particles(
-    path: SDEPath, statement: Statement, y: Array, method: Particle, lead: tuple[int, ...]
+    path: AbstractPathLaw, statement: Statement, y: Array, method: Particle, lead: tuple[int, ...]
 ) -> Any:
     """The result of a particle filter, with the model in it; compiled once for its code."""
     return ObservedPath(path, lead, ((statement, y),)).run(method, _filter)
@@ -282,7 +281,7 @@ def _require_particles(method: Any) -> None:
 
 
 def _checked(
-    path: SDEPath,
+    path: AbstractPathLaw,
     emission: Callable[..., dist.Distribution],
     obs: ArrayLike,
     method: AbstractFilter,
@@ -292,8 +291,8 @@ def _checked(
     at: ArrayLike | None,
 ) -> tuple[Statement, tuple[int, ...], Any]:
     """The observation statement, leading shape and data of one path and its filter."""
-    if not isinstance(path, SDEPath):
-        raise TypeError(f"path must be an SDEPath, got {type(path).__name__}")
+    if not isinstance(path, AbstractPathLaw):
+        raise TypeError(f"path must be a path law, SDEPath or JumpPath, got {type(path).__name__}")
     if not isinstance(method, AbstractFilter):
         raise TypeError(f"method must be one of nsde.filters, got {method!r}")
     rows = np.arange(path.num_times) if at is None else check_indices("y", at, path.num_times)
@@ -304,7 +303,7 @@ def _checked(
         inputs,
         len(rows),
         path.batch_shape,
-        whole=has_whole_states(path),
+        whole=path.whole_states,
     )
     statement = make_statement(emissions, rows, path.state_shape, path.batch_shape)
     y = as_data("obs", obs)

@@ -81,7 +81,9 @@ def smooth(
         times = check_times(times)
     names = observed_paths(inner, model_args, model_kwargs)
     if not names:
-        raise ValueError("smooth: the model has no latent SDEPath site that it observes")
+        raise ValueError(
+            "smooth: the model has no latent SDEPath site, nor a JumpPath, that it observes"
+        )
     kept = {name: jnp.asarray(value) for name, value in samples.items() if name not in names}
     if not kept:
         raise ValueError(f"samples must hold draws of the sites other than {sorted(names)}")

@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_sde.diagnostics.compare.sites import law_times, unwrap
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -70,7 +70,7 @@ class _Places(Messenger):
         self.found: dict[str, PathPlace] = {}
 
     def postprocess_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or not isinstance(unwrap(msg["fn"]), SDEPath):
+        if msg["type"] != "sample" or not isinstance(unwrap(msg["fn"]), AbstractPathLaw):
             return
         times = law_times(msg["fn"])
         if times is not None:

@@ -15,13 +15,15 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_sde.diagnostics.prediction.predictive import RowPrediction
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.schemes.memory import MemoryScheme
 
 _NUM_RANKED = 1000  # draws that stand for a transition without innovations
 
 
-def predict_direct(path: SDEPath, value: Any, horizon: int, key: PRNGKeyArray) -> RowPrediction:
+def predict_direct(
+    path: AbstractPathLaw, value: Any, horizon: int, key: PRNGKeyArray
+) -> RowPrediction:
     """Predictions of every state of an observed path, leading axes `(*lead, T)`.
 
     Args:
@@ -57,7 +59,9 @@ def predict_direct(path: SDEPath, value: Any, horizon: int, key: PRNGKeyArray) -
     return RowPrediction(score, pit.reshape(flat), pit.reshape(flat), draw.reshape(flat))
 
 
-def _transforms(path: SDEPath, value: Array, lead: tuple[int, ...], key: PRNGKeyArray) -> Array:
+def _transforms(
+    path: AbstractPathLaw, value: Array, lead: tuple[int, ...], key: PRNGKeyArray
+) -> Array:
     """Probability integral transforms, `(*lead, T, *state)`; NaN at the first time."""
     axis = len(lead)
     if path.num_times == 1:
@@ -78,7 +82,7 @@ def _transforms(path: SDEPath, value: Array, lead: tuple[int, ...], key: PRNGKey
 
 
 def _simulate(
-    path: SDEPath, value: Array, horizon: int, lead: tuple[int, ...], key: PRNGKeyArray
+    path: AbstractPathLaw, value: Array, horizon: int, lead: tuple[int, ...], key: PRNGKeyArray
 ) -> Array:
     """A draw of each state from the one `horizon` times before it, `(*lead, T - horizon, ...)`."""
     count = path.num_times - horizon

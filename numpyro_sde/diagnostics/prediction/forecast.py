@@ -26,7 +26,7 @@ from numpyro_sde.diagnostics.prediction.rules import log_score
 from numpyro_sde.distributions.clocks import identity_of_path
 from numpyro_sde.distributions.marginal import draw_smoothed
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.events import Events
 from numpyro_sde.handlers import extend
 from numpyro_sde.inputs import Input
@@ -359,7 +359,7 @@ class _Plan:
                 )
         return found
 
-    def _gone_on(self, name: str, law: SDEPath, known: Array, key: PRNGKeyArray) -> Array:
+    def _gone_on(self, name: str, law: AbstractPathLaw, known: Array, key: PRNGKeyArray) -> Array:
         """The known path up to its last datum, and a simulation from there, on the long grid."""
         if isinstance(law.scheme, MemoryScheme):
             raise ValueError(
@@ -395,7 +395,7 @@ class _Plan:
         dims = (law.event_dim, 1, keys.ndim - axis)
         return law._map(simulate, lead, (long, jnp.asarray(kept), keys), dims)
 
-    def _check_later(self, name: str, law: SDEPath, start: np.ndarray) -> None:
+    def _check_later(self, name: str, law: AbstractPathLaw, start: np.ndarray) -> None:
         """Raise where a latent path is asked for at a time that its data have fixed already."""
         grid = np.broadcast_to(np.asarray(law.times), (*start.shape, law.num_times))
         begins = np.take_along_axis(grid, start[..., None], axis=-1)
@@ -410,7 +410,7 @@ class _Plan:
             )
 
     def _emission(
-        self, name: str, law: EmissionPath, path: SDEPath, states: Array, owner: str
+        self, name: str, law: EmissionPath, path: AbstractPathLaw, states: Array, owner: str
     ) -> EmissionPath:
         """The law of a statement's data at the further times."""
         emission = law.emission

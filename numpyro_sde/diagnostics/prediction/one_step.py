@@ -20,7 +20,7 @@ from numpyro_sde.diagnostics.prediction.reading import (
     read_predictive,
 )
 from numpyro_sde.diagnostics.prediction.rules import log_score
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -225,7 +225,7 @@ def _static(path: SeenPath | DirectPath) -> _Static:
     )
 
 
-def _known_times(path: SDEPath, name: str) -> np.ndarray:
+def _known_times(path: AbstractPathLaw, name: str) -> np.ndarray:
     if isinstance(path.times, jax.core.Tracer):
         raise ValueError(f"the times of path {name!r} are known only inside a trace")
     return np.asarray(path.times, np.float64)

@@ -29,7 +29,7 @@ from numpyro_sde.diagnostics.compare.sites import (
 from numpyro_sde.distributions.clocks import identity_of_path, times_shown
 from numpyro_sde.distributions.marginal import IntegratedPath
 from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.filters.particle import Particle
@@ -50,7 +50,7 @@ class SeenPath(NamedTuple):
     """
 
     name: str
-    path: SDEPath
+    path: AbstractPathLaw
     lead: tuple[int, ...]
     data: list[tuple[Statement, Any]]
     sites: list[str]
@@ -71,7 +71,7 @@ class DirectPath(NamedTuple):
     """
 
     name: str
-    path: SDEPath
+    path: AbstractPathLaw
     value: Any
 
 
@@ -249,7 +249,7 @@ def read_for_forecast(
     paths = [
         name
         for name, site in trace.items()
-        if site["type"] == "sample" and isinstance(unwrap(site["fn"]), SDEPath)
+        if site["type"] == "sample" and isinstance(unwrap(site["fn"]), AbstractPathLaw)
     ]
     if not paths:
         raise ValueError(f"{caller}: the model has no SDEPath")
@@ -286,7 +286,7 @@ def _last_row(name: str, trace: Mapping[str, Any]) -> np.ndarray:
         owner = identity_of_path(law.observed_path) if isinstance(law, EmissionPath) else None
         if owner != id(site["value"]):
             # Data that may depend on the path in a way not seen here: all of it is known.
-            if owner not in values and not isinstance(law, SDEPath):
+            if owner not in values and not isinstance(law, AbstractPathLaw):
                 return np.full(lead, end)
             continue
         stated = True
@@ -350,7 +350,7 @@ def _read(
     direct = tuple(
         name
         for name, site in trace.items()
-        if is_observation(site) and isinstance(unwrap(site["fn"]), SDEPath)
+        if is_observation(site) and isinstance(unwrap(site["fn"]), AbstractPathLaw)
     )
     integrated = frozenset(observed_paths(inner, draws.model_args, draws.model_kwargs))
     found = Reading(

@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_sde.diagnostics.calibration.compiled import compiled_chain
 from numpyro_sde.diagnostics.compare.sites import law_times, unwrap
-from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.path_law import AbstractPathLaw
 
 Refit = Callable[[Callable[..., Any]], Callable[..., Mapping[str, Any]]]
 
@@ -57,7 +57,7 @@ class _HideLater(Messenger):
         times = law_times(msg["fn"])
         if times is None:
             return
-        if isinstance(unwrap(msg["fn"]), SDEPath):
+        if isinstance(unwrap(msg["fn"]), AbstractPathLaw):
             # A path cannot miss a state; its density is a product, and stops at the time.
             msg["fn"] = _PathUntil(msg["fn"], jnp.asarray(times <= self.cutoff))
             return
