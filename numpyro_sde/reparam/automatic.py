@@ -11,7 +11,7 @@ import numpyro
 from numpyro.handlers import block, seed, trace
 from numpyro.infer.util import log_density
 
-from numpyro_sde.filters import Kalman
+from numpyro_sde.filters import AbstractFilter, Forward, Kalman
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.models.stack import path_law
 from numpyro_sde.reparam.guided import GuidedReparam
@@ -27,13 +27,14 @@ class auto:  # noqa: N801
     | --- | --- |
     | observed directly, or conditioned on inside the model | left as it is |
     | linear and Gaussian, with all its observations | integrated out, `Kalman()` |
+    | of a Markov jump process, with all its observations | integrated out, `Forward()` |
     | observed through `observe` | guided, `GuidedReparam()` |
     | not observed | whitened, `InnovationReparam()` |
     | of a scheme that is no map of normal innovations | left centred |
 
     The choice is made at each run from the arguments, by tracing alone: a model without data has
     nothing to be guided by. A path that is integrated out is not among the posterior draws;
-    `nsde.smooth(model, draws, ..., method=nsde.filters.Kalman())` draws it.
+    `nsde.smooth(model, draws, ..., method=nsde.filters.Kalman())` draws it, or `Forward()`.
 
     Args:
         fn: the model.
@@ -60,6 +61,7 @@ class auto:  # noqa: N801
             raise TypeError(f"auto needs the model, a function, got {type(fn).__name__}")
         self.fn, self.integrate = fn, integrate
         self._guide = GuidedReparam()
+        self._whole: set[str] = set()
         self._wrapped: dict[frozenset[tuple[str, str]], Callable[..., Any]] = {}
         functools.update_wrapper(self, fn, updated=[])
 
@@ -68,6 +70,7 @@ class auto:  # noqa: N801
         seen = observed_paths(self.fn, args, kwargs)
         found: dict[str, Treatment] = {}
         innovations: dict[str, bool] = {}
+        whole = self._whole = set[str]()
 
         def run() -> int:
             with block(), trace() as sites, seed(rng_seed=0):
@@ -76,6 +79,8 @@ class auto:  # noqa: N801
                 path = path_law(site.get("fn"))
                 if path is None:
                     continue
+                if path.whole_states:
+                    whole.add(name)
                 innovations[name] = path.scheme.has_innovations and path.scheme.smooth
                 found[name] = "observed" if site["is_observed"] else "whitened"
             return 0
@@ -84,7 +89,8 @@ class auto:  # noqa: N801
         for name, treatment in found.items():
             if treatment == "observed":
                 continue
-            if name in seen and self.integrate and self._is_linear(name, args, kwargs):
+            chosen = (self.integrate or name in whole) and name in seen
+            if chosen and self._takes(self._method(name in whole), name, args, kwargs):
                 found[name] = "integrated out"
             elif not innovations[name]:
                 found[name] = "centred"
@@ -92,8 +98,11 @@ class auto:  # noqa: N801
                 found[name] = "guided"
         return found
 
-    def _is_linear(self, name: str, args: Any, kwargs: Any) -> bool:
-        marginal = marginalize(self.fn, method=Kalman(), sites=[name])
+    def _method(self, whole: bool) -> AbstractFilter:
+        return Forward() if whole else Kalman()
+
+    def _takes(self, method: AbstractFilter, name: str, args: Any, kwargs: Any) -> bool:
+        marginal = marginalize(self.fn, method=method, sites=[name])
 
         def run() -> Any:
             with block():
@@ -115,9 +124,10 @@ class auto:  # noqa: N801
 
     def _wrap(self, chosen: dict[str, Treatment]) -> Callable[..., Any]:
         model = self.fn
-        integrated = [name for name, t in chosen.items() if t == "integrated out"]
-        if integrated:
-            model = marginalize(model, method=Kalman(), sites=integrated)
+        integrated = {name for name, t in chosen.items() if t == "integrated out"}
+        for whole, names in ((False, integrated - self._whole), (True, integrated & self._whole)):
+            if names:
+                model = marginalize(model, method=self._method(whole), sites=sorted(names))
         config: dict[str, Any] = {
             name: self._guide if treatment == "guided" else InnovationReparam()
             for name, treatment in chosen.items()

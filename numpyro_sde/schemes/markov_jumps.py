@@ -116,7 +116,7 @@ class MarkovJumps(AbstractScheme):
     def prepare(self, sde: Any, times: Any, dt: Any) -> Any:
         return None if sde.chain.matrix_free else sde.chain.transitions(dt)
 
-    def _row(self, sde: Any, dt: Array, x: Array, cache: Any) -> Float[Array, " n"]:
+    def probabilities(self, sde: Any, dt: Array, x: Array, cache: Any) -> Float[Array, " n"]:
         """Probabilities of the next state."""
         n = sde.chain.num_states
         now = jnp.asarray(x, jnp.int32)
@@ -134,14 +134,14 @@ class MarkovJumps(AbstractScheme):
     def log_density(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
     ) -> Float[Array, ""]:
-        row = self._row(sde, dt, x, cache)
+        row = self.probabilities(sde, dt, x, cache)
         after = jnp.asarray(x_next, jnp.int32)
         inside = (after >= 0) & (after < row.shape[0]) & (after == x_next)
         p = jnp.where(inside, row[jnp.clip(after, 0, row.shape[0] - 1)], 0.0)
         return jnp.where(p == 0.0, -jnp.inf, jnp.log(jnp.where(p == 0.0, 1.0, p)))
 
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
-        row = self._row(sde, dt, x, cache)
+        row = self.probabilities(sde, dt, x, cache)
         reached = jnp.cumsum(row)
         chosen = jnp.sum(reached < ndtr(z) * reached[-1])
         state = jnp.minimum(chosen, row.shape[0] - 1).astype(jnp.result_type(float))

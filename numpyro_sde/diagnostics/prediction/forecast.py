@@ -30,7 +30,7 @@ from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.events import Events
 from numpyro_sde.handlers import extend
 from numpyro_sde.inputs import Input
-from numpyro_sde.schemes.memory import MemoryScheme
+from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.states.smoothing import take_times
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -361,10 +361,15 @@ class _Plan:
 
     def _gone_on(self, name: str, law: AbstractPathLaw, known: Array, key: PRNGKeyArray) -> Array:
         """The known path up to its last datum, and a simulation from there, on the long grid."""
-        if isinstance(law.scheme, MemoryScheme):
+        if law.scheme.has_memory:
+            what = (
+                "regime of path {!r} is hidden"
+                if isinstance(law.scheme, SwitchingSteps)
+                else "noise of path {!r} has a memory"
+            )
             raise ValueError(
-                f"forecast: the noise of path {name!r} has a memory, which the last state of a "
-                "latent path does not hold: give method= to integrate it out"
+                f"forecast: the {what.format(name)}, which its last state does not hold: give "
+                "method= to integrate it out"
             )
         clock = self.wide.clocks[name]
         known = jnp.asarray(known, float)
@@ -393,7 +398,7 @@ class _Plan:
 
         keys = jax.random.split(key, lead)
         dims = (law.event_dim, 1, keys.ndim - axis)
-        return law._map(simulate, lead, (long, jnp.asarray(kept), keys), dims)
+        return law.of_states(law._map(simulate, lead, (long, jnp.asarray(kept), keys), dims))
 
     def _check_later(self, name: str, law: AbstractPathLaw, start: np.ndarray) -> None:
         """Raise where a latent path is asked for at a time that its data have fixed already."""
