@@ -19,11 +19,41 @@ from jaxtyping import Array, ArrayLike
 from numpyro_sde.distributions.accumulators import WithAccumulators
 from numpyro_sde.distributions.arguments import as_init
 from numpyro_sde.distributions.path import SDEPath
-from numpyro_sde.events import Events
-from numpyro_sde.grid import TimeGrid, check_times
+from numpyro_sde.events import Events, Placed
+from numpyro_sde.grid import TimeGrid, broadcast_rows, check_times, resolution
 from numpyro_sde.parameters import Code, as_function
 from numpyro_sde.schemes.base import AbstractScheme
 from numpyro_sde.sde import SDE
+
+
+class Resets(Events):
+    """Integrals set back to zero; those outside the path's times wait until it goes on to them.
+
+    Args:
+        times: when, `(E,)` or `(*batch, E)`.
+        stays: factor of each component of the state, 0 for the integrals.
+        carry: 1 where a reading is missing and the integrals run on, `(*batch, E)`; None for never.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_sde.accumulate import Resets
+        >>> Resets(np.array([0.0, 1.0, 5.0]), (1.0, 0.0)).place(np.arange(3.0))[0].active.tolist()
+        [True, True]
+    """
+
+    def __init__(self, times: Any, stays: tuple[float, ...], carry: Any = None) -> None:
+        super().__init__(times, _set_back(stays), carry)
+
+    def place(self, times: np.ndarray) -> tuple[Placed, np.ndarray]:
+        lead, own, rows = broadcast_rows(self.times, times)
+        tolerance = np.array([resolution(e, row) for e, row in zip(own, rows, strict=True)])[
+            :, None
+        ]
+        inside = (own >= rows[:, :1] - tolerance) & (own <= rows[:, -1:] - tolerance)
+        active: Resets = eqx.tree_at(
+            lambda e: e.times, self, np.where(inside, own, np.nan).reshape(*lead, own.shape[-1])
+        )
+        return super(Resets, active).place(times)
 
 
 class AccumulatedSDE(SDE):
@@ -41,6 +71,8 @@ class AccumulatedSDE(SDE):
     names: tuple[str, ...] = eqx.field(static=True)
     # Rows of the path at which a reading ends, as the model sees it; None where it has to say.
     reading_rows: tuple[int, ...] | None = eqx.field(static=True)
+    # Factor of each component where a reading sets integrals back; None where no reading does.
+    stays: tuple[float, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,11 +80,12 @@ class AccumulatedSDE(SDE):
         integrands: Mapping[str, Code],
         state_shape: tuple[int, ...],
         reading_rows: tuple[int, ...] | None,
+        stays: tuple[float, ...] | None,
     ) -> None:
         self.parameters, self.noise, self.interpretation = sde.parameters, sde.noise, "ito"
         self.inputs, self.push, self.jumps = sde.inputs, None, ()
         self.state_shape, self.names = state_shape, tuple(integrands)
-        self.reading_rows = reading_rows
+        self.reading_rows, self.stays = reading_rows, stays
         self.interpretation = sde.interpretation
         size = state_shape[0] if state_shape else 1
         drift, diffusion = sde.drift.function, sde.diffusion.function
@@ -77,6 +110,13 @@ class AccumulatedSDE(SDE):
             return jnp.pad(columns, ((0, len(parts)), (0, 0)))
 
         self.drift, self.diffusion = Code(wide_drift), Code(wide_diffusion)
+
+    def resets_at(self, own: np.ndarray, further: np.ndarray) -> tuple[Resets, ...]:
+        """Resets by readings at further times `(*batch, F)`, after a path's own `(*batch, T)`."""
+        if self.stays is None:
+            return ()
+        later = further > own[..., -1:] + resolution(further, own)
+        return (Resets(np.where(later, further, np.nan), self.stays),)
 
 
 class Split(eqx.Module):
@@ -147,9 +187,11 @@ class Accumulated:
         shape = start.event_shape
         every = all(isinstance(since, str) for since in self.since.values())
         rows = tuple(int(i) for i in index[1:]) if every else None
-        wide = AccumulatedSDE(self.sde, self.integrands, shape, rows)
         size = shape[0] if shape else 1
-        resets = self._resets(when, size, obs)
+        groups = {key: self._stays(size, names) for key, names in self._groups().items()}
+        stays = groups.get("observation")
+        wide = AccumulatedSDE(self.sde, self.integrands, shape, rows, stays)
+        resets = self._resets(when, groups, obs)
         further = (events,) if isinstance(events, Events) else tuple(events)
         law = WithAccumulators(start, len(self.integrands))
         return SDEPath(
@@ -160,23 +202,23 @@ class Accumulated:
             events=(*resets, *further),
         )
 
-    def _resets(self, when: np.ndarray, size: int, obs: Any) -> list[Events]:
+    def _resets(
+        self, when: np.ndarray, groups: dict[Any, tuple[float, ...]], obs: Any
+    ) -> list[Resets]:
         """One kind of event for the integrals that are set back at the same times."""
-        total = size + len(self.integrands)
-        keep = self._carried(when, obs)
         resets = []
-        for times_of, names in self._groups().items():
-            factor = np.ones(total)
-            place = [size + k for k, name in enumerate(self.integrands) if name in names]
-            factor[place] = 0.0
-            stays = tuple(factor)
-            if times_of == "observation":
-                resets.append(Events(when[..., :-1], _set_back(stays), keep))
+        for key, stays in groups.items():
+            if key == "observation":
+                # At the last time too: it acts where the path goes on.
+                resets.append(Resets(when, stays, self._carried(when, obs)))
             else:
-                given = self.since[names[0]]
-                inside = (given >= when[..., :1]) & (given < when[..., -1:])
-                resets.append(Events(np.where(inside, given, np.nan), _set_back(stays), None))
+                shape, data = key
+                resets.append(Resets(np.frombuffer(data).reshape(shape), stays))
         return resets
+
+    def _stays(self, size: int, names: list[str]) -> tuple[float, ...]:
+        """0 for the integrals of these names, 1 for every other component of the state."""
+        return (1.0,) * size + tuple(0.0 if name in names else 1.0 for name in self.integrands)
 
     def _groups(self) -> dict[Any, list[str]]:
         groups: dict[Any, list[str]] = {}
@@ -202,7 +244,7 @@ class Accumulated:
         if axis < data.ndim - 1:
             lost = jnp.all(lost, axis=tuple(range(axis + 1, data.ndim)))
         first = jnp.zeros((*lost.shape[:-1], 1), bool)
-        return jnp.concatenate([first, lost[..., :-1]], axis=-1).astype(jnp.result_type(float))
+        return jnp.concatenate([first, lost], axis=-1).astype(jnp.result_type(float))
 
     def readings(self, name: str, path: SDEPath, at: Any) -> Any:
         """Indices of the readings in the path as the model sees it.

@@ -7,6 +7,7 @@ taken before any cast: in float32 the differences of calendar times lose most of
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -73,7 +74,8 @@ def broadcast_rows(*arrays: NDArray[Any]) -> tuple[Any, ...]:
     """Batch shape of arrays `(*batch, n)`, and each as `(series, n)`."""
     lead = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
     return lead, *(
-        np.broadcast_to(a, (*lead, a.shape[-1])).reshape(-1, a.shape[-1]) for a in arrays
+        np.broadcast_to(a, (*lead, a.shape[-1])).reshape(math.prod(lead), a.shape[-1])
+        for a in arrays
     )
 
 

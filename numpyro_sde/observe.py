@@ -169,8 +169,11 @@ def _openings(name: str, x: Any, clock: Clock, rows: Any, side: str) -> Openings
     if side == "before":
         return None
     law = _law_of(name, x, clock)
-    if not law.events or law.forcing is None:
+    if law.whole_states:
         return None
+    if not law.events or law.forcing is None:
+        # Nothing to open yet; a forecast may bring events.
+        return Openings(Opening((), law.sde.parameters), (), ())
     place = x.index[rows] if isinstance(x, IntegratedPath) else rows
     shown, dims = law.forcing.openings(place)
     return Openings(Opening(law.forcing.rules, law.sde.parameters), shown, dims)
@@ -264,8 +267,11 @@ def _find_clock(name: str, x: Array, given: Any) -> Clock:
                     )
                 return law.clock
             in_model.append(law.clock)
-    candidates = [c for c in in_model or clocks_of_this_run() if c.fits(x.shape)]
-    candidates = distinct(candidates)
+    # A handler may have put a path on another grid: the model knows it by its own clock.
+    fitting = [
+        [c for c in clocks if c.fits(x.shape)] for clocks in (in_model, clocks_of_this_run())
+    ]
+    candidates = distinct(fitting[0] or fitting[1])
     if len(candidates) == 1:
         return candidates[0]
     found = "several paths on different clocks" if candidates else "no path"

@@ -168,6 +168,24 @@ class Emission(eqx.Module):
             self.inputs = (self.inputs, openings.shown)
             self.input_dims = (*self.input_dims, *openings.dims)
 
+    def at_other_times(self, inputs: Any, openings: Openings | None) -> Emission:
+        """The same law at other times.
+
+        Args:
+            inputs: those of the emission there, `(*batch, F, ...)`; None for none.
+            openings: the events after which the states there are seen; None where they are seen
+                before.
+        """
+        new = copy.copy(self)
+        own = self.input_dims[: len(jax.tree_util.tree_leaves(inputs))]
+        changed: dict[str, Any] = {"inputs": inputs}
+        if openings is not None:
+            changed["inputs"] = (inputs, openings.shown)
+            changed |= {"opening": openings.opening, "input_dims": (*own, *openings.dims)}
+        for name, value in changed.items():  # a copy that nobody has seen yet
+            object.__setattr__(new, name, value)
+        return new
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Batch shape of parameters and inputs."""

@@ -19,6 +19,8 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array
 
+from numpyro_sde.distributions.batching import map_batch
+
 # fmt: off
 _ELEMENTWISE = frozenset({
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
@@ -94,12 +96,14 @@ class TimewiseMap(eqx.Module):
         program: the operations.
         rank: number of leading axes of the model's path, batch and time.
         rows: the times of the path, as its law has them, that the model saw; None for all.
+        steady: for each constant whether it is the same at all times, as its making shows.
     """
 
     consts: tuple[Any, ...]
     program: _Program = eqx.field(static=True)
     rank: int = eqx.field(static=True)
     rows: tuple[int, ...] | None = eqx.field(static=True)
+    steady: tuple[bool, ...] = eqx.field(static=True)
 
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each constant: all but those of the batch."""
@@ -123,7 +127,29 @@ class TimewiseMap(eqx.Module):
     def seen_through(self, index: np.ndarray) -> TimewiseMap:
         """The same map where the model's times are those at `index` of a finer path."""
         rows = index if self.rows is None else index[np.asarray(self.rows)]
-        return TimewiseMap(self.consts, self.program, self.rank, tuple(int(i) for i in rows))
+        rows = tuple(int(i) for i in rows)
+        return TimewiseMap(self.consts, self.program, self.rank, rows, self.steady)
+
+    def at_other_times(self, states: Array, state_dim: int) -> Array:
+        """The map of states `(*lead, F, *state)` at times that the model did not see.
+
+        Raises:
+            MixesTimesError: a constant that has an entry for each of the times it saw.
+        """
+        if not all(self.steady):
+            raise MixesTimesError("it joins the path with an array over the path's own times")
+        lead = jnp.shape(states)[: jnp.ndim(states) - state_dim - 1]
+        axis = self.rank - 1
+        now = [
+            c if jnp.ndim(c) == 0 else jax.lax.index_in_dim(jnp.asarray(c), 0, axis, keepdims=False)
+            for c in self.consts
+        ]
+
+        def at(states: Array, *now: Any) -> Array:
+            return jax.vmap(lambda x: self.apply(x, now))(states)
+
+        dims = [max(jnp.ndim(c) - axis, 0) for c in now]
+        return map_batch(at, lead, (states, *now), (1 + state_dim, *dims))
 
     def apply(self, state: Array, now: Sequence[Any]) -> Array:
         """The map of one state, given the constants of its time."""
@@ -151,6 +177,7 @@ class TimewiseMap(eqx.Module):
 
 class _Known(NamedTuple):
     value: Any
+    steady: bool = False  # the same along the time axis, by how it was made
 
 
 class _Timewise(NamedTuple):
@@ -165,6 +192,7 @@ class _Reader:
         self.front, self.rank = front, len(front)
         self.steps: list[_Step] = []
         self.consts: list[Any] = []
+        self.steady: list[bool] = []
         self.count = 1
         self.rows: Any = None
 
@@ -190,7 +218,8 @@ class _Reader:
         known = all(isinstance(o, _Known) for o in operands)
         if known and name not in _CALLS:
             out = eqn.primitive.bind(*(o.value for o in operands), **eqn.params)
-            return [_Known(o) for o in (out if eqn.primitive.multiple_results else [out])]
+            steady = self._keeps_steady(eqn, operands)
+            return [_Known(o, steady) for o in (out if eqn.primitive.multiple_results else [out])]
         if name in _CALLS:
             if not known and eqn.params.get("name") == "times_of_path":
                 return [self._select(operands)]
@@ -200,14 +229,38 @@ class _Reader:
             return self.run(jaxpr, consts, operands)
         return self._note(eqn, operands)
 
+    def _is_steady(self, known: _Known) -> bool:
+        shape = jnp.shape(known.value)
+        one = len(shape) >= self.rank and shape[self.rank - 1] == 1 != self.front[-1]
+        return known.steady or shape == () or one
+
+    def _keeps_steady(self, eqn: Any, operands: list[_Known]) -> bool:
+        """Whether what is known comes out the same at all times, as far as can be told."""
+        axis = self.rank - 1
+        if eqn.primitive.name == "broadcast_in_dim":
+            dims = tuple(eqn.params["broadcast_dimensions"])
+            if axis not in dims:
+                return len(eqn.params["shape"]) > axis
+            own = dims.index(axis)
+            shape = eqn.invars[0].aval.shape
+            spread = shape[own] == 1 != eqn.params["shape"][axis]
+            return spread or (own == axis and self._is_steady(operands[0]))
+        return eqn.primitive.name in _ELEMENTWISE and all(self._is_steady(o) for o in operands)
+
     def _select(self, operands: list[Any]) -> _Timewise:
         value, index = operands
-        if not (isinstance(value, _Timewise) and value.number == 0 and isinstance(index, _Known)):
+        if not (
+            isinstance(value, _Timewise) and value.rows is self.rows and isinstance(index, _Known)
+        ):
             raise MixesTimesError("it selects times of it")
         index = np.asarray(index.value)
         self.rows = index if self.rows is None else np.asarray(self.rows)[index]
         self.front = (*self.front[:-1], int(index.size))
-        return value
+        axis = self.rank - 1
+        self.consts = [
+            c if jnp.ndim(c) == 0 else jnp.take(jnp.asarray(c), index, axis) for c in self.consts
+        ]
+        return _Timewise(value.number, self.rows)
 
     def _note(self, eqn: Any, operands: list[Any]) -> list[Any]:
         params = self._for_one_time(eqn, operands)
@@ -227,7 +280,7 @@ class _Reader:
             return ("value", operand.number)
         if shape == () and isinstance(operand.value, int | float | bool | np.generic):
             return ("literal", operand.value)
-        value = operand.value
+        value, steady = operand.value, self._is_steady(operand)
         if shape != () and self._aligned(shape):
             value = jnp.broadcast_to(value, self.front + shape[self.rank :])
         elif shape != ():  # a matrix that the state is multiplied by
@@ -235,6 +288,7 @@ class _Reader:
                 raise MixesTimesError("it joins the path with an array that has no time axis")
             return ("literal", value)
         self.consts.append(value)
+        self.steady.append(steady)
         return ("const", len(self.consts) - 1)
 
     def _aligned(self, shape: tuple[int, ...]) -> bool:
@@ -325,4 +379,4 @@ def timewise_map(
         raise MixesTimesError("it does not depend on the path")
     rows = None if reader.rows is None else tuple(int(i) for i in reader.rows)
     program = _Program(reader.steps, ("value", result.number))
-    return TimewiseMap(tuple(reader.consts), program, len(front), rows)
+    return TimewiseMap(tuple(reader.consts), program, len(front), rows, tuple(reader.steady))

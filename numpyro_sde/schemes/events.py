@@ -288,10 +288,10 @@ class Forcing(eqx.Module):
         """For each rule whether an event stands at some times, and its amount; no event at the end.
 
         Args:
-            rows: indices into the path's times.
+            rows: indices into the path's times, `(K,)`, or `(*batch, K)` for each series its own.
 
         Returns:
-            Flags and amounts with a leading axis of times, and event dimensions of their leaves.
+            Flags and amounts `(*batch, K, ...)`, and event dimensions of their leaves.
         """
         last = self.num_steps
         rows = rows % (last + 1)
@@ -299,7 +299,14 @@ class Forcing(eqx.Module):
 
         def at(leaf: Any, dim: int) -> Any:
             xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-            return xp.take(leaf, place, axis=jnp.ndim(leaf) - dim)
+            axis = jnp.ndim(leaf) - dim
+            if place.ndim == 1:
+                return xp.take(leaf, place, axis=axis)
+            lead = np.broadcast_shapes(jnp.shape(leaf)[:axis], place.shape[:-1])
+            wide = xp.broadcast_to(leaf, (*lead, *jnp.shape(leaf)[axis:]))
+            index = np.broadcast_to(place, (*lead, place.shape[-1]))
+            index = index.reshape(index.shape + (1,) * (dim - 1))
+            return xp.take_along_axis(wide, index, axis=len(lead))
 
         shown, dims = [], []
         for placed, dim in zip(self.placed, self.amount_dims, strict=True):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
+from numpyro_sde.accumulate import AccumulatedSDE, Resets
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.events import Events
 from numpyro_sde.grid import check_times
@@ -104,14 +105,18 @@ class extend(_ChangePath):  # noqa: N801
             step = float(np.max(path.dt))
         sde = self._driven(name, path)
         further = self.times
-        breaks = [np.asarray(one.breakpoints, np.float64) for one in self.events]
+        added, waiting = self.events, []
+        if isinstance(path.sde, AccumulatedSDE):
+            added = (*path.sde.resets_at(own, self.times), *added)
+            waiting = [one for one in path.events if isinstance(one, Resets)]
+        breaks = [np.asarray(one.breakpoints, np.float64) for one in (*waiting, *self.events)]
         if self.inputs and sde.inputs is not None:
             breaks.append(np.asarray(sde.breakpoints, np.float64))
         further = _with_breaks(own, further, breaks)
         clock = join_clocks(own, further, step)
         changes: dict[str, Any] = {} if sde is path.sde else {"sde": sde}
-        if self.events:
-            changes["events"] = (*path.events, *self.events)
+        if added:
+            changes["events"] = (*path.events, *added)
         law = path.replace(times=clock.grid, **changes)
         self.laws[name], self.clocks[name] = law, clock
         return law, clock.old

@@ -14,9 +14,11 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
 from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
 from numpyro_sde.grid import check_times
-from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.handlers import marginalize
 from numpyro_sde.joining import join_clocks
+from numpyro_sde.models.survey import survey
 from numpyro_sde.runtime.entry import Held, entry_point, holds_same_numbers
+from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.statespace.model import AbstractFilter
 
 
@@ -79,7 +81,8 @@ def smooth(
         raise TypeError(f"method must be one of nsde.filters, got {method!r}")
     if times is not None:
         times = check_times(times)
-    names = observed_paths(inner, model_args, model_kwargs)
+    uses = survey(inner, model_args, model_kwargs)
+    names = set(uses.observed.values())
     if not names:
         raise ValueError(
             "smooth: the model has no latent SDEPath site, nor a JumpPath, that it observes"
@@ -92,7 +95,7 @@ def smooth(
         raise ValueError(f"samples must have one leading axis of draws, got lengths {num_draws}")
 
     keys = jax.random.split(rng_key, next(iter(num_draws.values())))
-    rest = (method, tuple(sorted(names)), times, batch_size, kept, keys)
+    rest = (method, tuple(sorted(names)), bool(uses.transformed), times, batch_size, kept, keys)
     observed = _observed_values(inner, model_args, model_kwargs)
     try:
         # Data as arguments of the program: new data of the same shape find it.
@@ -136,6 +139,7 @@ def _smoothed(
     arguments: Any,
     method: AbstractFilter,
     names: tuple[str, ...],
+    transformed: bool,
     times: Any,
     batch_size: int,
     kept: dict[str, Array],
@@ -149,20 +153,19 @@ def _smoothed(
     def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Array]:
         draw, key = inputs
         model_key, path_key = jax.random.split(key)
-        smoother = marginalize(method=method, sites=names)
-        with (
-            block(),
-            trace() as recorded,
-            seed(rng_seed=model_key),
-            substitute(data=draw),
-            smoother,
-        ):
-            model(*args, **kwargs)
+        paths, recorded = run_integrated(
+            substitute(seed(model, model_key), data=draw),
+            args,
+            kwargs,
+            method=method,
+            sites=frozenset(names),
+            transformed=transformed,
+        )
         _require_data(recorded)
-        keys = jax.random.split(path_key, len(smoother.paths))
+        keys = jax.random.split(path_key, len(paths))
         return {
             name: _draw(path, method, times, key)
-            for (name, path), key in zip(smoother.paths.items(), keys, strict=True)
+            for (name, path), key in zip(paths.items(), keys, strict=True)
         }
 
     return jax.lax.map(one, (kept, keys), batch_size=batch_size)

@@ -11,27 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
-from numpyro import handlers as numpyro_handlers
 
 from numpyro_sde.diagnostics.compare.arviz_compat import make_dataset, make_tree
 from numpyro_sde.diagnostics.compare.path_places import PathPlace, find_paths
-from numpyro_sde.diagnostics.compare.sites import hold_values, unwrap
-from numpyro_sde.diagnostics.prediction.reading import Reading, SeenPath, read_for_forecast
+from numpyro_sde.diagnostics.prediction.ahead import ForecastPlan
+from numpyro_sde.diagnostics.prediction.reading import read_for_forecast
 from numpyro_sde.diagnostics.prediction.rules import log_score
-from numpyro_sde.distributions.clocks import identity_of_path
-from numpyro_sde.distributions.marginal import draw_smoothed
-from numpyro_sde.distributions.observation import EmissionPath
-from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.events import Events
 from numpyro_sde.handlers import extend
 from numpyro_sde.inputs import Input
-from numpyro_sde.schemes.switching import SwitchingSteps
-from numpyro_sde.states.smoothing import take_times
 from numpyro_sde.statespace.model import AbstractFilter
 
 _BATCH = 32  # draws treated at once
@@ -184,8 +176,8 @@ def forecast(
 
     Raises:
         ValueError: Times that a latent path cannot be drawn at, a scenario that changes the past,
-            a statement whose inputs are not given, fractional noise on a latent path, or
-            interval observations.
+            a statement whose inputs are not given, or one that joins the path with an array over
+            the path's own times.
 
     Example:
         >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
@@ -224,7 +216,7 @@ def forecast(
         max_step=max_step,
         until=max(ends, default=None),
     )
-    plan = _Plan(reading, wide, given, order, dict(observe_inputs or {}))
+    plan = ForecastPlan(reading, wide, given, order, dict(observe_inputs or {}))
 
     def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> Any:
         return plan.draw(*inputs)
@@ -269,181 +261,3 @@ def _plates(place: PathPlace | None, rank: int) -> tuple[str | None, ...]:
         if -dim <= len(names):
             names[dim] = name
     return tuple(names)
-
-
-class _Plan:
-    """How to draw a forecast under one posterior draw."""
-
-    def __init__(
-        self,
-        reading: Reading,
-        wide: extend,
-        times: np.ndarray,
-        order: np.ndarray,
-        observe_inputs: dict[str, Any],
-    ) -> None:
-        self.reading, self.wide, self.times = reading, wide, times
-        self.back = np.argsort(order, axis=-1)  # from increasing times to those given
-        self.observe_inputs = observe_inputs
-        self.observations: dict[str, tuple[str, int]] = {}
-        self.state_dims: dict[str, int] = {}
-        self.structures: dict[str, Any] = {}
-
-    def draw(self, values: dict[str, Array], key: PRNGKeyArray) -> Any:
-        """States and data at the further times, and the laws of the data."""
-        reading, wide = self.reading, self.wide
-        model_key, path_key, data_key = jax.random.split(key, 3)
-        parameters = {n: v for n, v in values.items() if n not in reading.paths}
-        model = hold_values(
-            numpyro_handlers.seed(wide, model_key), {**reading.params, **parameters}
-        )
-        trace = numpyro_handlers.trace(model).get_trace(*reading.args, **reading.kwargs)
-        laws = dict(wide.laws)
-        places = {name: self._place(name) for name in laws}
-        keys = dict(zip(laws, jax.random.split(path_key, len(laws)), strict=True))
-        states: dict[str, Array] = {}
-        if reading.integrated:
-            states |= self._smoothed(parameters, model_key, keys)
-        for name, law in laws.items():
-            if name not in states:
-                known = trace[name]["value"] if trace[name]["is_observed"] else values[name]
-                states[name] = self._gone_on(name, law, known, keys[name])
-        ahead = {
-            name: take_times(states[name], places[name], len(law.state_shape))
-            for name, law in laws.items()
-        }
-        self.state_dims = {name: len(law.state_shape) for name, law in laws.items()}
-        owners = {id(site["value"]): name for name, site in trace.items() if name in laws}
-        emissions: dict[str, EmissionPath] = {}
-        self.observations = {}
-        for name, site in trace.items():
-            seen = unwrap(site["fn"]) if site["type"] == "sample" else None
-            if isinstance(seen, EmissionPath):
-                owner = owners.get(identity_of_path(seen.observed_path))
-                if owner is None:
-                    raise ValueError(
-                        f"forecast: observe({name!r}) sees a path that was transformed first; put "
-                        "the transformation inside the emission"
-                    )
-                emissions[name] = self._emission(name, seen, laws[owner], ahead[owner], owner)
-                self.observations[name] = owner, len(emissions[name].event_shape) - 1
-        draws = dict(ahead)
-        own_keys = jax.random.split(data_key, max(len(emissions), 1))
-        for own, (name, emission) in zip(own_keys, emissions.items(), strict=False):
-            draws[name] = emission.sample(own)
-        # Every trace makes functions of its own, so that laws are told apart: their leaves go out.
-        flat = {name: jax.tree_util.tree_flatten(law) for name, law in emissions.items()}
-        self.structures = {name: treedef for name, (_, treedef) in flat.items()}
-        return draws, {name: leaves for name, (leaves, _) in flat.items()}
-
-    def _place(self, name: str) -> np.ndarray:
-        """Grid indices of the times in the order given."""
-        place, back = self.wide.place(name), self.back
-        lead = np.broadcast_shapes(place.shape[:-1], back.shape[:-1])
-        return np.take_along_axis(
-            np.broadcast_to(place, (*lead, place.shape[-1])),
-            np.broadcast_to(back, (*lead, back.shape[-1])),
-            axis=-1,
-        )
-
-    def _smoothed(
-        self, parameters: dict[str, Array], model_key: PRNGKeyArray, keys: dict[str, PRNGKeyArray]
-    ) -> dict[str, Array]:
-        """Whole long paths of those that are integrated out, given all data."""
-        found = {}
-        for seen in self.reading._replace(model=self.wide).run(parameters, model_key):
-            if isinstance(seen, SeenPath):
-                assert self.reading.method is not None
-                found[seen.name] = draw_smoothed(
-                    seen.observed, self.reading.method, keys[seen.name]
-                )
-        return found
-
-    def _gone_on(self, name: str, law: AbstractPathLaw, known: Array, key: PRNGKeyArray) -> Array:
-        """The known path up to its last datum, and a simulation from there, on the long grid."""
-        if law.scheme.has_memory:
-            what = (
-                "regime of path {!r} is hidden"
-                if isinstance(law.scheme, SwitchingSteps)
-                else "noise of path {!r} has a memory"
-            )
-            raise ValueError(
-                f"forecast: the {what.format(name)}, which its last state does not hold: give "
-                "method= to integrate it out"
-            )
-        clock = self.wide.clocks[name]
-        known = jnp.asarray(known, float)
-        lead = jnp.broadcast_shapes(law.batch_shape, known.shape[: known.ndim - law.event_dim])
-        last = np.broadcast_to(self.reading.last_rows[name], lead)
-        self._check_later(name, law, clock.old[last])
-        long = jnp.zeros((*lead, *law.event_shape), known.dtype)
-        axis = len(lead)
-        known = jnp.broadcast_to(known, (*lead, len(clock.old), *law.state_shape))
-        long = long.at[(*(slice(None),) * axis, clock.old)].set(known)
-        is_old = np.zeros(law.num_times, bool)
-        is_old[clock.old] = True
-        kept = is_old & (np.arange(law.num_times) <= clock.old[last][..., None])
-
-        def simulate(
-            sde: Any, scheme: Any, times: Any, dt: Any, cache: Any, x: Array, kept: Array, key: Any
-        ) -> Array:
-            def step(state: Array, inputs: Any) -> tuple[Array, Array]:
-                t, h, k, c, own, keep = inputs
-                drawn = scheme.draw(sde, k, t, h, state, c)
-                new = jnp.where(keep, own, drawn)
-                return new, new
-
-            keys = jax.random.split(key, dt.shape[0])
-            return law._scan(step, x[0], (times[:-1], dt, keys, cache, x[1:], kept[1:]))
-
-        keys = jax.random.split(key, lead)
-        dims = (law.event_dim, 1, keys.ndim - axis)
-        return law.of_states(law._map(simulate, lead, (long, jnp.asarray(kept), keys), dims))
-
-    def _check_later(self, name: str, law: AbstractPathLaw, start: np.ndarray) -> None:
-        """Raise where a latent path is asked for at a time that its data have fixed already."""
-        grid = np.broadcast_to(np.asarray(law.times), (*start.shape, law.num_times))
-        begins = np.take_along_axis(grid, start[..., None], axis=-1)
-        wanted = np.broadcast_to(self.times, (*start.shape, self.times.shape[-1]))
-        early = wanted < begins - 1e-9 * max(float(np.ptp(grid)), 1.0)
-        if early.any():
-            at = tuple(int(i) for i in np.argwhere(early)[0])
-            raise ValueError(
-                f"forecast: path {name!r} was kept latent and goes on from its last datum at "
-                f"{float(begins[at[:-1]].ravel()[0]):g}; it cannot be drawn at {wanted[at]:g}. "
-                "Give method= to integrate it out, or take the path's own draws"
-            )
-
-    def _emission(
-        self, name: str, law: EmissionPath, path: AbstractPathLaw, states: Array, owner: str
-    ) -> EmissionPath:
-        """The law of a statement's data at the further times."""
-        emission = law.emission
-        if emission.split is not None:
-            raise ValueError(
-                f"forecast: observe({name!r}, accumulated=...) reads integrals since its last "
-                "reading, whose resets at further times are not stated: forecast the path, and "
-                "integrate it"
-            )
-        inputs = self.observe_inputs.get(name)
-        if emission.has_inputs and inputs is None:
-            raise ValueError(
-                f"forecast: the emission of {name!r} takes inputs; give those at the further times "
-                f"by observe_inputs={{{name!r}: ...}}"
-            )
-        if inputs is not None and not emission.has_inputs:
-            raise ValueError(f"observe_inputs names {name!r}, whose emission takes no inputs")
-        inputs = None if inputs is None else jax.tree.map(jnp.asarray, inputs)
-        if emission.opening is not None:
-            place = self._place(owner)
-            if place.ndim > 1 or path.forcing is None:
-                raise ValueError(
-                    f"forecast: observe({name!r}, side='after') needs one clock for all series"
-                )
-            shown, _ = path.forcing.openings(place)
-            inputs = (inputs, shown)
-        if inputs is not None:
-            emission = eqx.tree_at(
-                lambda e: e.inputs, emission, inputs, is_leaf=lambda leaf: leaf is None
-            )
-        return EmissionPath(emission, jnp.asarray(self.times), states, path.state_shape)

@@ -33,8 +33,9 @@ from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.filters.particle import Particle
-from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.infer.pmmh import PMMH
+from numpyro_sde.models.survey import survey
+from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.statespace.model import AbstractFilter
 
 
@@ -92,6 +93,7 @@ class Reading(NamedTuple):
         integrated: Names of the paths that it integrates out.
         direct: Names of the paths that are observed directly.
         fitted_model: The model as it was fitted, with whatever treats its paths.
+        transformed: Whether the model computes with a path before it observes it.
         last_rows: For each path the index of its last datum, shape `lead`; for forecasts only.
     """
 
@@ -104,6 +106,7 @@ class Reading(NamedTuple):
     integrated: frozenset[str]
     direct: tuple[str, ...]
     fitted_model: Callable[..., Any]
+    transformed: bool
     last_rows: Mapping[str, np.ndarray] = {}
 
     @property
@@ -130,10 +133,15 @@ class Reading(NamedTuple):
         if self.method is None:
             trace = numpyro_handlers.trace(model).get_trace(*self.args, **self.kwargs)
         else:
-            reader = marginalize(method=self.method, sites=set(self.integrated))
-            with numpyro_handlers.block(), numpyro_handlers.trace() as trace, reader:
-                model(*self.args, **self.kwargs)
-            stand_ins = list(reader.paths.values())
+            paths, trace = run_integrated(
+                model,
+                self.args,
+                self.kwargs,
+                method=self.method,
+                sites=self.integrated,
+                transformed=self.transformed,
+            )
+            stand_ins = list(paths.values())
         return [
             *(_seen(stand_in) for stand_in in stand_ins),
             *(_direct(name, trace[name]) for name in self.direct),
@@ -352,7 +360,8 @@ def _read(
         for name, site in trace.items()
         if is_observation(site) and isinstance(unwrap(site["fn"]), AbstractPathLaw)
     )
-    integrated = frozenset(observed_paths(inner, draws.model_args, draws.model_kwargs))
+    uses = survey(inner, draws.model_args, draws.model_kwargs)
+    integrated = frozenset(uses.observed.values())
     found = Reading(
         samples={},
         model=inner,
@@ -363,6 +372,7 @@ def _read(
         integrated=integrated,
         direct=direct,
         fitted_model=fitted,
+        transformed=bool(uses.transformed),
     )
     return found, samples, trace
 
