@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import _PYRO_STACK, plate
@@ -60,6 +61,11 @@ def map_batch(
             varies = jnp.ndim(leaf) - dim == len(shape)
             if varies and jnp.shape(leaf)[0] != shape[0]:
                 leaf, varies = leaf[0], False  # broadcast from size 1
+            if varies and isinstance(leaf, np.ndarray):
+                # A batched array of NumPy as a constant of a root finder in a loop is an assertion
+                # error of JAX 0.10.
+                with jax.ensure_compile_time_eval():
+                    leaf = jnp.asarray(leaf)
             axes.append(0 if varies else None)
             reduced.append(leaf)
         if all(axis is None for axis in axes):

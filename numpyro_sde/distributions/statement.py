@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
+from numpyro.distributions.batch_util import promote_batch_shape
 
 from numpyro_sde.checks.closures import refuse_closures
 from numpyro_sde.distributions.batching import describe_batch, map_batch
@@ -170,6 +171,11 @@ class Statement(eqx.Module):
             marked = jnp.where(present, y, jnp.nan).reshape((*replicates, *shape))
             return jnp.sum(at(inputs, x, of_law, marked))
 
+        def law_of_all(inputs: Any, x: Array) -> dist.Distribution:
+            """A batch of the replicates' laws."""
+            law: dist.Distribution = at(inputs, x, _law)
+            return promote_batch_shape(law) if replicates else law
+
         size = math.prod(replicates) * math.prod(shape)
         flat = (num_times, size)
         values, present = values.reshape(flat), present.reshape(flat)
@@ -188,7 +194,7 @@ class Statement(eqx.Module):
             diagonal=self.structure.diagonal,
             exact=self.structure.exact,
             has_moments=self.structure.has_moments,
-            law=None if replicates or power is not None else lambda u, x: at(u, x, _law),
+            law=None if power is not None else law_of_all,
             powered=power is not None,
         )
         if power is None or not self.structure.gaussian:

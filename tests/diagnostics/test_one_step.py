@@ -218,6 +218,49 @@ def test_several_instruments_under_a_plate():
         np.testing.assert_allclose(found[place], norm.cdf(data[k], m, np.sqrt(v)), atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "emission",
+    [
+        lambda t, x, p: dist.Poisson(jnp.exp(p + x)),
+        pytest.param(lambda t, x, p: dist.Gamma(2.0, jnp.exp(p - x)), marks=pytest.mark.slow),
+    ],
+    ids=["counts", "rates"],
+)
+def test_counts_of_several_under_a_plate(emission):
+    """A plate of neurons on one path, and the same data as one vector."""
+    rates = np.array([0.1, 0.5, -0.4])
+    y = np.array([[1.0, 2.0, NAN, 4.0], [3.0, 1.0, 2.0, 1.0], [2.0, NAN, 1.0, 2.0]])
+
+    def path():
+        numpyro.sample("unused", dist.Normal(0.0, 1.0))
+        ou = nsde.processes.OrnsteinUhlenbeck(0.8, 0.0, 0.7)
+        return numpyro.sample("x", nsde.SDEPath(ou, np.arange(4.0), dist.Normal(0.0, 0.5)))
+
+    def plated(y):
+        x = path()
+        with numpyro.plate("neuron", 3):
+            nsde.observe("y", x, emission, params=rates, obs=y)
+
+    def vector(y):
+        def law(t, x, p):
+            return emission(t, x, p).to_event(1)
+
+        nsde.observe("y", path(), law, params=rates, event_dims=1, obs=y.T)
+
+    call = {"model_args": (y,), "method": nsde.filters.ExtendedKalman()}
+    draws = {"unused": np.zeros(2)}
+    one, other = (k_step(draws, k=1, model=model, **call) for model in (plated, vector))
+    for what in ("upper", "lower"):
+        got, want = getattr(one.sites["y"], what), getattr(other.sites["y"], what)
+        np.testing.assert_allclose(got, want.T, atol=2e-5)
+    np.testing.assert_allclose(
+        one.scores["x"].per_draw[:, 0], other.scores["x"].per_draw, rtol=2e-5, atol=2e-5
+    )
+    assert one.sites["y"].draw.shape == (2, *y.shape)
+    pit = residuals(draws, model=plated, **call).pit["y"]
+    assert np.array_equal(np.isnan(pit), np.isnan(y))
+
+
 def test_a_likelihood_to_a_power_predicts_nothing():
     def model():
         numpyro.sample("unused", dist.Normal(0.0, 1.0))

@@ -91,7 +91,10 @@ class ForecastPlan:
                 )
 
     def _emissions(
-        self, trace: Mapping[str, Any], laws: Mapping[str, AbstractPathLaw], ahead: Mapping[str, Array]
+        self,
+        trace: Mapping[str, Any],
+        laws: Mapping[str, AbstractPathLaw],
+        ahead: Mapping[str, Array],
     ) -> dict[str, EmissionPath]:
         """The laws of the data at the further times."""
         owners = {id(site["value"]): name for name, site in trace.items() if name in laws}
