@@ -256,7 +256,7 @@ def test_counts_of_several_under_a_plate(emission):
     np.testing.assert_allclose(
         one.scores["x"].per_draw[:, 0], other.scores["x"].per_draw, rtol=2e-5, atol=2e-5
     )
-    assert one.sites["y"].draw.shape == (2, *y.shape)
+    assert one.sites["y"].draws.shape == (2, *y.shape)
     pit = residuals(draws, model=plated, **call).pit["y"]
     assert np.array_equal(np.isnan(pit), np.isnan(y))
 
