@@ -24,6 +24,12 @@ from numpyro_sde.datasets.climate import (
     load_nile_flow,
     load_nile_minima,
 )
+from numpyro_sde.datasets.epidemics import (
+    BoardingSchoolFlu,
+    DaccaCholera,
+    load_boarding_school_flu,
+    load_dacca_cholera,
+)
 from numpyro_sde.datasets.finance import (
     Treasury,
     TreasuryBill,
@@ -32,6 +38,8 @@ from numpyro_sde.datasets.finance import (
 )
 
 __all__ = [
+    "BoardingSchoolFlu",
+    "DaccaCholera",
     "ElNino",
     "HareLynx",
     "LotkaVolterraCounts",
@@ -42,6 +50,8 @@ __all__ = [
     "Theophylline",
     "Treasury",
     "TreasuryBill",
+    "load_boarding_school_flu",
+    "load_dacca_cholera",
     "load_elnino_sst",
     "load_hare_lynx",
     "load_lotka_volterra",

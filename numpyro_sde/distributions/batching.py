@@ -18,6 +18,7 @@ def map_batch(
     batch_shape: tuple[int, ...],
     args: Sequence[Any],
     event_dims: Sequence[Any],
+    at: Any = None,
 ) -> Any:
     """Map `fn`, written for unbatched arguments, over a batch shape.
 
@@ -29,9 +30,10 @@ def map_batch(
         batch_shape: the batch shape of the result.
         args: pytrees, one for each argument of `fn`.
         event_dims: for each argument an int, or a list of ints for its leaves in order.
+        at: indices, one for each batch dimension, of the one element to treat; None for all.
 
     Returns:
-        The result of `fn`, each leaf with `batch_shape` in front.
+        The result of `fn`, each leaf with `batch_shape` in front; without it for one element.
     """
     leaves: list[Any] = []
     dims: list[int] = []
@@ -74,7 +76,19 @@ def map_batch(
         mapped = jax.vmap(lambda *inner: recurse(shape[1:], list(inner)), in_axes=tuple(axes))
         return mapped(*reduced)
 
+    if at is not None:
+        return call([_element(leaf, dim, at) for leaf, dim in zip(leaves, dims, strict=True)])
     return recurse(tuple(batch_shape), leaves)
+
+
+def _element(leaf: Any, event_dim: int, at: Sequence[Any]) -> Any:
+    """One element of a leaf whose leading dimensions broadcast to the batch."""
+    lead = jnp.shape(leaf)[: jnp.ndim(leaf) - event_dim]
+    if not lead:
+        return leaf
+    own = at[len(at) - len(lead) :]
+    index = tuple(0 if size == 1 else i for size, i in zip(lead, own, strict=True))
+    return jnp.asarray(leaf)[index]
 
 
 def leading_dims(tree: Any, event_dims: Sequence[int]) -> tuple[int, ...]:

@@ -197,8 +197,9 @@ class AbstractPathLaw(dist.Distribution):
         lead: tuple[int, ...],
         arrays: tuple[Any, ...] = (),
         dims: tuple[Any, ...] = (),
+        at: Any = None,
     ) -> Any:
-        """Map `fn(sde, scheme, times, dt, cache, *arrays)`, unbatched, over `lead`."""
+        """Map `fn(sde, scheme, times, dt, cache, *arrays)`, unbatched, over `lead`, or at one."""
         clock_is_shared = jnp.ndim(self.times) == 1
 
         def one(
@@ -220,6 +221,7 @@ class AbstractPathLaw(dist.Distribution):
             lead,
             (self.sde, self.scheme, *clock, self.forcing, *arrays),
             (self.leaf_dims[:num_sde], inside, 1, 1, forced, *dims),
+            at,
         )
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002

@@ -47,7 +47,11 @@ class ObservedPath(eqx.Module):
         return bool(self.data)
 
     def map(
-        self, fn: Callable[..., Any], arrays: tuple[Any, ...] = (), dims: tuple[int, ...] = ()
+        self,
+        fn: Callable[..., Any],
+        arrays: tuple[Any, ...] = (),
+        dims: tuple[int, ...] = (),
+        at: Any = None,
     ) -> Any:
         """Map `fn(model, *arrays)` of the unbatched state-space model over the batch.
 
@@ -55,6 +59,7 @@ class ObservedPath(eqx.Module):
             fn: function of the model of one path.
             arrays: further arguments, leading dimensions the batch.
             dims: event dimensions of each.
+            at: indices of the one element to treat; None for all.
         """
         path = self.path
         kind = path.start_kind
@@ -101,7 +106,8 @@ class ObservedPath(eqx.Module):
             )
             return fn(with_memory(model, state_shape), *others)
 
-        return path._map(one, self.lead, (mean, cov, *flat, *arrays), (1, 2, *flat_dims, *dims))
+        every = (1, 2, *flat_dims, *dims)
+        return path._map(one, self.lead, (mean, cov, *flat, *arrays), every, at)
 
     def run(
         self, method: AbstractFilter, fn: Callable[[AbstractFilter, StateSpaceModel], Any]

@@ -4,17 +4,21 @@ from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.conditional_forward import ConditionalForward
 from numpyro_sde.infer.evidence import Evidence, EvidenceRound, evidence
+from numpyro_sde.infer.iterated_filtering import IteratedFiltering
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
+from numpyro_sde.infer.likelihood_fit import LikelihoodFit
 from numpyro_sde.infer.metric import guided_metric
 from numpyro_sde.infer.parisian import ParisianEstimate, parisian_gibbs
 from numpyro_sde.infer.particle_gibbs import ParticleGibbs
 from numpyro_sde.infer.pmmh import PMMH, PMMHState
+from numpyro_sde.infer.profile import AdjustedProfile, Profile, adjusted_profile
 from numpyro_sde.infer.racing import Contestant, ProposalRace
 from numpyro_sde.infer.score import Score, score
 from numpyro_sde.infer.split_nuts import SplitNUTS
 
 __all__ = [
     "PMMH",
+    "AdjustedProfile",
     "BlackJAX",
     "BlackJAXState",
     "ConditionalForward",
@@ -23,14 +27,18 @@ __all__ = [
     "Contestant",
     "Evidence",
     "EvidenceRound",
+    "IteratedFiltering",
+    "LikelihoodFit",
     "PMMHState",
     "ParisianEstimate",
     "ParticleGibbs",
+    "Profile",
     "ProposalRace",
     "Score",
     "SplitNUTS",
     "UnderdampedLangevin",
     "UnderdampedLangevinState",
+    "adjusted_profile",
     "evidence",
     "guided_metric",
     "parisian_gibbs",

@@ -25,7 +25,15 @@ from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.information import guided_innovations, log_weight, whiten_innovations
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.schemes.base import GaussianScheme
-from numpyro_sde.smc.proposals import Bootstrap, Guided, Plan, Proposal, move_by, observed_rows
+from numpyro_sde.smc.proposals import (
+    Bootstrap,
+    Guided,
+    Plan,
+    Proposal,
+    mixed_level,
+    move_by,
+    observed_rows,
+)
 from numpyro_sde.statespace.exact import has_exact, refuse_exact
 from numpyro_sde.statespace.guide import affine_step, first_inputs
 from numpyro_sde.statespace.model import StateSpaceModel
@@ -108,10 +116,7 @@ class Defensive(Guided):
     def level(
         self, ahead: Float[Array, " M"], log_weights: Float[Array, " M"]
     ) -> Float[Array, " M"]:
-        usable = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
-        mean = jax.nn.logsumexp(ahead + usable) - jax.nn.logsumexp(usable)
-        mean = jnp.where(jnp.isfinite(mean), mean, 0.0)
-        return jnp.logaddexp(self._log_rest + ahead, self._log_share + mean)
+        return mixed_level(ahead, log_weights, self._log_share, self._log_rest)
 
     def _is_own(self, z: Array) -> Array:
         return z[-1] < self.share

@@ -190,6 +190,19 @@ def plain_step(model: StateSpaceModel, step: Any, x: Array, z: Array) -> Array:
     return jnp.reshape(new, (model.dim,)).astype(x.dtype)
 
 
+def mixed_level(
+    ahead: Float[Array, " M"], log_weights: Float[Array, " M"], log_share: Any, log_rest: Any
+) -> Float[Array, " M"]:
+    """A look-ahead function mixed with a constant: weights are divided by it after resampling.
+
+    However wrong it is, no particle's weight grows by more than the inverse of the share.
+    """
+    usable = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
+    mean = jax.nn.logsumexp(ahead + usable) - jax.nn.logsumexp(usable)
+    mean = jnp.where(jnp.isfinite(mean), mean, 0.0)
+    return jnp.logaddexp(log_rest + ahead, log_share + mean)
+
+
 class Bootstrap(Proposal):
     """The model's own steps; the observations come in by the weights alone.
 
