@@ -332,8 +332,8 @@ class IteratedFiltering:
         whole[site] = np.repeat(grid, num_starts)
         points = jax.vmap(space.flat)({k: jnp.asarray(v) for k, v in whole.items()})
         held = np.asarray(space.by_component({site: 0.0}, 1.0))
-        sds = tuple(sd * held for sd in self._sds(space, len(points)))
-        found = self._search(typed_key(rng_key), space, points, sds)
+        start, later = self._sds(space, len(points))
+        found = self._search(typed_key(rng_key), space, points, (start * held, later * held))
         shape = (grid.size, num_starts)
         values_at = found.log_likelihoods.reshape(shape)
         chosen = np.argmax(values_at, axis=1)
@@ -394,7 +394,7 @@ class IteratedFiltering:
         key: PRNGKeyArray,
         space: ParameterSpace,
         begin: Any,
-        sds: tuple[np.ndarray, ...],
+        sds: tuple[np.ndarray, np.ndarray],
         num_iterations: int | None = None,
     ) -> LikelihoodFit:
         """Perturbed passes from points, or from where a fit stands, then plain filters."""
@@ -406,7 +406,7 @@ class IteratedFiltering:
         else:
             z = jnp.repeat(begin[:, :, None], self.num_particles, axis=2)
             done, means, values = 0, [np.asarray(begin)], []
-        on_device = tuple(jnp.asarray(sd, z.dtype) for sd in sds)
+        on_device = jnp.asarray(sds[0], z.dtype), jnp.asarray(sds[1], z.dtype)
         rate = self.cooling ** (1.0 / _COOLING_SPAN)
         bar = trange(number, disable=not self.progress_bar, desc="iterated filtering")
         for i in bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from numpyro_sde.infer.parameter_space import ParameterSpace
+from numpyro_sde.infer.profile import Profile
 
 
 def log_mean_exp(values: Float[np.ndarray, " R"]) -> tuple[float, float]:
@@ -54,6 +55,7 @@ class LikelihoodFit:
         model: the model.
         model_args: its positional arguments.
         model_kwargs: its keyword arguments.
+        profiles: profiles that were found for it, by site.
 
     Example:
         >>> import numpyro_sde as nsde
@@ -75,6 +77,11 @@ class LikelihoodFit:
     model: Callable[..., Any]
     model_args: tuple[Any, ...]
     model_kwargs: Mapping[str, Any]
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+
+    def with_profiles(self, *profiles: Profile) -> LikelihoodFit:
+        """The fit with profiles, whose errors and intervals it then carries into `compare_fits`."""
+        return replace(self, profiles={**self.profiles, **{p.site: p for p in profiles}})
 
     @classmethod
     def of(

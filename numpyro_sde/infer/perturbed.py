@@ -72,15 +72,15 @@ def step_at(model: StateSpaceModel, k: Array) -> tuple[Array, Array, Any]:
         return jax.tree.map(lambda a: jnp.asarray(a)[0], scheme.prepare(model.sde, pair, own))
 
     scheme, cache = model.scheme, model.cache
-    forced = isinstance(scheme, ForcedScheme)
-    inner = scheme.inner if forced else scheme
-    if not isinstance(inner, MemoryScheme) and forced:
-        rest = jax.tree.map(lambda a: jnp.asarray(a)[k], cache._replace(inner=None))
-        cache = StepCache(prepared(inner), *rest[1:])
-    elif not isinstance(inner, MemoryScheme):
-        cache = prepared(inner)
-    else:
+    if isinstance(scheme, MemoryScheme):
         cache = jax.tree.map(lambda a: jnp.asarray(a)[k], cache)
+    elif isinstance(scheme, ForcedScheme) and not isinstance(scheme.inner, MemoryScheme):
+        rest = jax.tree.map(lambda a: jnp.asarray(a)[k], cache._replace(inner=None))
+        cache = StepCache(prepared(scheme.inner), *rest[1:])
+    elif isinstance(scheme, ForcedScheme):
+        cache = jax.tree.map(lambda a: jnp.asarray(a)[k], cache)
+    else:
+        cache = prepared(scheme)
     return times[k], dt[k], cache
 
 

@@ -17,6 +17,7 @@ from numpyro_sde.filters.particle import Particle
 from numpyro_sde.models.reading import NO_PATH, read_model, refuse_weighted
 from numpyro_sde.models.stack import outside_all_handlers, peel
 from numpyro_sde.models.survey import survey
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import StateSpaceModel
 
@@ -92,27 +93,50 @@ def score(
         raise ValueError(f"num_draws must be a multiple of {num_filters} filters, got {num_draws}")
     values = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in params.items()}
 
-    def given(values: Mapping[str, Array]) -> Callable[..., Any]:
-        return substitute(seed(model, 0), data=values)
-
-    survey(given(values), model_args, model_kwargs).refuse_other_uses()
-    reading = read_model(given(values), model_args, model_kwargs)
-    names = tuple(reading.paths)
-    if not names:
+    treated = _given(model, values)
+    survey(treated, model_args, model_kwargs).refuse_other_uses()
+    reading = read_model(treated, model_args, model_kwargs)
+    if not reading.paths:
         raise ValueError(NO_PATH)
-    for name in names:
-        refuse_weighted(reading.paths[name], name, "score")
-
+    for name, site in reading.paths.items():
+        refuse_weighted(site, name, "score")
+    keys = jax.random.split(rng_key, num_filters)
     each = num_draws // num_filters
+    means = _gradients(model, values, model_args, model_kwargs, method, keys, each)
+    return Score(
+        jax.tree.map(lambda g: jnp.mean(g, axis=0), means),
+        jax.tree.map(lambda g: jnp.std(g, axis=0, ddof=1) / np.sqrt(num_filters), means),
+    )
 
-    def draw(values: Any, key: PRNGKeyArray) -> dict[str, Array]:
-        observed = read_model(given(values), model_args, model_kwargs).observed
-        keys = jax.random.split(key, len(names))
-        return {n: _draw(observed[n], method, k, each) for n, k in zip(names, keys, strict=True)}
+
+def _given(model: Callable[..., Any], values: Mapping[str, Array]) -> Callable[..., Any]:
+    return substitute(seed(model, 0), data=dict(values))
+
+
+@entry_point
+def _gradients(
+    model: Any,
+    values: dict[str, Array],
+    args: Any,
+    kwargs: Any,
+    method: Particle,
+    keys: Any,
+    each: int,
+) -> dict[str, Array]:
+    """Mean gradient over the paths that each of several filters draws, `(num_filters, ...)`.
+
+    Compiled once for a model and the shapes of its arguments: an ascent calls it at every step.
+    """
+    names = tuple(read_model(_given(model, values), args, kwargs).paths)
+
+    def draw(key: PRNGKeyArray) -> dict[str, Array]:
+        observed = read_model(_given(model, values), args, kwargs).observed
+        own = jax.random.split(key, len(names))
+        return {n: _draw(observed[n], method, k, each) for n, k in zip(names, own, strict=True)}
 
     def density(values: Any, drawn: dict[str, Array]) -> Array:
         with outside_all_handlers(), trace() as sites:
-            substitute(given(values), data=drawn)(*model_args, **model_kwargs)
+            substitute(_given(model, values), data=drawn)(*args, **kwargs)
         total = jnp.zeros(())
         for name, site in sites.items():
             law, _ = peel(site["fn"]) if site["type"] == "sample" else (None, None)
@@ -122,18 +146,10 @@ def score(
         return total
 
     def gradient(key: PRNGKeyArray) -> Any:
-        terms = jax.lax.map(
-            lambda d: jax.grad(density)(values, d), draw(values, key), batch_size=50
-        )
+        terms = jax.lax.map(lambda d: jax.grad(density)(values, d), draw(key), batch_size=50)
         return jax.tree.map(lambda g: jnp.mean(g, axis=0), terms)
 
-    means = jax.jit(lambda keys: jax.lax.map(gradient, keys))(
-        jax.random.split(rng_key, num_filters)
-    )
-    return Score(
-        jax.tree.map(lambda g: jnp.mean(g, axis=0), means),
-        jax.tree.map(lambda g: jnp.std(g, axis=0, ddof=1) / np.sqrt(num_filters), means),
-    )
+    return jax.lax.map(gradient, keys)
 
 
 def _draw(observed: ObservedPath, method: Particle, key: PRNGKeyArray, num_draws: int) -> Array:

@@ -259,3 +259,36 @@ def test_wrong_starts_and_sites(y):
         kernel.run(jax.random.key(0), y, init_params={"rate": -1.0, "scale": 1.0})
     with pytest.raises(TypeError, match="model inside"):
         nsde.infer.IteratedFiltering(nsde.handlers.marginalize(model, method=nsde.filters.Kalman()))
+
+
+def test_a_maximum_beside_a_posterior(x64):
+    rng = np.random.default_rng(0)
+    space = ParameterSpace(model, (np.zeros(40),), {})
+    point = np.asarray(space.flat({"rate": 1.0, "scale": 0.9}))[None]
+    fit = nsde.infer.LikelihoodFit.of(
+        space,
+        np.array([-60.0]),
+        np.array([0.2]),
+        [point],
+        [np.array([-60.1])],
+        point[:, :, None],
+        0,
+    )
+    grid = np.linspace(0.6, 1.4, 15)
+    profile = nsde.infer.Profile("rate", grid, -50.0 * (grid - 1.0) ** 2, np.zeros(15), {}, 0.95)
+    posterior = {"rate": rng.normal(1.1, 0.1, 2000), "scale": rng.normal(0.5, 0.1, 2000)}
+    table = nsde.diagnostics.compare_fits(
+        {"NUTS": posterior, "IF2": fit.with_profiles(profile)}, model=None
+    )
+    row = table.parameters.loc[("rate", "IF2")]
+    np.testing.assert_allclose([row["mean"], row["sd"]], [1.0, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(row["difference"], 1.0, rtol=0.1)
+    assert np.isnan(table.parameters.loc[("scale", "IF2"), "sd"])
+    assert table.fits.loc["IF2", "log_likelihood"] == -60.0
+    verdict = table.verdicts["IF2"]
+    assert "log likelihood -60.00 (se 0.20)" in verdict
+    assert "rate (0.80" in verdict
+    assert "away from the mean of NUTS: scale (4" in verdict
+    assert "maximum likelihood" in str(table)
+    alone = nsde.diagnostics.compare_fits({"IF2": fit, "NUTS": posterior})
+    assert np.isnan(alone.parameters.loc[("rate", "NUTS"), "distance"])

@@ -87,6 +87,21 @@ def test_particles_under_three_laws(x64, law, reference, error):
     assert abs(mean - reference) < 4.0 * np.hypot(spread, error)
 
 
+def test_auxiliary_particles_survive_a_look_ahead_that_is_far_off(x64):
+    # The drift alone, over one step of a day, sends the susceptible below zero.
+    path = sir_path(laws.EulerMultinomial(10))
+
+    @jax.jit
+    def run(key):
+        method = nsde.filters.Particle(1000, proposal="auxiliary", key=key)
+        return filtered(path, method).log_likelihood
+
+    values = np.array([run(jax.random.key(k)) for k in range(4)])
+    error = np.std(values, ddof=1) / 2.0
+    assert error < 0.2
+    assert abs(values.mean() - SIR["euler_binomial_dt_0_1"]) < 4.0 * error + 0.05
+
+
 def test_immigration_and_death_linear_noise(x64):
     ref = REFERENCE["immigration_death_exactly_observed"]
     net = nsde.ReactionNetwork([[0, 1]], [[1, 0]], jnp.array([ref["lam"], ref["mu"]]))

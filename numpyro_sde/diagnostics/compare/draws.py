@@ -1,8 +1,9 @@
 """Draws of every kind of fit in one form, with their pointwise log likelihood.
 
-A fit is a NumPyro `MCMC` after `run`, an SVI with its result, a guide with its parameters, or a
-dictionary of draws. Everything that needs the model again (log likelihood, log weights of a
-guide, predictions) runs it once for each draw, in batches, under `jax.jit`.
+A fit is a NumPyro `MCMC` after `run`, an SVI with its result, a guide with its parameters, a
+maximum likelihood fit, which is one draw, or a dictionary of draws. Everything that needs the model
+again (log likelihood, log weights of a guide, predictions) runs it once for each draw, in batches,
+under `jax.jit`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 from numpyro.infer.util import compute_log_probs, log_density
 
-from numpyro_sde.diagnostics.compare.fits import RefinedFit, SVIFit
+from numpyro_sde.diagnostics.compare.fits import POINT, RefinedFit, SVIFit
+from numpyro_sde.diagnostics.compare.model_names import describe_model
 from numpyro_sde.diagnostics.compare.parameter_weights import (
     NUM_PATHS,
     GuideDraw,
@@ -34,6 +36,7 @@ from numpyro_sde.diagnostics.compare.sites import (
     pointwise_log_prob,
 )
 from numpyro_sde.diagnostics.compare.timing import Timing
+from numpyro_sde.infer.likelihood_fit import LikelihoodFit
 
 _BATCH = 64  # draws evaluated together: enough to fill a CPU, little memory for long paths
 _STATISTICS = {
@@ -48,7 +51,7 @@ class Draws(NamedTuple):
     """A fit in one form: from :func:`read_fit`, with everything after :func:`complete_draws`.
 
     Attributes:
-        method: `"mcmc"`, `"variational"`, `"psis"` or `"draws"`.
+        method: `"mcmc"`, `"variational"`, `"psis"`, `"maximum likelihood"` or `"draws"`.
         engine: Class name of the kernel or guide.
         posterior: For each site an array of shape `(chain, draw, ...)`.
         statistics: For each sampler statistic an array of that shape.
@@ -160,11 +163,13 @@ def read_fit(
         return _from_mapping(fit, model, model_args, model_kwargs, group_by_chain)
     if isinstance(fit, RefinedFit):
         return _from_refined(fit, model, model_args, model_kwargs)
+    if isinstance(fit, LikelihoodFit):
+        return _from_likelihood(fit, model)
     if isinstance(fit, tuple) and len(fit) >= 2:
         return _from_guide(SVIFit(*fit), model, model_args, model_kwargs)
     raise TypeError(
         "fit must be an MCMC, a tuple (svi, svi_result) or (guide, params), an SVIFit, a "
-        f"RefinedFit or a dictionary of draws, got {type(fit).__name__}"
+        f"RefinedFit, a LikelihoodFit or a dictionary of draws, got {type(fit).__name__}"
     )
 
 
@@ -300,6 +305,31 @@ def _from_refined(
         model_kwargs=source.model_kwargs if model_kwargs is None else model_kwargs,
         timing=fit.timing,
         attributes={**fit.weight_summary, "refined_from": source.engine},
+    )
+
+
+def _from_likelihood(fit: LikelihoodFit, model: Callable[..., Any] | None) -> Draws:
+    """A point as one draw. Its model is named, not run: its paths were never drawn."""
+    attributes: dict[str, Any] = {
+        "log_likelihood": fit.log_likelihood,
+        "log_likelihood_se": fit.standard_error,
+        "model": describe_model(model or fit.model, fit.model_args, fit.model_kwargs),
+    }
+    for site, profile in fit.profiles.items():
+        attributes[f"profile_error_{site}"] = profile.adjusted.standard_error
+        attributes[f"profile_interval_{site}"] = list(profile.interval)
+    posterior = {name: np.asarray(value)[None, None] for name, value in fit.params.items()}
+    return Draws(
+        method=POINT,
+        engine="IteratedFiltering",
+        posterior=posterior,
+        statistics={},
+        log_likelihood={},
+        model=None,
+        model_args=(),
+        model_kwargs={},
+        params={},
+        attributes=attributes,
     )
 
 

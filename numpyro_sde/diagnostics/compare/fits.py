@@ -11,6 +11,9 @@ from numpyro.infer import MCMC
 
 from numpyro_sde.diagnostics.compare.timing import Timing
 
+# The method of a fit that is one point, without a posterior.
+POINT = "maximum likelihood"
+
 
 class SVIFit(NamedTuple):
     """A variational fit with what is needed to evaluate it.

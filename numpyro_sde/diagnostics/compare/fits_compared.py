@@ -28,6 +28,7 @@ from numpyro_sde.diagnostics.compare.verdicts import (
     Evidence,
     chain_verdict,
     disagreement,
+    point_verdict,
     resampled_verdict,
     variational_verdict,
 )
@@ -63,7 +64,8 @@ class FitComparison:
             with `num_points` data points, `bad_khat` of which are above the threshold, and the
             difference `elpd_diff`, `diff_se` to the reference; for a variational fit `elbo`,
             `elbo_se`, its importance-weighted `log_evidence` with `efficiency` (effective share
-            of the draws), and `khat` of the fit; `khat_parameters` and `efficiency_parameters`
+            of the draws), and `khat` of the fit; for a maximum likelihood fit `log_likelihood`
+            with its Monte Carlo error; `khat_parameters` and `efficiency_parameters`
             with the path integrated out, for a guide that offers `path_sites()`; `divergences`;
             `run_time` and the other seconds of :class:`Timing`.
         reference: Name of the fit that distances and differences are taken to.
@@ -309,6 +311,9 @@ def _verdicts(
         if summary.method == "variational":
             text = variational_verdict(known, row, against)
             verdicts[name] = _with_notes(text, row, table.reference if other else None)
+            continue
+        if summary.is_point:
+            verdicts[name] = point_verdict(known, summary.attrs, against)
             continue
         if summary.method == "psis":
             ess = float(summary.attrs["importance_ess"])

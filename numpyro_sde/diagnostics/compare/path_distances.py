@@ -68,6 +68,18 @@ def moments(values: Float[np.ndarray, "chain draw *shape"], size: float | None =
     return Moments(mean, sd, sd / np.sqrt(ess), sd * relative, ess)
 
 
+def point_moments(values: Float[np.ndarray, "chain draw *shape"]) -> Moments:
+    """A point as moments: it has a place and neither spread nor error.
+
+    Example:
+        >>> found = point_moments(np.full((1, 1), 2.0))
+        >>> float(found.mean), float(found.sd)
+        (2.0, nan)
+    """
+    unknown = np.full(values.shape[2:], np.nan)
+    return Moments(values[0, 0], unknown, unknown, unknown, np.ones(values.shape[2:]))
+
+
 def _sizes(values: Float[np.ndarray, "chain draw *shape"], total: int) -> np.ndarray:
     if values.shape[1] < _FEWEST:
         return np.full(values.shape[2:], float(total))

@@ -15,12 +15,14 @@ from numpyro_sde.diagnostics.compare.arviz_compat import (
     scalar_draws,
     split_rhat,
 )
+from numpyro_sde.diagnostics.compare.fits import POINT
 from numpyro_sde.diagnostics.compare.path_distances import (
     Difference,
     Moments,
     difference,
     largest_rhat,
     moments,
+    point_moments,
 )
 from numpyro_sde.diagnostics.compare.statistics import fit_weights, leave_one_out, wasserstein
 
@@ -28,7 +30,8 @@ _MAX_EFFICIENCY = 1000  # scalars whose effective sizes are averaged for PSIS
 _TIMES = ("compile_time", "trace_time", "search_time", "import_time")
 _FIT_COLUMNS = (
     *("method", "draws", "elpd", "elpd_se", "p_loo", "num_points", "bad_khat"),
-    *("elpd_diff", "diff_se", "elbo", "elbo_se", "log_evidence", "efficiency", "khat"),
+    *("elpd_diff", "diff_se", "log_likelihood", "log_likelihood_se"),
+    *("elbo", "elbo_se", "log_evidence", "efficiency", "khat"),
     *("khat_parameters", "efficiency_parameters"),
     *("divergences", "run_time", *_TIMES),
 )
@@ -59,7 +62,18 @@ class Summary(NamedTuple):
     @property
     def is_chain(self) -> bool:
         """Whether its draws are those of a Markov chain, or of unknown kind."""
-        return self.method not in ("variational", "psis")
+        return self.method not in ("variational", "psis", POINT)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether it is a maximum of the likelihood, without a posterior."""
+        return self.method == POINT
+
+    def sd(self, var: str, values: np.ndarray) -> float:
+        """Standard deviation of a scalar's draws; of a point its standard error, if known."""
+        if self.is_point:
+            return float(self.attrs.get(f"profile_error_{var}", np.nan))
+        return float(values.std(ddof=1))
 
     @property
     def run_time(self) -> float:
@@ -73,6 +87,8 @@ class Summary(NamedTuple):
 
     def moments(self, var: str) -> Moments:
         """Moments of a variable with their Monte Carlo errors."""
+        if self.is_point:
+            return point_moments(np.asarray(self.posterior[var].values, np.float64))
         size = None if self.is_chain else float(self.num_draws)
         if self.method == "psis":
             size = min(float(self.attrs["importance_ess"]), float(self.num_draws))
@@ -87,7 +103,7 @@ def _flat(variable: Any) -> np.ndarray:
 def _scaled_distance(variable: Any, reference: Any) -> Float[np.ndarray, "*shape"]:
     """1-Wasserstein distance in sds of the reference; NaN where the reference is constant."""
     other = _flat(reference)
-    scale = other.std(axis=0, ddof=1)
+    scale = other.std(axis=0, ddof=1) if len(other) > 1 else np.full(other.shape[1:], np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(scale > 0, wasserstein(_flat(variable), other) / scale, np.nan)
 
@@ -136,7 +152,7 @@ def parameter_table(summaries: Mapping[str, Summary], reference: str, variables:
                 values = scalar_draws(summary.posterior, var, element)
                 row = {
                     "mean": values.mean(),
-                    "sd": values.std(ddof=1),
+                    "sd": summary.sd(var, values),
                     "distance": float(distances[name][element]),
                 }
                 if name != reference:
@@ -334,6 +350,8 @@ def _fit_row(summary: Summary) -> tuple[dict[str, Any], Float[np.ndarray, " n"] 
         weights = fit_weights(_flat(statistics["log_weight_parameters"]))
         row["khat_parameters"] = weights.khat
         row["efficiency_parameters"] = weights.efficiency
+    if summary.is_point:
+        row |= {k: float(summary.attrs[k]) for k in ("log_likelihood", "log_likelihood_se")}
     if "importance_ess" in summary.attrs:
         attrs = summary.attrs
         row["khat"], row["log_evidence"] = attrs["khat"], attrs["log_evidence"]

@@ -21,6 +21,7 @@ GOOD_ESS, BAD_ESS = 400.0, 100.0
 GOOD_KHAT, GOOD_EFFICIENCY = 0.5, 0.5
 _MATERIAL = 0.1  # posterior sds: a smaller difference is of no account, however certain
 _LEAST_ERRORS = 4.0
+_FAR = 2.0  # posterior sds between a posterior mean and a maximum of the likelihood
 _FAMILY_LEVEL = 1e-3  # of finding a difference by chance anywhere
 _MANY_DIVERGENCES = 0.01
 _MAX_NAMES = 8
@@ -150,6 +151,32 @@ def resampled_verdict(
     if ess < GOOD_ESS:
         return f"use it; draw more from the guide for more than means (size {ess:.0f})", True
     return "use it", True
+
+
+def point_verdict(
+    quantities: Mapping[str, Evidence], attrs: Mapping[str, Any], reference: str | None
+) -> str:
+    """What to say of a maximum of the likelihood: where it is, and what it does not say.
+
+    Example:
+        >>> attrs = {"log_likelihood": -65.4, "log_likelihood_se": 0.2}
+        >>> point_verdict({"rate": Evidence(np.nan, 1.0, 0.3, np.nan, 1)}, attrs, "NUTS")
+        'a point of log likelihood -65.40 (se 0.20), not a posterior; within 2 sd of NUTS'
+    """
+    known = f"{attrs['log_likelihood']:.2f} (se {attrs['log_likelihood_se']:.2f})"
+    parts = [f"a point of log likelihood {known}, not a posterior"]
+    intervals = {
+        name: "({:.4g}, {:.4g})".format(*attrs[f"profile_interval_{name}"])
+        for name in quantities
+        if f"profile_interval_{name}" in attrs
+    }
+    if intervals:
+        parts.append(f"profile intervals: {', '.join(f'{n} {v}' for n, v in intervals.items())}")
+    if reference is not None:
+        far = {n: f"{q.size:.1f} sd" for n, q in quantities.items() if q.size > _FAR}
+        away = f"away from the mean of {reference}: {_listed(far)}"
+        parts.append(away if far else f"within {_FAR:g} sd of {reference}")
+    return "; ".join(parts)
 
 
 def differing(quantities: Mapping[str, Evidence]) -> dict[str, str]:
