@@ -22,7 +22,7 @@ def log_mean_exp(values: Float[np.ndarray, " R"]) -> tuple[float, float]:
         >>> import numpy as np
         >>> value, error = log_mean_exp(np.log([1.0, 2.0, 3.0]))
         >>> round(value, 4), round(error, 2)
-        (0.6931, 0.29)
+        (0.6931, 0.3)
     """
     top = np.max(values)
     if not np.isfinite(top):

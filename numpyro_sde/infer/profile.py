@@ -75,6 +75,13 @@ def adjusted_profile(
     Returns:
         The smoothed profile, its maximum and interval. Where the quadratic opens upwards, errors
         are NaN and the interval is the whole range.
+
+    Example:
+        >>> import numpy as np, numpyro_sde as nsde
+        >>> x = np.linspace(-4.0, 4.0, 33)
+        >>> noisy = -0.5 * x**2 + 0.3 * np.random.default_rng(0).normal(size=33)
+        >>> nsde.infer.adjusted_profile(x, noisy).monte_carlo_error < 0.2
+        True
     """
     x, y = np.asarray(values, float), np.asarray(log_likelihood, float)
     if x.shape != y.shape or x.ndim != 1:
