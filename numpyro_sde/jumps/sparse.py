@@ -7,7 +7,8 @@ nonnegative. A long time is cut into parts, so many as the rates ask for.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,22 +46,54 @@ def _series(edges: Edges, v: Array, t: Array, into: np.ndarray, out_of: np.ndarr
     parts = jnp.ceil(jnp.clip(lax.stop_gradient(mean) / limit, 1.0, edges.max_parts))
     stay, moves = 1.0 - exits / q, edges.rates / q
     weights = poisson_weights(mean / parts, edges.num_terms)
+    count = jnp.where(jnp.isnan(parts), 1.0, parts).astype(jnp.int32)
+    moved = _repeated(into, out_of, edges.max_parts)(count, stay, moves, weights, v)
+    return jnp.where(mean <= limit * edges.max_parts, moved, jnp.nan)
 
-    def term(carry: tuple[Array, Array], w: Array) -> tuple[tuple[Array, Array], None]:
-        u, total = carry
-        return ((stay * u).at[into].add(moves * u[out_of]), total + w * u), None
 
-    def whole(v: Array) -> Array:
+def _repeated(into: np.ndarray, out_of: np.ndarray, max_parts: int) -> Callable[..., Array]:
+    """The map of one part of the time, so often as there are parts: `(parts, ..., v)` to `v`.
+
+    A loop whose length is that of the longest in a batch, its reverse derivative written out:
+    branches under `vmap` would all run, and a loop of `max_parts` is up to so many times dearer.
+    """
+
+    def whole(stay: Array, moves: Array, weights: Array, v: Array) -> Array:
+        def term(carry: tuple[Array, Array], w: Array) -> tuple[tuple[Array, Array], None]:
+            u, total = carry
+            return ((stay * u).at[into].add(moves * u[out_of]), total + w * u), None
+
         return lax.scan(term, (v, jnp.zeros_like(v)), weights)[0][1]
 
-    def part(v: Array, i: Array) -> tuple[Array, None]:
-        return lax.cond(i < parts, jax.checkpoint(whole), lambda v: v, v), None
+    @jax.custom_vjp
+    def run(parts: Array, stay: Array, moves: Array, weights: Array, v: Array) -> Array:
+        return lax.fori_loop(0, parts, lambda _, u: whole(stay, moves, weights, u), v)
 
-    def cut(v: Array) -> Array:
-        return lax.scan(part, v, jnp.arange(edges.max_parts))[0]
+    def ahead(
+        parts: Array, stay: Array, moves: Array, weights: Array, v: Array
+    ) -> tuple[Array, tuple[Array, ...]]:
+        def part(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            u, seen = carry
+            return whole(stay, moves, weights, u), seen.at[i].set(u)
 
-    moved = lax.cond(mean <= limit, whole, cut, v)
-    return jnp.where(mean <= limit * edges.max_parts, moved, jnp.nan)
+        start = v, jnp.zeros((max_parts, *v.shape), v.dtype)
+        moved, seen = lax.fori_loop(0, parts, part, start)
+        return moved, (parts, stay, moves, weights, seen)
+
+    def back(kept: tuple[Array, ...], slope: Array) -> tuple[Any, ...]:
+        parts, *fixed, seen = kept
+
+        def part(k: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            *sums, slope = carry
+            *own, slope = jax.vjp(whole, *fixed, seen[parts - 1 - k])[1](slope)
+            return *(a + b for a, b in zip(sums, own, strict=True)), slope
+
+        zeros = tuple(jnp.zeros_like(a) for a in fixed)
+        found = lax.fori_loop(0, parts, part, (*zeros, slope))
+        return np.zeros(np.shape(parts), jax.dtypes.float0), *found
+
+    run.defvjp(ahead, back)
+    return run
 
 
 def propagate(

@@ -280,6 +280,27 @@ def test_matrix_free_forward_pass_of_an_epidemic():
         np.testing.assert_allclose(slope[i], numeric, rtol=1e-6)
 
 
+def test_a_batch_of_long_and_short_times_and_its_gradients():
+    # A batch takes as many parts as its longest time asks for; the others must not.
+    source, target = np.array([0, 1, 1, 2]), np.array([1, 0, 2, 0])
+    start = jnp.array([0.2, 0.3, 0.5])
+    weight = jnp.array([1.0, -2.0, 0.5])
+
+    def by_edges(rates, t):
+        moved = sparse.propagate(source, target, rates, start, t, num_terms=32)
+        return jnp.sum(weight * moved)
+
+    def by_matrix(rates, t):
+        Q = generator_matrix(jnp.zeros((3, 3)).at[source, target].set(rates))
+        return jnp.sum(weight * (start @ jax.scipy.linalg.expm(Q * t)))
+
+    rates = jnp.array([[1.0, 2.0, 0.5, 3.0], [20.0, 9.0, 30.0, 4.0]])
+    t = jnp.array([0.01, 2.0])
+    for order in (lambda f: f, jax.grad, lambda f: jax.jacfwd(jax.grad(f))):
+        got = jax.jit(jax.vmap(order(by_edges)))(rates, t)
+        np.testing.assert_allclose(got, jax.vmap(order(by_matrix))(rates, t), atol=1e-10)
+
+
 def test_matrix_free_equals_dense():
     ref, Q, gaps, log_emission = labels()
     source, target = np.nonzero(np.array(Q) > 0)
