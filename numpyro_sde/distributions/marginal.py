@@ -35,6 +35,7 @@ from numpyro_sde.distributions.statement import (
     stack_replicates,
 )
 from numpyro_sde.filters.forward import ForwardResult
+from numpyro_sde.filters.rao_blackwell import RaoBlackwellResult
 from numpyro_sde.sde import broadcast_batch
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
@@ -284,6 +285,17 @@ def _sum_from(terms: Array, rows: np.ndarray, present: Array) -> Array:
 
 def draw_smoothed(observed: ObservedPath, method: AbstractFilter, key: PRNGKeyArray) -> Array:
     """Draw one path for each element of the batch, given the data, `(*lead, T, *state)`."""
+    return draw_parts(observed, method, key)["path"]
+
+
+def draw_parts(
+    observed: ObservedPath, method: AbstractFilter, key: PRNGKeyArray
+) -> dict[str, Array]:
+    """Draw one path for each element of the batch, and what the method draws with it.
+
+    Returns:
+        `path`, `(*lead, T, *state)`; others, hidden regimes, of shape `(*lead, T)`.
+    """
     observed = observed.treated_by(method)
     path, lead = observed.path, observed.lead
     filter_key, draw_key, start_key = jax.random.split(key, 3)
@@ -294,20 +306,25 @@ def draw_smoothed(observed: ObservedPath, method: AbstractFilter, key: PRNGKeyAr
     method_keys = keys if method_key is None else jax.random.split(method_key, lead)
     starts = draw_starts(path, lead, method.num_starts, start_key)
 
-    def one(model: StateSpaceModel, key: PRNGKeyArray, other: Any, *starts: Array) -> Array:
+    def one(
+        model: StateSpaceModel, key: PRNGKeyArray, other: Any, *starts: Array
+    ) -> dict[str, Array]:
         model = with_starts(model, *starts)
         chosen = method.with_key(other)
         chosen.check(model)
         result = chosen.filter(model)
+        if isinstance(result, RaoBlackwellResult):
+            states, regimes = result.sample_with_regimes(key, 1)
+            return {"path": model.visible(states[0]), "regime": regimes[0]}
         draw = result.sample(key, 1)[0]
         if isinstance(result, ForwardResult):  # counts of a network, or numbers of states
-            return draw if result.equation.values is not None else draw[:, 0]
-        return model.visible(draw)
+            return {"path": draw if result.equation.values is not None else draw[:, 0]}
+        return {"path": model.visible(draw)}
 
     key_dim = keys.ndim - len(lead)
     dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
-    draws = observed.map(one, (keys, method_keys, *starts), dims)
-    return path.of_states(draws)
+    draws: dict[str, Array] = observed.map(one, (keys, method_keys, *starts), dims)
+    return {**draws, "path": path.of_states(draws["path"])}
 
 
 @promote_batch_shape.register

@@ -17,6 +17,7 @@ from numpyro_sde.filters.particle import (
     UnreliableFilterWarning,
 )
 from numpyro_sde.filters.particle_result import ParticleResult, Reliability
+from numpyro_sde.filters.rao_blackwell import RaoBlackwell, RaoBlackwellResult
 from numpyro_sde.filters.regimes import GPB, IMM, RegimeResult
 from numpyro_sde.filters.unscented import UnscentedKalman
 from numpyro_sde.smc.proposals import Proposal, plain_step
@@ -40,6 +41,8 @@ __all__ = [
     "ParticleCollapseWarning",
     "ParticleResult",
     "Proposal",
+    "RaoBlackwell",
+    "RaoBlackwellResult",
     "RegimeResult",
     "Reliability",
     "Resampling",

@@ -229,14 +229,18 @@ class ForwardResult(FilterResult):
         Returns:
             Times `(draws, J)`, NaN after the last jump, and states `(draws, J + 1)`.
         """
-        generator, times = self.equation.chain.generator, jnp.asarray(self.times)
 
-        def one(key: PRNGKeyArray, states: Array) -> bridges.JumpTimes:
-            return bridges.draw_jumps(key, generator, times, states, num_terms=num_terms)
+        def one(key: PRNGKeyArray) -> bridges.JumpTimes:
+            return self.draw_jumps_padded(key, num_terms=num_terms)
 
+        return bridges.trim(jax.vmap(one)(jax.random.split(key, num_draws)))
+
+    def draw_jumps_padded(self, key: PRNGKeyArray, *, num_terms: int) -> bridges.JumpTimes:
+        """One path in continuous time, its padding not cut: for use inside a trace."""
         key_states, key_jumps = jax.random.split(key)
-        states = self._numbers(key_states, num_draws)
-        return bridges.trim(jax.vmap(one)(jax.random.split(key_jumps, num_draws), states))
+        states = self._numbers(key_states, 1)[0]
+        generator, times = self.equation.chain.generator, jnp.asarray(self.times)
+        return bridges.draw_jumps(key_jumps, generator, times, states, num_terms=num_terms)
 
     def _numbers(self, key: PRNGKeyArray, num_draws: int) -> Array:
         def one(key: PRNGKeyArray) -> Array:

@@ -109,20 +109,20 @@ class Kalman(AbstractFilter):
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
         model = _discretized(model)
-        arrays = _assemble(model, _observed_rows(model))
+        arrays = linear_arrays(model, _observed_rows(model))
         engine = diffuse if model.init_kind == "flat" else kalman
         return engine.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
         model = _discretized(model)
-        arrays = _assemble(model, _observed_rows(model))
+        arrays = linear_arrays(model, _observed_rows(model))
         result, _ = self._run(model, arrays)
         terms = result.increments
         return jnp.zeros(model.num_times, terms.dtype).at[arrays.rows].set(terms)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
         model = _discretized(model)
-        arrays = _assemble(model, np.arange(model.num_times))
+        arrays = linear_arrays(model, np.arange(model.num_times))
         result, kernel = self._run(model, arrays)
         return FilterResult(
             times=model.times,
@@ -252,7 +252,8 @@ def _observed_rows(model: StateSpaceModel) -> np.ndarray:
     return np.unique(np.concatenate(rows)).astype(int)
 
 
-def _assemble(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
+def linear_arrays(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
+    """The arrays of a linear-Gaussian model at some grid indices, with its data."""
     dtype = jnp.result_type(float)
     F, c, Q, Q_factor = _transitions(model, rows)
     parts = [_emission(instrument, model.dim, rows) for instrument in model.instruments]

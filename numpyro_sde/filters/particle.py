@@ -104,12 +104,12 @@ def is_above(log_likelihood: Any, largest: Any) -> Any:
 
 
 @jax.custom_jvp
-def _without_gradient(log_likelihood: Array) -> Array:
+def without_gradient(log_likelihood: Array) -> Array:
     """The identity, refusing to be differentiated."""
     return log_likelihood
 
 
-@_without_gradient.defjvp
+@without_gradient.defjvp
 def _refuse_gradient(primals: Any, tangents: Any) -> Any:  # noqa: ARG001
     raise TypeError(
         "a particle filter's log likelihood has no useful gradient: under NUTS, HMC and SVI its "
@@ -270,12 +270,12 @@ class Particle(AbstractFilter):
         value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
         jax.debug.callback(partial(_warn, str(self.proposal)), value, largest)
-        return _without_gradient(jnp.where(is_above(value, largest), jnp.nan, value))
+        return without_gradient(jnp.where(is_above(value, largest), jnp.nan, value))
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
         setting, plan, _, key = self._raced(model)
         run = run_filter(model, setting, key, diagnose=True, plan=plan)
-        return _without_gradient(run.increments)
+        return without_gradient(run.increments)
 
     def additive(
         self,

@@ -54,7 +54,7 @@ class _MergingFilter(AbstractFilter):
             raise ValueError(f"{name}() needs a first state that is normal or fixed")
         if isinstance(self.inner, Kalman):
             for regime in range(model.sde.chain.num_states):  # type: ignore[attr-defined]
-                self.inner.check(_in_regime(model, regime))
+                self.inner.check(in_regime(model, regime))
 
     def _moves(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gaussian and regime of each move in a step, and whether the first step has it: `(K,)`."""
@@ -83,7 +83,7 @@ class _MergingFilter(AbstractFilter):
 
         def move(regime: Array, mean: Array, cov: Array, now: Any) -> tuple[Array, Array]:
             t, dt, _ = now
-            one = _in_regime(model, regime)
+            one = in_regime(model, regime)
 
             def with_aux(x: Array) -> tuple[Array, tuple[Array, Array]]:
                 next_mean, noise = one.step_moments(t, dt, x)
@@ -141,7 +141,7 @@ class _MergingFilter(AbstractFilter):
         )
 
 
-def _in_regime(model: StateSpaceModel, regime: Any) -> StateSpaceModel:
+def in_regime(model: StateSpaceModel, regime: Any) -> StateSpaceModel:
     """The model as it is while a regime lasts."""
     scheme: Any = model.scheme
     d = model.dim - 1
@@ -280,6 +280,7 @@ class RegimeResult(FilterResult):
     def backward_kernel(self) -> Any:
         """Not for mixtures of regimes."""
         raise TypeError(
-            "IMM() and GPB() give filtered moments and regimes; draws of the path given all data "
-            "come from filters.Particle(proposal='bootstrap')"
+            "IMM() and GPB() give filtered moments and regimes; draws of the path and its regimes "
+            "given all data come from filters.RaoBlackwell(), or for a drift that is not linear "
+            "from filters.Particle(proposal='bootstrap')"
         )

@@ -13,8 +13,11 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.filters.rao_blackwell import check_switching
+from numpyro_sde.infer import conditional_regimes
 from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
 from numpyro_sde.models.survey import survey
+from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
 from numpyro_sde.smc.proposals import Bootstrap, Proposal
@@ -53,6 +56,9 @@ class ConditionalSMC(MCMCKernel):
     you. Each sweep runs a particle filter that keeps the present path and draws a new one backward,
     block by block between observation times, with new bridges inside the blocks; any number of
     particles keeps the law of the path given data and parameters.
+
+    The path of a `SwitchingSDE` is drawn through its regimes, the state integrated out, where the
+    model is linear and normal given them; `proposal` and `renewal` are then not used.
 
     Extra fields are `renewed` and `ess` of `ConditionalSMCState`: under `Gibbs`
     `"block_states.0.renewed"`. Do not use it where the diffusion's parameters are to be learnt on a
@@ -198,6 +204,9 @@ class ConditionalSMC(MCMCKernel):
     def _first(self, observed: ObservedPath, key: PRNGKeyArray) -> Array:
         def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:
             self._check(model)
+            if isinstance(model.scheme, SwitchingSteps):
+                path = conditional_regimes.first_path(model, self.num_particles, key)
+                return model.visible(path)
             return model.visible(first_path(model, self._setting(model), key))
 
         return observed.map_seeded(one, key, self.num_particles)
@@ -207,6 +216,9 @@ class ConditionalSMC(MCMCKernel):
     ) -> tuple[Array, Array, Array]:
         def one(model: StateSpaceModel, key: PRNGKeyArray, x: Array) -> tuple[Array, Array, Array]:
             self._check(model)
+            if isinstance(model.scheme, SwitchingSteps):
+                path, renewed, ess = conditional_regimes.sweep(model, x, self.num_particles, key)
+                return model.visible(path), renewed, ess
             if model.state_shape is None:
                 states = jnp.reshape(x, (model.num_times, model.dim))
             else:
@@ -221,6 +233,9 @@ class ConditionalSMC(MCMCKernel):
         return with_own_steps(self.setting, model, self.own_share)
 
     def _check(self, model: StateSpaceModel) -> None:
+        if isinstance(model.scheme, SwitchingSteps):
+            check_switching(model, "ConditionalSMC()")
+            return
         check_brownian(model, "ConditionalSMC()")
         if model.state_shape is not None:
             # A carried bank is a function of the path: innovations can be read off, a density of

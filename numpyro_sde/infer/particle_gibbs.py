@@ -15,7 +15,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_sde.infer.conditional import ConditionalSMC
-from numpyro_sde.infer.racing import ProposalRace, fingerprint, guide_is_exact, race_proposals
+from numpyro_sde.infer.racing import (
+    ProposalRace,
+    fingerprint,
+    guide_is_exact,
+    race_proposals,
+    regimes_are_linear,
+)
 from numpyro_sde.infer.start import Start, approximate_mode
 from numpyro_sde.smc.defensive import Auto
 from numpyro_sde.smc.settings import PROPOSALS
@@ -131,7 +137,9 @@ class ParticleGibbs(Gibbs):
         if data is None:
             return
         if data not in self._races:
-            exact = guide_is_exact(self._model, start.z, args, kwargs)
+            exact = guide_is_exact(self._model, start.z, args, kwargs) or regimes_are_linear(
+                self._model, start.z, args, kwargs
+            )
             self._races[data] = (
                 None
                 if exact

@@ -26,10 +26,12 @@ from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.racing import (
     LikelihoodEstimator,
     ProposalRace,
+    RegimeEstimator,
     estimated_log_density,
     fingerprint,
     guide_is_exact,
     race_proposals,
+    regimes_are_linear,
 )
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.smc.proposals import Proposal
@@ -45,6 +47,8 @@ _FIRST_PARTICLES = 4
 _RACED = ("guided", "bootstrap", "auxiliary", "defensive")
 _RACE_PARTICLES = 64
 _MOST_PARTICLES = 200_000
+# In place of a proposal: sequences of regimes, the state by Kalman filters.
+_REGIMES = "regimes"
 
 
 class Tuned(NamedTuple):
@@ -61,7 +65,7 @@ class Tuned(NamedTuple):
 
     z: dict[str, Array]
     factor: Array
-    method: LikelihoodEstimator
+    method: LikelihoodEstimator | RegimeEstimator
     sd: float | None
     race: ProposalRace | None
     postprocess: Callable[..., Any]
@@ -110,9 +114,10 @@ class PMMH(MCMCKernel):
         num_particles: number of particles; None chooses it so that the standard deviation of the
             log likelihood is near 1.2 at the worst of the central points, for each data set anew.
         proposal: how particles move, as in `filters.Particle`. "auto" takes "guided" where the
-            model is linear and normal, where that is exact; else "guided", "bootstrap",
-            "auxiliary" and "defensive" are raced at 16 points about the start, those that miss
-            part of the likelihood are dropped, and `proposals` shows the table.
+            model is linear and normal, where that is exact; of a `SwitchingSDE` that is linear and
+            normal in each regime, sequences of regimes (`filters.RaoBlackwell`); else "guided",
+            "bootstrap", "auxiliary" and "defensive" are raced at 16 points about the start, those
+            that miss part of the likelihood are dropped, and `proposals` shows the table.
         resampling: scheme of the filter.
         ess_threshold: share of particles below which the effective size calls for resampling.
         correlation: share of the filter's random numbers that a proposal keeps, by stretches of
@@ -237,6 +242,8 @@ class PMMH(MCMCKernel):
         flat, back = ravel_pytree(start.z)
         if proposal == "auto" and guide_is_exact(self._model, start.z, args, kwargs):
             proposal = "guided"
+        elif proposal == "auto" and regimes_are_linear(self._model, start.z, args, kwargs):
+            proposal = _REGIMES
         elif proposal == "auto":
             raced = race_proposals(
                 self._model,
@@ -256,8 +263,15 @@ class PMMH(MCMCKernel):
             size, sd = self._choose_size(size_key, points, back, proposal, args, kwargs)
         # The best scale of a random walk (Roberts, Gelman and Gilks 1997).
         width = 2.38 / np.sqrt(flat.size)
-        method = LikelihoodEstimator(size, proposal=proposal, **self._options())
+        method = self._estimator(size, proposal)
         return Tuned(back(flat), width * start.factor, method, sd, raced, postprocess)
+
+    def _estimator(
+        self, num_particles: int, proposal: Any
+    ) -> LikelihoodEstimator | RegimeEstimator:
+        if proposal == _REGIMES:
+            return RegimeEstimator(num_particles)
+        return LikelihoodEstimator(num_particles, proposal=proposal, **self._options())
 
     def _use(self, found: Tuned) -> None:
         self._current = found
@@ -280,7 +294,7 @@ class PMMH(MCMCKernel):
         """
         size = _FIRST_PARTICLES
         while True:
-            method = LikelihoodEstimator(size, proposal=proposal, **self._options())
+            method = self._estimator(size, proposal)
 
             def pair(point: Array, key: PRNGKeyArray, method: Any = method) -> Array:
                 keep_key, *two = jax.random.split(key, 3)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.infer.util import potential_energy
 
 from numpyro_sde.filters.particle import Particle, is_above
+from numpyro_sde.filters.rao_blackwell import RaoBlackwell
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.start import Start
 from numpyro_sde.smc.defensive import is_linear_gaussian
@@ -54,6 +55,16 @@ class LikelihoodEstimator(Particle):
         value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
         return jnp.where(is_above(value, largest), -jnp.inf, value)
+
+
+class RegimeEstimator(RaoBlackwell):
+    """A filter over regimes inside an engine, which takes its value for what it is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
+        return self._run(model).log_likelihood
 
 
 def estimated_log_density(
@@ -157,6 +168,16 @@ def guide_is_exact(model: Callable[..., Any], z: Any, args: Any, kwargs: Any) ->
     found: list[bool] = []
     jax.eval_shape(lambda z: estimated_log_density(model, _AllLinear(found), z, args, kwargs), z)
     return bool(found) and all(found)
+
+
+def regimes_are_linear(model: Callable[..., Any], z: Any, args: Any, kwargs: Any) -> bool:
+    """Whether all paths follow switching SDEs, linear and normal given the regimes, by tracing."""
+    method = RegimeEstimator(1)
+    try:
+        jax.eval_shape(lambda z: estimated_log_density(model, method, z, args, kwargs), z)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def race_proposals(

@@ -15,6 +15,8 @@ from numpyro.infer.initialization import init_to_median
 from numpyro.infer.util import initialize_model, potential_energy
 
 from numpyro_sde.filters.extended import ExtendedKalman
+from numpyro_sde.filters.forward import Forward
+from numpyro_sde.filters.regimes import IMM
 from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
@@ -47,9 +49,10 @@ class Start(NamedTuple):
 def approximate_mode(
     model: Callable[..., Any], args: Any, kwargs: Any, key: PRNGKeyArray
 ) -> tuple[Start, Callable[..., Any]]:
-    """Find mode and curvature by the extended Kalman filter, from the prior's median.
+    """Find mode and curvature by a filter with a gradient, from the prior's median.
 
-    Where the filter refuses the model, or its likelihood is not finite, the median is the start
+    The extended Kalman filter; that of hidden regimes, or of a Markov jump process, where the paths
+    are such. Where all refuse the model, or its likelihood is not finite, the median is the start
     and the covariance a small multiple of the unit matrix. It can be traced; outside a trace the
     search runs on the host, for which one gradient is all that has to be compiled.
 
@@ -72,16 +75,19 @@ def approximate_mode(
     )
     z = info.param_info.z
     flat, back = ravel_pytree(z)
-    approximate = marginalize(model, method=ExtendedKalman())
+    found = flat, _PLAIN_SCALE * jnp.eye(flat.shape[0], dtype=flat.dtype)
+    for method in (ExtendedKalman(), IMM(ExtendedKalman()), Forward()):
+        approximate = marginalize(model, method=method)
 
-    def potential(flat: Array) -> Array:
-        return potential_energy(approximate, args, kwargs, back(flat))
+        def potential(flat: Array, approximate: Any = approximate) -> Array:
+            return potential_energy(approximate, args, kwargs, back(flat))
 
-    try:
-        mode, factor = _search(potential, flat)
-    except (ValueError, TypeError):
-        mode, factor = flat, _PLAIN_SCALE * jnp.eye(flat.shape[0], dtype=flat.dtype)
-    return Start(back(mode), factor), info.postprocess_fn
+        try:
+            found = _search(potential, flat)
+            break
+        except (ValueError, TypeError):  # refused by name: not a model for this filter
+            continue
+    return Start(back(found[0]), found[1]), info.postprocess_fn
 
 
 def _search(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, Array]:

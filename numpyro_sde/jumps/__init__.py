@@ -5,6 +5,7 @@ from numpyro_sde.jumps.bridges import (
     PathStatistics,
     draw_jumps,
     path_statistics,
+    path_totals,
     states_at,
 )
 from numpyro_sde.jumps.chain import MarkovJumpProcess
@@ -33,6 +34,7 @@ __all__ = [
     "moment_closure",
     "noisy_exit_log_pmf",
     "path_statistics",
+    "path_totals",
     "states_at",
     "stationary_law",
     "transition_matrices",

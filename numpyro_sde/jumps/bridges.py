@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from numpyro_sde.jumps.forward_backward import log_likelihood
 from numpyro_sde.jumps.uniformisation import (
@@ -143,11 +143,11 @@ def states_at(jumps: JumpTimes, times: Float[Array, " K"]) -> Int[Array, " K"]:
 
 
 class PathStatistics(NamedTuple):
-    """Expected statistics of a path given data.
+    """Statistics of a path: expected ones given data, or those of a path that is known.
 
     Attributes:
-        jumps: expected number of jumps from i to j, `(n, n)`.
-        dwell: expected time in each state, `(n,)`.
+        jumps: number of jumps from i to j, `(n, n)`.
+        dwell: time in each state, `(n,)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -159,6 +159,41 @@ class PathStatistics(NamedTuple):
 
     jumps: Float[Array, "n n"]
     dwell: Float[Array, " n"]
+
+
+def path_totals(
+    jumps: JumpTimes, start: ArrayLike, end: ArrayLike, num_states: int
+) -> PathStatistics:
+    """Numbers of jumps and times in states of paths in continuous time.
+
+    Args:
+        jumps: the paths, any leading dimensions.
+        start: when they begin.
+        end: when they end.
+        num_states: number n of states.
+
+    Returns:
+        Jumps `(*lead, n, n)` and times `(*lead, n)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.jumps import JumpTimes, path_totals
+        >>> blink = JumpTimes(jnp.array([0.5, 0.75, jnp.nan]), jnp.array([0, 1, 0, 0]))
+        >>> totals = path_totals(blink, 0.0, 2.0, 2)
+        >>> totals.jumps.tolist(), totals.dwell.tolist()
+        ([[0.0, 1.0], [1.0, 0.0]], [1.75, 0.25])
+    """
+    times, states = jnp.asarray(jumps.times), jnp.asarray(jumps.states)
+    real = ~jnp.isnan(times)
+    lead = times.shape[:-1]
+    first = jnp.broadcast_to(jnp.asarray(start, times.dtype), lead)[..., None]
+    last = jnp.broadcast_to(jnp.asarray(end, times.dtype), lead)[..., None]
+    edges = jnp.concatenate([first, jnp.where(real, times, last), last], axis=-1)
+    state = jnp.arange(num_states)
+    inside = jnp.asarray(states[..., None] == state, times.dtype)
+    dwell = jnp.sum(jnp.diff(edges, axis=-1)[..., None] * inside, axis=-2)
+    left = inside[..., :-1, :] * real[..., None]
+    return PathStatistics(jnp.einsum("...ji,...jk->...ik", left, inside[..., 1:, :]), dwell)
 
 
 def path_statistics(

@@ -103,7 +103,7 @@ def backward_information(steps: LinearizedSteps) -> Information:
     def step(Z: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
         A, c, B, J, s = now
         H, e = Z[:, :d], Z[:, d]
-        M, K = _discount(H, B)
+        M, K = discount(H, B)
         V = matmul(transpose(A), matmul(M, jnp.concatenate([H, (e - matvec(H, c))[:, None]], 1)))
         W = matmul(transpose(A), K)
         # A'M H M'A + W W': V has A'M H in front, the rest of the congruence is on its right.
@@ -210,7 +210,7 @@ def match_noise(
     return V * outer(ratio, ratio)
 
 
-def _discount(H: Array, B: Array) -> tuple[Array, Array]:
+def discount(H: Array, B: Array) -> tuple[Array, Array]:
     """`M = (I + H B B')^-1` and the gain `K = H B (I + B'H B)^-1`, with `M = I - K B'`."""
     eye = jnp.eye(H.shape[-1], dtype=H.dtype)
     HB = H * B[None] if B.ndim == 1 else matmul(H, B)

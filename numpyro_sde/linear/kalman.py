@@ -193,7 +193,7 @@ def choose_form(
     return "sqrt" if single and state_size > 1 else "sequential"
 
 
-def _observations(
+def scalar_observations(
     model: LinearGaussian, y: Array, mask: Array | None
 ) -> tuple[Array, Array, Array, Array]:
     """Independent scalar observations `(C, R, y)`, `(T, p, ...)`, and each time's constant."""
@@ -223,7 +223,7 @@ def _observations(
 
 def scalar_steps(model: LinearGaussian, y: Array, mask: Array | None) -> tuple[ScalarSteps, Array]:
     """Model with one component a step, and what each time adds to the log likelihood."""
-    C, R, y, constant = _observations(model, y, mask)
+    C, R, y, constant = scalar_observations(model, y, mask)
     T, p, d = C.shape
 
     def spread(x: Array, between: Array) -> Array:

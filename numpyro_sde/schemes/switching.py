@@ -88,8 +88,8 @@ class SwitchingSteps(AbstractScheme):
 
     def lift(self, sde: SDE, times: Any, dt: Any, path: Array, cache: Any) -> Array:
         raise TypeError(
-            "the regimes of a path cannot be read off it, so a conditional particle filter cannot "
-            "keep it: use infer.PMMH, or filters.IMM() with NUTS"
+            "the regimes of a path cannot be read off it: use infer.ParticleGibbs, infer.PMMH, or "
+            "filters.IMM() with NUTS"
         )
 
     def step(self, sde: Any, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:

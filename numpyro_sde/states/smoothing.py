@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import block, seed, substitute, trace
 
-from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_smoothed
+from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_parts
 from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize
@@ -19,6 +19,7 @@ from numpyro_sde.joining import join_clocks
 from numpyro_sde.models.survey import survey
 from numpyro_sde.runtime.entry import Held, entry_point, holds_same_numbers
 from numpyro_sde.states.integrated import run_integrated
+from numpyro_sde.states.jump_times import JumpSizes, draw_jumps, fitted_jumps
 from numpyro_sde.statespace.model import AbstractFilter
 
 
@@ -29,9 +30,10 @@ def smooth(
     method: AbstractFilter | None = None,
     rng_key: PRNGKeyArray,
     times: ArrayLike | None = None,
+    at_jumps: bool = False,
     batch_size: int = 64,
     **model_kwargs: Any,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Draw every path that was integrated out, given posterior draws of the rest.
 
     One path for each posterior draw: forward filtering and backward sampling (Carter and Kohn
@@ -47,14 +49,21 @@ def smooth(
         times: times at which to draw the paths instead of their own, increasing, shape `(F,)`, or
             `(*batch, F)` with a clock for each series of a panel: between the data for a finer
             picture, or past them.
+        at_jumps: draw paths of Markov jump processes in continuous time instead: the times of
+            their jumps and the states between, exact given the states at the data.
         batch_size: how many draws to treat at once (memory against speed).
         **model_kwargs: keyword arguments of the model.
 
     Returns:
-        For each path site, draws of shape `(num_draws, *batch, T, *state)`.
+        For each path site, draws of shape `(num_draws, *batch, T, *state)`. Under
+        `filters.RaoBlackwell` also `{site}_regime`, `(num_draws, *batch, T)`: the regime of the
+        step that ends at each time, at the first time that of the first step. With `at_jumps` a
+        `jumps.JumpTimes` of each site: times `(num_draws, *batch, J)`, NaN after the last jump, and
+        states `(num_draws, *batch, J + 1)`.
 
     Raises:
-        ValueError: no data, no path that the model observes, or times that do not fit.
+        ValueError: no data, no path that the model observes, times that do not fit, or `at_jumps`
+            of a path that does not jump among at most 64 states.
         TypeError: no method.
 
     Example:
@@ -95,13 +104,22 @@ def smooth(
         raise ValueError(f"samples must have one leading axis of draws, got lengths {num_draws}")
 
     keys = jax.random.split(rng_key, next(iter(num_draws.values())))
-    rest = (method, tuple(sorted(names)), bool(uses.transformed), times, batch_size, kept, keys)
     observed = _observed_values(inner, model_args, model_kwargs)
-    try:
-        # Data as arguments of the program: new data of the same shape find it.
-        return _smoothed(inner, _held((model_args, model_kwargs), observed), *rest)
-    except jax.errors.JAXTypeError:  # the model asks for the numbers of its data
-        return _smoothed(inner, _held((model_args, model_kwargs), []), *rest)
+
+    def run(size: JumpSizes | None) -> dict[str, Any]:
+        transformed = bool(uses.transformed)
+        rest = (method, tuple(sorted(names)), transformed, times, size, batch_size, kept, keys)
+        try:
+            # Data as arguments of the program: new data of the same shape find it.
+            return _smoothed(inner, _held((model_args, model_kwargs), observed), *rest)
+        except jax.errors.JAXTypeError:  # the model asks for the numbers of its data
+            return _smoothed(inner, _held((model_args, model_kwargs), []), *rest)
+
+    if not at_jumps:
+        return run(None)
+    if times is not None:
+        raise ValueError("smooth: at_jumps=True gives the times of jumps, so times= is not taken")
+    return fitted_jumps(run)
 
 
 def _observed_values(model: Callable[..., Any], args: Any, kwargs: Any) -> list[np.ndarray]:
@@ -141,16 +159,17 @@ def _smoothed(
     names: tuple[str, ...],
     transformed: bool,
     times: Any,
+    jumps: JumpSizes | None,
     batch_size: int,
     kept: dict[str, Array],
     keys: PRNGKeyArray,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Draws of all paths; compiled once for a model and the shapes of its data."""
     args, kwargs = jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, Held) else leaf, arguments
     )
 
-    def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Array]:
+    def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Any]:
         draw, key = inputs
         model_key, path_key = jax.random.split(key)
         paths, recorded = run_integrated(
@@ -163,10 +182,15 @@ def _smoothed(
         )
         _require_data(recorded)
         keys = jax.random.split(path_key, len(paths))
-        return {
-            name: _draw(path, method, times, key)
-            for (name, path), key in zip(paths.items(), keys, strict=True)
-        }
+        found: dict[str, Any] = {}
+        for (name, path), key in zip(paths.items(), keys, strict=True):
+            if jumps is not None:
+                found[name] = draw_jumps(_observed(path), method, jumps, key)
+            else:
+                parts = _draw(path, method, times, key)
+                found[name] = parts.pop("path")
+                found |= {f"{name}_{part}": value for part, value in parts.items()}
+        return found
 
     return jax.lax.map(one, (kept, keys), batch_size=batch_size)
 
@@ -183,16 +207,28 @@ def _require_data(recorded: Any) -> None:
             )
 
 
-def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRNGKeyArray) -> Array:
-    path, data = stand_in.path, list(stand_in.seen)
+def _observed(stand_in: IntegratedPath) -> ObservedPath:
+    """A path with all data on it."""
+    data = tuple(stand_in.seen)
     for statement, y in data:
         masked_alone(stand_in.mask, statement, y, stand_in.name)
     lead = jnp.broadcast_shapes(
         stand_in.lead, *(y.shape[: y.ndim - len(s.event_shape)] for s, y in data)
     )
+    return ObservedPath(stand_in.path, lead, data, stand_in.name)
+
+
+def _draw(
+    stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRNGKeyArray
+) -> dict[str, Array]:
+    """A path, and what goes with it, at its own times or at others."""
+    observed = _observed(stand_in)
+    path, lead = observed.path, observed.lead
     if times is None:
-        draws = draw_smoothed(ObservedPath(path, lead, tuple(data)), method, key)
-        return jnp.take(draws, stand_in.index, axis=len(lead))
+        parts = draw_parts(observed, method, key)
+        return {
+            name: jnp.take(value, stand_in.index, axis=len(lead)) for name, value in parts.items()
+        }
     if isinstance(path.times, jax.core.Tracer):
         raise ValueError(
             f"smooth: times= needs a clock known before tracing, but path {stand_in.name!r} has "
@@ -201,10 +237,12 @@ def _draw(stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRN
     # Past the data steps are no longer than those of the path's own grid.
     step = None if path.grid is None or not np.size(path.dt) else float(np.max(path.dt))
     clock = join_clocks(path.times, times, step)
-    moved = tuple((s.moved(clock.old[s.rows.index]), y) for s, y in data)
-    observed = ObservedPath(path.replace(times=clock.grid), lead, moved)
-    draws = draw_smoothed(observed, method, key)
-    return take_times(draws, clock.place, len(path.state_shape))
+    moved = tuple((s.moved(clock.old[s.rows.index]), y) for s, y in observed.data)
+    longer = ObservedPath(path.replace(times=clock.grid), lead, moved)
+    return {
+        name: take_times(value, clock.place, len(path.state_shape) if name == "path" else 0)
+        for name, value in draw_parts(longer, method, key).items()
+    }
 
 
 def take_times(states: Array, place: np.ndarray, state_dim: int) -> Array:
