@@ -16,6 +16,7 @@ from numpyro_sde.processes.lorenz import Lorenz63, Lorenz96TwoScale
 from numpyro_sde.processes.neuron import FitzHughNagumo
 from numpyro_sde.processes.reactions import ChemicalLangevin, LotkaVolterra, mass_action
 from numpyro_sde.processes.square_root import CKLS, CoxIngersollRoss
+from numpyro_sde.processes.subordinated import GammaOU, InverseGaussianOU
 from numpyro_sde.processes.volatility import Heston, StochasticVolatility
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "CoxIngersollRoss",
     "DoubleWell",
     "FitzHughNagumo",
+    "GammaOU",
     "GeometricBrownianMotion",
     "Heston",
+    "InverseGaussianOU",
     "LinearSDE",
     "Lorenz63",
     "Lorenz96TwoScale",

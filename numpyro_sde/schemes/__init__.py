@@ -6,6 +6,7 @@ from numpyro_sde.schemes.counts import CountScheme, EulerMultinomial, Gillespie
 from numpyro_sde.schemes.diffrax_solver import DiffraxSolver
 from numpyro_sde.schemes.euler import Euler
 from numpyro_sde.schemes.exact import Exact
+from numpyro_sde.schemes.heavy_tails import StableEuler, StudentEuler
 from numpyro_sde.schemes.hermite import HermiteExpansion
 from numpyro_sde.schemes.jump_euler import JumpEuler, JumpMixture
 from numpyro_sde.schemes.kessler import Kessler
@@ -36,5 +37,7 @@ __all__ = [
     "LocalLinear",
     "Milstein",
     "MomentClosure",
+    "StableEuler",
     "Strang",
+    "StudentEuler",
 ]

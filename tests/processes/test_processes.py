@@ -73,6 +73,8 @@ MAKERS = {
         (0.0, -3.0),
     ),
     "Heston": (lambda v: processes.Heston(v, 0.04, 0.3, leverage=-0.7), "rate", (0.0, 0.05)),
+    "GammaOU": (lambda v: processes.GammaOU(0.5, v, 1.5), "shape", 0.5),
+    "InverseGaussianOU": (lambda v: processes.InverseGaussianOU(0.5, 1.0, v), "shape", 0.5),
     "Lorenz63": (lambda v: Lorenz63(scale=v), "scale", (1.0, 2.0, 3.0)),
     "Lorenz96TwoScale": (
         lambda v: Lorenz96TwoScale(3, 1, time_ratio=v),
@@ -135,9 +137,10 @@ def test_a_plate_of_paths(name, key):
     """One path for each value, equal to the paths of the processes alone on the same noise."""
     make, _, x = MAKERS[name]
     times, values, x = np.array([0.0, 0.01, 0.02]), jnp.array([0.5, 0.7]), jnp.asarray(x)
+    scheme = None if name in ("GammaOU", "InverseGaussianOU") else nsde.schemes.Euler()
 
     def path(value):
-        return nsde.SDEPath(make(value), times, init=x, scheme=nsde.schemes.Euler())
+        return nsde.SDEPath(make(value), times, init=x, scheme=scheme)
 
     together = path(values)
     assert together.batch_shape == (2,)

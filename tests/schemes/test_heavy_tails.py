@@ -1,0 +1,124 @@
+"""Steps with Student t and stable increments: laws, engines, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer.util import log_density
+from scipy import stats
+
+import numpyro_sde as nsde
+
+NUM = 20_000
+
+
+def walk(scheme, times=(0.0, 0.25), scale=0.8):
+    sde = nsde.SDE(lambda t, x: 0.4 - 0.0 * x, lambda t, x: scale)
+    return nsde.SDEPath(sde, list(times), 0.0, scheme=scheme)
+
+
+def test_student_increments(x64):
+    path = walk(nsde.schemes.StudentEuler(3.0))
+    x = np.array(path.sample(jax.random.key(0), (NUM,)))[:, 1]
+    law = stats.t(3.0, loc=0.1, scale=0.4)
+    assert stats.kstest(x, law.cdf).pvalue > 0.001
+    np.testing.assert_allclose(path.log_prob(jnp.array([0.0, 2.0])), law.logpdf(2.0))
+    both = nsde.SDEPath(
+        nsde.SDE(lambda t, x: 0.0 * x, lambda t, x: jnp.array([1.0, 2.0])),
+        [0.0, 1.0],
+        jnp.zeros(2),
+        scheme=nsde.schemes.StudentEuler(5.0),
+    )
+    known = stats.t(5.0).logpdf(1.5) + stats.t(5.0, scale=2.0).logpdf(-1.0)
+    np.testing.assert_allclose(both.log_prob(jnp.array([[0.0, 0.0], [1.5, -1.0]])), known)
+    slope = jax.grad(lambda df: walk(nsde.schemes.StudentEuler(df)).log_prob(jnp.array([0.0, 2.0])))
+    numeric = (
+        stats.t(3.001, loc=0.1, scale=0.4).logpdf(2.0)
+        - stats.t(2.999, loc=0.1, scale=0.4).logpdf(2.0)
+    ) / 0.002
+    np.testing.assert_allclose(slope(3.0), numeric, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "skew"), [(2.0, 0.0), (1.7, 0.0), (1.0, 0.0), (1.5, 0.8), (0.6, -0.5)]
+)
+def test_stable_increments_have_their_characteristic_function(x64, alpha, skew):
+    one = walk(nsde.schemes.StableEuler(alpha, skew))
+    # The law over a time is that of its parts together.
+    four = walk(nsde.schemes.StableEuler(alpha, skew), np.linspace(0.0, 0.25, 5))
+    tilt = skew * np.tan(np.pi * alpha / 2) if skew else 0.0
+    for path in (one, four):
+        x = np.array(path.sample(jax.random.key(1), (NUM,)))[:, -1] - 0.1
+        for u in (0.5, 2.0, 5.0):
+            c = 0.8 * 0.25 ** (1 / alpha) / np.sqrt(2.0)
+            known = np.exp(-((c * u) ** alpha) * (1 - 1j * tilt))
+            values = np.exp(1j * u * x)
+            error = np.array([values.real.std(), values.imag.std()]) / np.sqrt(NUM)
+            gap = values.mean() - known
+            assert abs(gap.real) < 4.0 * error[0]
+            assert abs(gap.imag) < 4.0 * error[1]
+
+
+def model(scheme, y=None):
+    x = numpyro.sample("x", walk(scheme, np.arange(4.0)))
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+
+
+def test_engines(x64):
+    y = np.array([0.0, 0.2, 3.0, 2.9])
+    scheme = nsde.schemes.StudentEuler(3.0)
+    # Three latent states by quadrature.
+    grid = np.linspace(-6.0, 9.0, 1501)
+    width = grid[1] - grid[0]
+    K = stats.t(3.0, scale=0.8).pdf(grid[None, :] - grid[:, None] - 0.4)
+    f, total = stats.t(3.0, scale=0.8).pdf(grid - 0.4), stats.norm.logpdf(0.0, 0.0, 0.3)
+    for k in (1, 2, 3):
+        f = f * stats.norm.pdf(y[k], grid, 0.3)
+        total, f = total + np.log(f.sum() * width), f / (f.sum() * width)
+        f = f @ K * width
+
+    def at(scheme, method):
+        marginal = nsde.handlers.marginalize(model, method=method)
+        return log_density(marginal, (scheme, y), {}, {})[0]
+
+    run = jax.jit(
+        lambda key: at(scheme, nsde.filters.Particle(4000, proposal="bootstrap", key=key))
+    )
+    values = np.array([run(jax.random.key(k)) for k in range(8)])
+    assert abs(values.mean() - total) < 4.0 * values.std(ddof=1) / np.sqrt(8) + 1e-3
+    for method in (
+        nsde.filters.Kalman(),
+        nsde.filters.ExtendedKalman(),
+        nsde.filters.MomentMatching(),
+        nsde.filters.Particle(10, proposal="guided"),
+    ):
+        for other in (scheme, nsde.schemes.StableEuler(1.5)):
+            with pytest.raises((ValueError, TypeError), match=r"StudentEuler|StableEuler|Gaussian"):
+                at(other, method)
+    white = numpyro.handlers.reparam(model, config={"x": nsde.reparam.InnovationReparam()})
+    with pytest.raises(ValueError, match="smooth maps"):
+        numpyro.handlers.trace(numpyro.handlers.seed(white, 0)).get_trace(scheme, y)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nsde.schemes.StudentEuler(0.0), "df must be positive"),
+        (lambda: nsde.schemes.StableEuler(2.1), "alpha must be"),
+        (lambda: nsde.schemes.StableEuler(1.0, 0.5), "skew must be"),
+        (
+            lambda: nsde.SDEPath(
+                nsde.SDE(lambda t, x: 0.0 * x, lambda t, x: jnp.ones((2, 1))),
+                [0.0, 1.0],
+                jnp.zeros(2),
+                scheme=nsde.schemes.StableEuler(1.5),
+            ),
+            "increment of its own",
+        ),
+    ],
+)
+def test_wrong_arguments(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
