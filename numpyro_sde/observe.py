@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,11 +131,11 @@ def observe(
     if at is not None:
         states = jnp.take(x, rows, axis=len(batch_shape))
         path_times = path_times[..., rows]
+    states = _under_mask(name, states, mask_of_value(x))
     law = EmissionPath(emissions, path_times, states, clock.state_shape)
     law.observed_path, law.observed_rows = x, rows
     if obs is not None:
         check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
-    _check_mask(name, mask_of_value(x))
     _check_declared(name, emissions, law.event_shape, batch_shape, obs, clock.undeclared)
     return numpyro.sample(name, law, obs=obs)
 
@@ -179,23 +180,31 @@ def _openings(name: str, x: Any, clock: Clock, rows: Any, side: str) -> Openings
     return Openings(Opening(law.forcing.rules, law.sde.parameters), shown, dims)
 
 
-def _check_mask(name: str, mask: Any) -> None:
-    """Raise where a path made of innovations is masked out and this statement on it is not.
+def _under_mask(name: str, states: Array, mask: Any) -> Array:
+    """The states, refused where a path made of innovations is masked out and what sees it is not.
 
-    Innovations have no density there that a change of variables would keep.
+    Innovations have no density there that a change of variables would keep. Masks that are known
+    only inside a trace refuse when the compiled program runs.
 
     Raises:
         ValueError: naming the statement.
     """
     here = numpyro.get_mask()
-    if mask is True or here is False or any(isinstance(m, jax.core.Tracer) for m in (mask, here)):
-        return
-    if np.any(~np.asarray(mask) & np.asarray(True if here is None else here)):
-        raise ValueError(
-            f"observe({name!r}): its path is masked out by handlers.mask where this statement is "
-            "not, and the path is made of innovations under its law: mask the statement alone, or "
-            "both"
-        )
+    if mask is True or here is False:
+        return states
+    here = True if here is None else here
+    known = not any(isinstance(m, jax.core.Tracer) for m in (mask, here))
+    xp: Any = np if known else jnp
+    alone = xp.any(xp.logical_and(xp.logical_not(mask), here))
+    message = (
+        f"observe({name!r}): its path is masked out by handlers.mask where this statement is not, "
+        "and the path is made of innovations under its law: mask the statement alone, or both"
+    )
+    if not known:
+        return eqx.error_if(states, alone, message)
+    if alone:
+        raise ValueError(message)
+    return states
 
 
 def _check_declared(

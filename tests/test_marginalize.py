@@ -399,3 +399,27 @@ def test_filter_path_equals_the_dense_normal(x64):
     np.testing.assert_allclose(smoothed_cov[:, 0, 0], np.diag(cov - gain @ cov[rows]), rtol=1e-8)
     last = one.mean[-1, 0], one.cov[-1, 0, 0]
     np.testing.assert_allclose(last, (smoothed_mean[-1, 0], smoothed_cov[-1, 0, 0]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_mask_known_only_in_a_trace_refuses_with_the_reason(guided):
+    """A path masked out where its data are not: the compiled program says so when it runs."""
+
+    def model(keep):
+        with numpyro.plate("series", 2):
+            sde = nsde.SDE(lambda t, x: -x, lambda t, x: 0.5)
+            with numpyro.handlers.mask(mask=keep):
+                x = numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0)))
+            nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=np.stack([Y, Y]))
+
+    values = {}
+    treated = nsde.handlers.marginalize(model, method=KALMAN)
+    if guided:
+        treated = numpyro.handlers.reparam(model, config={"x": nsde.reparam.GuidedReparam()})
+        values = {"x_innov": jnp.zeros((2, len(TIMES) - 1)), "x_init_innov": jnp.zeros(2)}
+    density = jax.jit(lambda keep: log_density(treated, (keep,), {}, values)[0])
+    whole = log_density(treated, (np.array([True, True]),), {}, values)[0]
+    np.testing.assert_allclose(density(jnp.array([True, True])), whole, rtol=1e-5)
+    kinds = (jax.errors.JaxRuntimeError, ValueError)  # as the version of JAX has it
+    with pytest.raises(kinds, match=r"masked out by handlers\.mask"):
+        density(jnp.array([True, False])).block_until_ready()

@@ -24,8 +24,8 @@ from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import (
     ObservedPath,
+    data_under_law,
     draw_starts,
-    masked_alone,
     with_starts,
 )
 from numpyro_sde.distributions.statement import (
@@ -144,18 +144,18 @@ class MarginalPath(dist.Distribution):
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
         statement, y, lead, batch = self.laid_out(value)
+        y = self._under_law(statement, y)
         total = self._run([*self.earlier, (statement, y)], lead, "log_likelihood")
         if self.earlier:
             total = total - self._run(list(self.earlier), lead, "log_likelihood")
-        return self._at_first_replicate(self._unless_masked(total, statement, y), lead, batch)
+        if self.path_mask is not True:  # a series whose path and data are masked out says nothing
+            total = jnp.where(self.path_mask, total, 0.0)
+        return self._at_first_replicate(total, lead, batch)
 
-    def _unless_masked(self, total: Array, statement: Statement, y: Any) -> Array:
-        """A series whose path and data are masked out says nothing; a path alone cannot be."""
-        if self.path_mask is True or (isinstance(self.path_mask, bool) and self.path_mask):
-            return total
+    def _under_law(self, statement: Statement, y: Any) -> Any:
+        """The data, refused where the path alone is masked out."""
         name = "x" if self.stand_in is None else self.stand_in.name
-        alone = masked_alone(self.path_mask, statement, y, name)
-        return jnp.where(self.path_mask, total, jnp.where(alone, jnp.nan, 0.0))
+        return data_under_law(self.path_mask, statement, y, name)
 
     def _at_first_replicate(
         self, total: Array, lead: tuple[int, ...], batch: tuple[int, ...]
@@ -179,10 +179,10 @@ class MarginalPath(dist.Distribution):
         of its times is added to the first of the two.
         """
         statement, y, lead, batch = self.laid_out(value)
-        # 1, or what stands at all times of a series whose path is masked out.
-        kept = self._unless_masked(jnp.ones(lead), statement, y)[..., None]
-        terms = self._pointwise_of(statement, y, lead, batch)
-        return jnp.where(kept == 1.0, terms, kept)
+        terms = self._pointwise_of(statement, self._under_law(statement, y), lead, batch)
+        if self.path_mask is True:
+            return terms
+        return jnp.where(jnp.asarray(self.path_mask)[..., None], terms, 0.0)
 
     def _pointwise_of(
         self, statement: Statement, y: Any, lead: tuple[int, ...], batch: tuple[int, ...]

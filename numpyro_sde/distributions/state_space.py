@@ -159,23 +159,31 @@ class ObservedPath(eqx.Module):
         return self.map(seeded, (keys, *arrays, *starts), every)
 
 
-def masked_alone(mask: Any, statement: Statement, y: Any, name: str) -> Array:
-    """Where the law of a path is masked out and data on it are not; nothing can be drawn there.
+def data_under_law(mask: Any, statement: Statement, y: Any, name: str) -> Any:
+    """The data of a statement, refused where the law of its path is masked out and they are not.
+
+    Nothing can be drawn or integrated there. A mask that is known only inside a trace refuses when
+    the compiled program runs.
 
     Raises:
         ValueError: where it is known before tracing.
     """
-    on_host = isinstance(y, np.ndarray) and isinstance(mask, bool | np.bool_ | np.ndarray)
-    xp: Any = np if on_host else jnp
+    if mask is True:
+        return y
+    known = not any(isinstance(a, jax.core.Tracer) for a in (mask, y))
+    xp: Any = np if known else jnp
     floats = xp.asarray(y, jnp.result_type(float))
     missing = xp.all(xp.isnan(floats), axis=tuple(range(-len(statement.event_shape), 0)))
-    alone = ~(xp.asarray(mask) | missing)
-    if on_host and np.any(alone):
-        raise ValueError(
-            f"path {name!r} is masked out by handlers.mask where its data are not: without a law "
-            "it cannot be integrated out, or drawn. Mask the observe statements alone"
-        )
-    return alone
+    alone = xp.any(~(xp.asarray(mask) | missing))
+    message = (
+        f"path {name!r} is masked out by handlers.mask where its data are not: without a law "
+        "it cannot be integrated out, or drawn. Mask the observe statements alone"
+    )
+    if not known:
+        return eqx.error_if(jnp.asarray(y), alone, message)
+    if alone:
+        raise ValueError(message)
+    return y
 
 
 def check_powers(method: AbstractFilter, model: StateSpaceModel) -> None:

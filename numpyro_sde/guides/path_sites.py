@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path_law import AbstractPathLaw
-from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
+from numpyro_sde.distributions.state_space import ObservedPath, data_under_law
 from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
 from numpyro_sde.guides.steps import guide_along
 from numpyro_sde.models.reading import read_model, stand_in
@@ -115,9 +115,8 @@ def look(
             f"AutoPathGuide: path {name!r} has no data: state them with nsde.observe(..., obs=...) "
             "and hand them to the guide's first call"
         )
-    for statement, y in site.data:
-        masked_alone(site.mask, statement, y, name)
-    return site
+    data = tuple((s, data_under_law(site.mask, s, y, name)) for s, y in site.data)
+    return ObservedPath(site.path, site.lead, data, site.name, site.mask)
 
 
 def check_site(name: str, path: AbstractPathLaw) -> None:

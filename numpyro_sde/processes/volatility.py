@@ -39,7 +39,8 @@ def correlation(name: str, value: Any) -> Any:
         Array(-0.5, dtype=float32, weak_type=True)
     """
     value = jnp.asarray(real(name, value))
-    if not isinstance(value, jax.core.Tracer) and value.ndim == 0 and not -1.0 < value < 1.0:
+    known = not isinstance(value, jax.core.Tracer) and value.ndim == 0
+    if known and not -1.0 < float(value) < 1.0:  # a number, also inside somebody's trace
         raise ValueError(f"{name} must lie between -1 and 1, got {float(value)}")
     return value
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_parts
-from numpyro_sde.distributions.state_space import ObservedPath, masked_alone
+from numpyro_sde.distributions.state_space import ObservedPath, data_under_law
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.joining import join_clocks
@@ -209,9 +209,9 @@ def _require_data(recorded: Any) -> None:
 
 def _observed(stand_in: IntegratedPath) -> ObservedPath:
     """A path with all data on it."""
-    data = tuple(stand_in.seen)
-    for statement, y in data:
-        masked_alone(stand_in.mask, statement, y, stand_in.name)
+    data = tuple(
+        (s, data_under_law(stand_in.mask, s, y, stand_in.name)) for s, y in stand_in.seen
+    )
     lead = jnp.broadcast_shapes(
         stand_in.lead, *(y.shape[: y.ndim - len(s.event_shape)] for s, y in data)
     )
