@@ -12,7 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
-from numpyro.handlers import trace
+from numpyro.handlers import condition, substitute, trace
 from numpyro.primitives import _PYRO_STACK
 
 from numpyro_sde.accumulate import Accumulated
@@ -22,6 +22,7 @@ from numpyro_sde.distributions.clocks import (
     clock_of_value,
     clocks_of_this_run,
     distinct,
+    identity_of_path,
     mask_of_value,
 )
 from numpyro_sde.distributions.marginal import IntegratedPath
@@ -137,6 +138,8 @@ def observe(
     if obs is not None:
         check_data(name, obs, law.batch_shape, law.event_shape, law.structure)
     _check_declared(name, emissions, law.event_shape, batch_shape, obs, clock.undeclared)
+    if obs is not None and law.structure.exact:
+        _check_meets(name, x)
     return numpyro.sample(name, law, obs=obs)
 
 
@@ -205,6 +208,38 @@ def _under_mask(name: str, states: Array, mask: Any) -> Array:
     if alone:
         raise ValueError(message)
     return states
+
+
+def _check_meets(name: str, x: Any) -> None:
+    """Raise where a sampler or guide starts on paths of which none meets readings without noise.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    starts = any(
+        isinstance(handler, substitute) and handler.substitute_fn is not None
+        for handler in _PYRO_STACK
+    )
+    # NumPyro's Gibbs looks at the whole model first: its blocks may condition on the readings.
+    in_gibbs = any(isinstance(h, condition) and not h.data for h in _PYRO_STACK)
+    if not starts or in_gibbs:
+        return
+    shown = identity_of_path(x)
+    for handler in _PYRO_STACK:
+        sites = handler.trace if isinstance(handler, trace) else {}
+        for path, site in sites.items():
+            if id(site.get("value")) != shown:
+                continue
+            centred = site["type"] == "sample" and not site["is_observed"]
+            whitened = site["type"] == "deterministic" and f"{path}_guide" not in sites
+            if centred or whitened:
+                raise ValueError(
+                    f"observe({name!r}) reads path {path!r} without noise (Delta emission), and a "
+                    f"path that is {'whitened' if whitened else 'latent as it stands'} meets the "
+                    "data nowhere: its density is zero. Use reparam.GuidedReparam, "
+                    "handlers.marginalize, infer.ParticleGibbs or PMMH, which condition on them; "
+                    "or give the emission a noise"
+                )
 
 
 def _check_declared(

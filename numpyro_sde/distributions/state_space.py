@@ -20,6 +20,11 @@ from numpyro_sde.schemes.fractional_linear import markovian_sde
 from numpyro_sde.schemes.memory import MemoryScheme, noise_of, num_states
 from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.statespace.checks import typed_key
+from numpyro_sde.statespace.exact import (
+    has_exact,
+    refuse_contradiction,
+    without_known_start,
+)
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import covariance_uses_state
 
@@ -104,6 +109,9 @@ class ObservedPath(eqx.Module):
                 scalar=state_shape == (),
                 instruments=tuple(instruments),
             )
+            if has_exact(model):
+                refuse_contradiction(model)
+                model = without_known_start(model)
             return fn(with_memory(model, state_shape), *others)
 
         every = (1, 2, *flat_dims, *dims)
@@ -119,7 +127,7 @@ class ObservedPath(eqx.Module):
         def checked(method: AbstractFilter, model: StateSpaceModel) -> Any:
             method.check(model)
             check_powers(method, model)
-            return with_scale_of_powers(method, model, fn(method, model))
+            return with_missing_terms(method, model, fn(method, model))
 
         if key is None:
             return observed.map(lambda model: checked(method, model))
@@ -211,12 +219,18 @@ def check_powers(method: AbstractFilter, model: StateSpaceModel) -> None:
             )
 
 
-def with_scale_of_powers(method: AbstractFilter, model: StateSpaceModel, result: Any) -> Any:
-    """Add to a log likelihood, or its increments, what powers of normal emissions lack in it."""
+def with_missing_terms(method: AbstractFilter, model: StateSpaceModel, result: Any) -> Any:
+    """Add to a log likelihood, or its increments, what it lacks.
+
+    That is what powers of normal emissions have, and what is read of a start that is known.
+    """
     scales = [i.log_scale(model.init_mean) for i in model.instruments if i.log_scale is not None]
-    if method.weighs_by_density or not scales:
+    lacking = [] if method.weighs_by_density else scales
+    if model.start_agrees is not None:
+        lacking = [*lacking, jnp.zeros(model.num_times).at[0].set(model.start_agrees)]
+    if not lacking:
         return result
-    terms = sum(scales[1:], scales[0])
+    terms = sum(lacking[1:], lacking[0])
     if isinstance(result, FilterResult):
         return eqx.tree_at(
             lambda r: (r.increments, r.log_likelihood),

@@ -163,6 +163,14 @@ class Statement(eqx.Module):
             mean, cov = at(inputs, x, of_law)
             return (mean, cov) if not replicates else _stacked(mean, cov)
 
+        def variances(inputs: Any, x: Array) -> tuple[Array, Array]:
+            def of_law(law: dist.Distribution, power: Any) -> tuple[Array, Array]:
+                mean, spread = (jnp.broadcast_to(a, shape) for a in (law.mean, law.variance))
+                return mean, spread if power is None else spread / power
+
+            mean, spread = at(inputs, x, of_law)
+            return jnp.ravel(mean), jnp.ravel(spread)
+
         def log_prob(inputs: Any, x: Array, y: Array, present: Array) -> Array:
             def of_law(law: dist.Distribution, power: Any, y: Array) -> Array:
                 value = log_prob_of_present(law, y)
@@ -193,6 +201,7 @@ class Statement(eqx.Module):
             rows=rows,
             diagonal=self.structure.diagonal,
             exact=self.structure.exact,
+            variances=variances if self.structure.diagonal and not self.structure.exact else None,
             has_moments=self.structure.has_moments,
             law=None if power is not None else law_of_all,
             powered=power is not None,

@@ -17,7 +17,7 @@ guided filters is that of Whiteley and Lee (2014) with a point mass for an emiss
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.small import cholesky, diagonal, matmul, matvec, solve_lower, transpose
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.events import ForcedScheme
 from numpyro_sde.statespace.model import Instrument, StateSpaceModel
 from numpyro_sde.statespace.updates import LOG_2PI, with_valid_inputs
 
@@ -109,11 +110,124 @@ def check_conditioning(model: StateSpaceModel, method: str) -> None:
             f"{method} conditions each step on a Delta emission, which needs a normal transition; "
             f"{type(model.scheme).__name__} has none: use LocalLinear() or Euler()"
         )
+    _refuse_unreached(model, method)
 
 
 def reads_start(model: StateSpaceModel) -> bool:
     """Whether something may be seen exactly at the first time."""
     return any(i.exact and 0 in np.asarray(i.rows) for i in model.instruments)
+
+
+def without_known_start(model: StateSpaceModel) -> StateSpaceModel:
+    """The model without exact readings of what its start knows already.
+
+    They say nothing more: whether they agree is `start_agrees`.
+    """
+    if model.init_kind != "normal" or not reads_start(model):
+        return model
+    agrees = jnp.zeros((), model.init_mean.dtype)
+    instruments = []
+    for instrument in model.instruments:
+        if not (instrument.exact and 0 in np.asarray(instrument.rows)):
+            instruments.append(instrument)
+            continue
+        inputs = jax.tree.map(lambda a: jnp.asarray(a)[0], instrument.inputs)
+
+        def mean_at(x: Array, instrument: Instrument = instrument, inputs: Any = inputs) -> Array:
+            return instrument.moments(inputs, x)[0]
+
+        C = jax.jacfwd(mean_at)(model.init_mean)
+        known = jnp.sum(matmul(C, model.init_cov) * C, axis=-1) == 0.0
+        present = jnp.asarray(instrument.present)
+        y, m = jnp.asarray(instrument.values)[0], mean_at(model.init_mean)
+        near = jnp.sqrt(jnp.finfo(m.dtype).eps) * (1.0 + jnp.abs(y))
+        disagree = jnp.any(present[0] & known & (jnp.abs(y - m) > near))
+        agrees = agrees + jnp.where(disagree, -jnp.inf, 0.0)
+        left = present.at[0].set(present[0] & ~known)
+        instruments.append(instrument._replace(present=left))
+    return model._replace(instruments=tuple(instruments), start_agrees=agrees)
+
+
+def refuse_contradiction(model: StateSpaceModel) -> None:
+    """Raise where exact readings of one time cannot all be: of one component, or of none.
+
+    What can be seen before tracing: matrices that depend on no parameter, data known by then.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    exact = [i for i in model.instruments if i.exact]
+    if not exact or not all(isinstance(i.present, np.ndarray) for i in exact):
+        return
+    matrices = [_matrix_before_tracing(i, model.dim) for i in exact]
+    if any(C is None for C in matrices):
+        return
+    C = np.concatenate([np.asarray(C) for C in matrices])
+    present = np.concatenate([i.present for i in exact], axis=-1)
+    for seen in np.unique(present, axis=0):
+        if np.linalg.matrix_rank(C[seen]) < seen.sum():
+            row = int(np.flatnonzero((present == seen).all(axis=-1))[0])
+            raise ValueError(
+                f"{int(seen.sum())} readings without noise (Delta emissions) at row {row} of the "
+                "path are of one component of the state, or of none: they contradict each other, "
+                "or say the same twice. Leave all but one out (NaN), or give them a noise"
+            )
+
+
+def _matrix_before_tracing(instrument: Instrument, dim: int) -> Any:
+    """The matrix of an affine emission that depends on nothing traced, else None."""
+    found: list[np.ndarray] = []
+
+    def matrix(size: float) -> Array:
+        inputs = _filled(instrument.inputs, size)
+        x = jnp.full(dim, size, jnp.result_type(float))
+        return jax.jacfwd(lambda x: instrument.moments(inputs, x)[0])(x)
+
+    with jax.ensure_compile_time_eval():
+        for size in (0.3, 0.7):
+            C = matrix(size)
+            if isinstance(C, jax.core.Tracer):
+                return None
+            found.append(np.asarray(C))
+    return found[0] if np.array_equal(found[0], found[1]) else None
+
+
+def _filled(inputs: Any, size: float) -> Any:
+    """One time's inputs, all of them one number."""
+    return jax.tree.map(lambda a: jnp.full(jnp.shape(a)[1:], size, jnp.result_type(a)), inputs)
+
+
+def _refuse_unreached(model: StateSpaceModel, method: str) -> None:
+    """Raise where a step's noise does not reach what is seen exactly, whatever the parameters.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    scheme: Any = model.scheme.inner if isinstance(model.scheme, ForcedScheme) else model.scheme
+    exact = [_matrix_before_tracing(i, model.dim) for i in model.instruments if i.exact]
+    if model.sde.inputs is not None or any(C is None for C in exact) or not model.num_times > 1:
+        return
+    times = np.array([0.0, 0.1])
+    with jax.ensure_compile_time_eval():
+        leaves, treedef = jax.tree_util.tree_flatten(model.sde)
+        sde = jax.tree_util.tree_unflatten(
+            treedef, [jnp.full(jnp.shape(a), 0.3 + 0.1 * k) for k, a in enumerate(leaves)]
+        )
+        cache = scheme.prepare(sde, times, np.diff(times))
+        now = jax.tree.map(lambda a: a[0], cache)
+        x = model.to_state(jnp.full(model.dim, 0.4))
+        B = scheme.moments(sde, jnp.asarray(0.0), jnp.asarray(0.1), x, now)[1]
+        if isinstance(B, jax.core.Tracer):
+            return
+        B = np.asarray(B).reshape(model.dim, -1) if jnp.ndim(B) != 1 else np.diag(np.asarray(B))
+    for C in exact:
+        reached = np.abs(C @ B).max(axis=-1)
+        if np.any((reached == 0.0) & (np.abs(C).max(axis=-1) > 0.0)):
+            raise ValueError(
+                f"{method} conditions each step on what is seen exactly (a Delta emission), and a "
+                f"step of {type(scheme).__name__} brings no noise to it: use LocalLinear(), which "
+                "carries the noise of other components to it"
+            )
 
 
 def refuse_exact(model: StateSpaceModel, method: str) -> None:

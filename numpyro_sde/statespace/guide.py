@@ -125,6 +125,8 @@ def observed_information(
     """
     if not has_moments(instrument, inputs, x):
         return _observed_curvature(instrument, inputs, y, present, x)
+    if instrument.variances is not None and y.shape[0] > 1:
+        return _independent_information(instrument, inputs, y, present, x)
     mean, R, C = linearize(instrument, inputs, x)
     residual, C, R = drop_missing(y - mean, C, R, present)
     L = cholesky(R)
@@ -138,6 +140,29 @@ def observed_information(
     else:
         score = jax.grad(lambda x: instrument.log_prob(inputs, x, y, present))(x)
     # An emission without moments (a Cauchy law) does not guide; its likelihood still counts.
+    usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
+    return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
+
+
+def _independent_information(
+    instrument: Instrument, inputs: Any, y: Array, present: Bool[Array, " p"], x: Array
+) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
+    """The same for components that are independent given the state: p variances, no matrix."""
+    assert instrument.variances is not None
+    each = instrument.variances
+
+    def with_aux(x: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        both = each(inputs, x)
+        return both, both
+
+    (C, slope), (_, variance) = jax.jacfwd(with_aux, has_aux=True)(x)
+    weight = jnp.where(present, 1.0 / jnp.where(present, variance, 1.0), 0.0)
+    C = jnp.where(present[:, None], C, 0.0)
+    information = matmul(transpose(C) * weight, C)
+    if instrument.gaussian and covariance_uses_state(instrument, inputs, x):
+        slope = jnp.where(present[:, None], slope, 0.0)
+        information = information + 0.5 * matmul(transpose(slope) * weight**2, slope)
+    score = jax.grad(lambda x: instrument.log_prob(inputs, x, y, present))(x)
     usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
     return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
 

@@ -35,6 +35,8 @@ class Instrument(NamedTuple):
         log_prob: `log_prob(inputs_k, x, y, present)` of one observation given one state.
         gaussian: whether the emission is Gaussian, with any mean and covariance.
         diagonal: whether its components are independent given the state.
+        variances: for components that are independent given the state, `moments` with the
+            variances `(p,)` in place of the covariance: many instruments need no matrix; or None.
         exact: whether it is a point mass: a component seen without noise.
         rows: grid indices at which anything may be observed (host side, increasing).
         has_moments: whether the emission has a mean and a variance; None where traced parameters
@@ -75,6 +77,7 @@ class Instrument(NamedTuple):
     diagonal: bool = False
     has_moments: bool | None = True
     exact: bool = False
+    variances: Callable[[Any, Array], tuple[Array, Array]] | None = None
     law: Callable[[Any, Array], Any] | None = None
     powered: bool = False
     log_scale: Callable[[Array], Array] | None = None
@@ -103,6 +106,8 @@ class StateSpaceModel(NamedTuple):
             memory), behind it; None where the two are the same.
         markovian: the same model in continuous time, where the noise has a memory and is carried
             along by the SDE itself; for filters that are exact for linear SDEs.
+        start_agrees: log density of what is read without noise of a first state that is known: 0,
+            or minus infinity where they disagree; None where nothing is.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -134,6 +139,7 @@ class StateSpaceModel(NamedTuple):
     state_shape: tuple[int, ...] | None = None
     markovian: Any = None
     init_kind: str = "normal"
+    start_agrees: Any = None
 
     @property
     def dim(self) -> int:
