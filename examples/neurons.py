@@ -81,7 +81,7 @@ def main() -> None:
 
     guided = numpyro.handlers.reparam(population, config={"x": nsde.reparam.GuidedReparam()})
     mcmc = MCMC(
-        nsde.infer.SplitNUTS(guided, dense_mass=False),
+        nsde.infer.SplitNUTS(guided),
         num_warmup=warmup,
         num_samples=draws,
         progress_bar=False,

@@ -12,7 +12,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
-from numpyro.handlers import condition, substitute, trace
+from numpyro.handlers import substitute, trace
+from numpyro.infer.initialization import init_to_sample
 from numpyro.primitives import _PYRO_STACK
 
 from numpyro_sde.accumulate import Accumulated
@@ -36,6 +37,7 @@ from numpyro_sde.distributions.observation import (
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.grid import check_times
+from numpyro_sde.models.dims import dims_of_data, name_path
 from numpyro_sde.models.stack import plates_here
 
 
@@ -127,7 +129,8 @@ def observe(
         if obs is not None:
             check_data(name, obs, batch_shape, marginal.event_shape, statement.structure)
         _check_declared(name, emissions, statement.event_shape, batch_shape, obs)
-        return numpyro.sample(name, marginal, obs=obs)
+        infer = dims_of_data(name, marginal.event_shape, length, len(marginal.batch_shape))
+        return numpyro.sample(name, marginal, obs=obs, infer=infer)
     states, path_times = x, clock.times
     if at is not None:
         states = jnp.take(x, rows, axis=len(batch_shape))
@@ -140,7 +143,9 @@ def observe(
     _check_declared(name, emissions, law.event_shape, batch_shape, obs, clock.undeclared)
     if obs is not None and law.structure.exact:
         _check_meets(name, x)
-    return numpyro.sample(name, law, obs=obs)
+    name_path(x, len(clock.state_shape))
+    infer = dims_of_data(name, law.event_shape, length, len(law.batch_shape))
+    return numpyro.sample(name, law, obs=obs, infer=infer)
 
 
 def _is_whole(x: Any, clock: Clock) -> bool:
@@ -216,13 +221,10 @@ def _check_meets(name: str, x: Any) -> None:
     Raises:
         ValueError: naming the remedy.
     """
-    starts = any(
-        isinstance(handler, substitute) and handler.substitute_fn is not None
-        for handler in _PYRO_STACK
-    )
-    # NumPyro's Gibbs looks at the whole model first: its blocks may condition on the readings.
-    in_gibbs = any(isinstance(h, condition) and not h.data for h in _PYRO_STACK)
-    if not starts or in_gibbs:
+    starts = [h.substitute_fn for h in _PYRO_STACK if isinstance(h, substitute) and h.substitute_fn]
+    # By `init_to_sample` NumPyro's Gibbs, and ArviZ, look at a model without starting there.
+    looks = any(getattr(fn, "func", fn) is init_to_sample for fn in starts)
+    if not starts or looks:
         return
     shown = identity_of_path(x)
     for handler in _PYRO_STACK:

@@ -12,10 +12,18 @@ import pytest
 import state_space as ss
 from scipy.optimize import minimize_scalar
 
+from numpyro_sde.distributions.observation import Emission
+from numpyro_sde.distributions.statement import (
+    Rows,
+    Statement,
+    stack_replicates,
+    with_lead,
+)
 from numpyro_sde.filters.ensemble import EnsembleKalman
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.unscented import UnscentedKalman
 from numpyro_sde.sde import SDE
+from numpyro_sde.statespace.guide import observed_information
 from numpyro_sde.statespace.updates import laplace, linear_update
 
 LAWS = {
@@ -239,3 +247,28 @@ def test_nonlinear_gaussian_emission(iterations):
     mode = points[np.argmax(log_p)]
     error = abs(float(result.mean[0, 0]) - mode)
     assert error < 1e-3 if iterations == 4 else error > 0.01
+
+
+@pytest.mark.parametrize("scale", [None, "state"])
+def test_many_independent_components_need_no_matrix(scale):
+    """Their information and score are those by the covariance matrix; one component is missing."""
+    gains = jnp.array([0.5, -1.0, 2.0])
+
+    def law(t, x, p):
+        if scale is None:
+            return dist.Poisson(jnp.exp(0.2 + p * x))
+        return dist.Normal(p * x, jnp.exp(0.3 * x))
+
+    emission = Emission(law, gains, None, None, 2, (3,))
+    statement = Statement(emission, None, None, Rows(np.arange(2)), emission.structure(()), ())
+    stacked, lay_out, _ = stack_replicates(statement, (3,), (1,))
+    y = lay_out(np.array([[1.0, 2.0], [0.0, np.nan], [3.0, 1.0]]), 1)
+    stacked, y = with_lead(stacked, y, ())
+    (instrument,) = stacked.instruments(np.arange(2.0), (), y)
+    now = jax.tree.map(lambda a: jnp.asarray(a)[1], (instrument.inputs, instrument.values))
+    x = jnp.array([0.4])
+    seen = jnp.asarray(instrument.present)[1]
+    found = observed_information(instrument, *now, seen, x)
+    dense = observed_information(instrument._replace(variances=None), *now, seen, x)
+    np.testing.assert_allclose(found[0], dense[0], rtol=2e-5)
+    np.testing.assert_allclose(found[1], dense[1], rtol=2e-5)

@@ -11,7 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.handlers import reparam, seed, trace
-from numpyro.infer.util import log_density
+from numpyro.infer.util import initialize_model, log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.statespace.exact import Readings, condition, condition_linear
@@ -268,6 +268,30 @@ def curved(y, scheme=None):
     nsde.observe("y", x, lambda t, x: dist.Delta(jnp.exp(x)), obs=y)
 
 
+def twice():
+    """Two instruments without noise on one component."""
+    ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 0.5)
+    x = numpyro.sample("x", nsde.SDEPath(ou, np.arange(3.0), dist.Normal(0.0, 1.0)))
+    nsde.observe("y", x, lambda t, x: dist.Delta(x), obs=ONES)
+    nsde.observe("z", x, lambda t, x: dist.Delta(2.0 * x), obs=2.0 * ONES)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", [KALMAN, nsde.filters.Particle(4)], ids=["Kalman", "particles"])
+def test_a_reading_of_a_known_start_says_only_whether_it_agrees(method):
+    """The start is fixed and read: the density is that of the later states, or zero."""
+    states = np.array([0.3, 0.1, -0.2])
+    ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 0.5)
+
+    def model(y):
+        x = numpyro.sample("x", nsde.SDEPath(ou, np.arange(3.0), init=0.3))
+        nsde.observe("y", x, lambda t, x: dist.Delta(x), obs=y)
+
+    expected = float(nsde.SDEPath(ou, np.arange(3.0), init=0.3).log_prob(states))
+    assert value_of(method, model, states) == pytest.approx(expected, abs=1e-10)
+    assert value_of(method, model, states + np.array([0.1, 0.0, 0.0])) == -np.inf
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -287,7 +311,7 @@ def curved(y, scheme=None):
         ),
         (
             lambda: seed(nsde.guides.AutoPathGuide(langevin), 0)(Y, LOCAL),
-            "AutoPathGuide: states",
+            "meets the data nowhere",
         ),
         (
             lambda: value_of(nsde.filters.ExtendedKalman(), curved, ONES),
@@ -299,6 +323,27 @@ def curved(y, scheme=None):
         (
             lambda: guide(lambda y: langevin(y, nsde.schemes.Strang()), Y),
             "needs a normal transition",
+        ),
+        (
+            lambda: guide(lambda y: langevin(y, nsde.schemes.Euler()), Y),
+            "step of Euler brings no noise to it: use LocalLinear",
+        ),
+        (
+            lambda: value_of(nsde.filters.Particle(8), langevin, Y, nsde.schemes.Euler()),
+            "step of Euler brings no noise to it",
+        ),
+        (lambda: value_of(KALMAN, twice), "2 readings without noise .* of one component"),
+        (
+            lambda: initialize_model(jax.random.key(0), langevin, model_args=(Y, LOCAL)),
+            "latent as it stands",
+        ),
+        (
+            lambda: initialize_model(
+                jax.random.key(0),
+                reparam(langevin, config={"x": nsde.reparam.InnovationReparam()}),
+                model_args=(Y, LOCAL),
+            ),
+            r"path that is whitened meets the data nowhere.*GuidedReparam",
         ),
     ],
 )
