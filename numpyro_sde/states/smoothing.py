@@ -209,9 +209,7 @@ def _require_data(recorded: Any) -> None:
 
 def _observed(stand_in: IntegratedPath) -> ObservedPath:
     """A path with all data on it."""
-    data = tuple(
-        (s, data_under_law(stand_in.mask, s, y, stand_in.name)) for s, y in stand_in.seen
-    )
+    data = tuple((s, data_under_law(stand_in.mask, s, y, stand_in.name)) for s, y in stand_in.seen)
     lead = jnp.broadcast_shapes(
         stand_in.lead, *(y.shape[: y.ndim - len(s.event_shape)] for s, y in data)
     )
