@@ -41,6 +41,7 @@ from numpyro_sde.observe import observe
 from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
 from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
+from numpyro_sde.states.regime_law import RegimeLaw, regime_law
 from numpyro_sde.states.smoothing import smooth
 
 _clock.finish_import()
@@ -58,6 +59,7 @@ __all__ = [
     "MarkovJumpProcess",
     "ReactionNetwork",
     "ReactionPath",
+    "RegimeLaw",
     "SDEPath",
     "SlowFastSDE",
     "SwitchingSDE",
@@ -87,6 +89,7 @@ __all__ = [
     "observe",
     "processes",
     "random_effects",
+    "regime_law",
     "reparam",
     "schemes",
     "smooth",

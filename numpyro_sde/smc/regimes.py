@@ -284,7 +284,7 @@ def regime_filter(
             carry, found = step(carry, (*now[:-1], (slot, now[-1])))
             return (carry, found[-1]), found
 
-        start = (carry, jnp.zeros((), jnp.int_))
+        start = (carry, jnp.zeros((), jnp.result_type(int)))
         _, found = lax.scan(keeping, start, (*inputs, own))
     moments, sequences, increments, _ = found
     increments = jnp.concatenate([start_term[None], increments])
