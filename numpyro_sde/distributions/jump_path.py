@@ -149,7 +149,10 @@ class JumpPath(AbstractPathLaw):
         """The same law at other times, or with another start."""
         if any(value is not None for value in others.values()):
             names = ", ".join(name for name, value in others.items() if value is not None)
-            raise ValueError(f"the law of a Markov jump process has no {names} to replace")
+            raise ValueError(
+                f"the law of a Markov jump process has no {names} to replace: its transitions are "
+                "exact. Change its rates, or take another start or other times"
+            )
         times = (self.grid or self.times) if times is None else times
         if init is not None:
             return JumpPath(self.chain, times, init)

@@ -67,7 +67,8 @@ class Forward(AbstractFilter):
             raise ValueError(
                 "Forward() integrates out paths on finitely many states, nsde.JumpPath or a "
                 f"ReactionPath of law laws.Jump() with bounds=, got one of scheme "
-                f"{type(model.scheme).__name__}: use ExtendedKalman() or Particle()"
+                f"{type(model.scheme).__name__}: "
+                f"{model.scheme.remedy('use ExtendedKalman() or Particle()')}"
             )
 
     def log_emission(self, model: StateSpaceModel) -> Float[Array, "N n"]:

@@ -154,7 +154,8 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
     if not model.sde.is_diffusion:
         _refuse(
             f"a {type(model.sde).__name__} with scheme {type(model.scheme).__name__} jumps, or "
-            "follows a hidden regime"
+            "follows a hidden regime",
+            model.scheme.taken_by,
         )
     if model.scheme_chosen:
         shape = model.state_shape
@@ -166,7 +167,8 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
             _refuse(
                 f"the path was given scheme={name}(), whose transition is not normal for this "
                 "SDE. Leave the scheme out to have a linear SDE discretised exactly, or choose "
-                "LocalLinear()"
+                "LocalLinear()",
+                model.scheme.taken_by,
             )
         return model._replace(scheme=form.linearizable())
     if is_forced(model):
@@ -193,7 +195,11 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
     return model._replace(scheme=TimeVaryingLinear(), scheme_chosen=True, cache=None)
 
 
-def _refuse(reason: str) -> NoReturn:
+def _refuse(reason: str, taken_by: str = "") -> NoReturn:
+    if taken_by:
+        raise ValueError(
+            f"Kalman is exact for linear-Gaussian models only: {reason}. Use {taken_by}"
+        )
     raise ValueError(
         f"Kalman is exact for linear-Gaussian models only: {reason}. Approximations, each with an "
         "error of its own: MomentMatching() integrates the moments over each step; "

@@ -137,10 +137,13 @@ class MomentMatching(AbstractFilter):
         check_affine(model, "MomentMatching()")
         follows = model.sde.is_diffusion and model.scheme.approximates_sde
         if not (follows or (model.sde.is_diffusion and not model.scheme_chosen)):
+            otherwise = (
+                "leave the scheme out, or use Particle() or EnsembleKalman(), which take its steps"
+            )
             raise ValueError(
                 "MomentMatching() integrates the moments of the SDE's drift and diffusion and uses "
-                f"no scheme: what {type(model.scheme).__name__}() adds to them would be dropped. "
-                "Leave the scheme out, or use Particle() or EnsembleKalman(), which take its steps"
+                f"no scheme: what {type(model.scheme).__name__}() adds to them would be dropped; "
+                f"{model.scheme.remedy(otherwise)}"
             )
         self.rule(model.dim)
 

@@ -303,7 +303,10 @@ class Particle(AbstractFilter):
     def _check_weighing(self, model: StateSpaceModel, caller: str) -> None:
         reason = invertible(model)
         if reason:
-            raise ValueError(f"{caller} weighs transitions, but {reason}")
+            otherwise = "use Particle().filter, whose draws follow ancestral lines"
+            raise ValueError(
+                f"{caller} weighs transitions, but {reason}: {model.scheme.remedy(otherwise)}"
+            )
         if self.random_key.ndim:
             raise ValueError(
                 f"{caller} needs a filter with one random key, got key of shape "

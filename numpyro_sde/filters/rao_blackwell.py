@@ -118,10 +118,10 @@ def check_switching(model: StateSpaceModel, method: str) -> None:
         ValueError: naming what takes the model.
     """
     if not isinstance(model.scheme, SwitchingSteps):
+        otherwise = "without regimes use Kalman(), ExtendedKalman() or Particle()"
         raise ValueError(
             f"{method} is for the path of an nsde.SwitchingSDE, got one of scheme "
-            f"{type(model.scheme).__name__}: without regimes use Kalman(), ExtendedKalman() or "
-            "Particle()"
+            f"{type(model.scheme).__name__}: {model.scheme.remedy(otherwise)}"
         )
     if not model.init_gaussian:
         raise ValueError(

@@ -46,9 +46,10 @@ class _MergingFilter(AbstractFilter):
     def check(self, model: StateSpaceModel) -> None:
         name = type(self).__name__
         if not isinstance(model.scheme, SwitchingSteps):
+            otherwise = "without regimes use Kalman(), ExtendedKalman() or Particle()"
             raise ValueError(
                 f"{name}() is for the path of an nsde.SwitchingSDE, got one of scheme "
-                f"{type(model.scheme).__name__}: without regimes use Kalman(), ExtendedKalman()"
+                f"{type(model.scheme).__name__}: {model.scheme.remedy(otherwise)}"
             )
         if not model.init_gaussian:
             raise ValueError(f"{name}() needs a first state that is normal or fixed")

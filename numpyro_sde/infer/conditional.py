@@ -168,9 +168,7 @@ class ConditionalSMC(MCMCKernel):
                 "begin with: use Gibbs([(ConditionalSMC(model), sites), ...]) or ParticleGibbs"
             )
         kwargs = {} if model_kwargs is None else model_kwargs
-        z = {
-            name: jnp.asarray(value, jnp.result_type(float)) for name, value in init_params.items()
-        }
+        z = {name: jnp.asarray(value, _kept_type(value)) for name, value in init_params.items()}
         survey(self._model, model_args, kwargs).refuse_other_uses()
 
         # Compiled as one: a sweep outside `jit` would compile every operation apart.
@@ -209,7 +207,8 @@ class ConditionalSMC(MCMCKernel):
                 return model.visible(path)
             return model.visible(first_path(model, self._setting(model), key))
 
-        return observed.map_seeded(one, key, self.num_particles)
+        drawn: Array = observed.map_seeded(one, key, self.num_particles)
+        return observed.path.of_states(drawn)
 
     def _sweep(
         self, observed: ObservedPath, value: Array, key: PRNGKeyArray
@@ -227,7 +226,8 @@ class ConditionalSMC(MCMCKernel):
             return model.visible(sweep.path), sweep.renewed, sweep.ess
 
         dims = (1 + len(observed.path.state_shape),)
-        return observed.map_seeded(one, key, self.num_particles, (value,), dims)
+        swept = observed.map_seeded(one, key, self.num_particles, (value,), dims)
+        return (observed.path.of_states(swept[0]), *swept[1:])
 
     def _setting(self, model: StateSpaceModel) -> Setting:
         return with_own_steps(self.setting, model, self.own_share)
@@ -281,3 +281,9 @@ class ConditionalSMC(MCMCKernel):
     def select_sites(self, model_trace: Any) -> tuple[str, ...]:
         """Names of the sites it updates, found in a trace of the model."""
         return latent_paths(model_trace) if self.sites is None else self.sites
+
+
+def _kept_type(value: Any) -> Any:
+    """The type of a path's states: whole numbers stay such, which parameters may be indexed by."""
+    whole = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    return jnp.result_type(value) if whole else jnp.result_type(float)

@@ -149,7 +149,17 @@ class SplitNUTS(NUTS):
         if self._may_search and init_params is None:
             state = self._searched_state(rng_key, model_args, kwargs)
         if state is None:
-            state = super().init(rng_key, num_warmup, init_params, model_args, kwargs)
+            try:
+                state = super().init(rng_key, num_warmup, init_params, model_args, kwargs)
+            except RuntimeError as error:
+                if "enumerate support" not in str(error):
+                    raise
+                raise ValueError(
+                    "SplitNUTS moves real numbers, and the model has a discrete latent site: "
+                    "integrate a JumpPath out by handlers.marginalize(model, "
+                    "method=filters.Forward()), or draw it by infer.ConditionalForward in a Gibbs "
+                    "sampler"
+                ) from error
         self._sample_fn = self._draw
         adapted = state.adapt_state
         return state._replace(adapt_state=adapted._replace(step_size=self._size(adapted)))

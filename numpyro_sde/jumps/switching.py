@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.jumps.starts import start_law
+from numpyro_sde.noise.brownian import AbstractNoise, Brownian
 from numpyro_sde.parameters import Code, as_function, broadcast_batch
 from numpyro_sde.schemes.base import AbstractScheme
 from numpyro_sde.schemes.switching import SwitchingSteps
@@ -32,7 +33,7 @@ class SwitchingSDE(SDE):
     of the grid (refine the grid to see whether that matters) and is drawn anew at its end by the
     process's transition probabilities. An observed path has the exact density on the grid, by the
     forward algorithm over regimes; a path seen with noise is integrated out by `filters.IMM`,
-    `filters.GPB`, or `filters.Particle(proposal="bootstrap")`.
+    `filters.GPB`, `filters.RaoBlackwell`, or `filters.Particle(proposal="bootstrap")`.
 
     Regimes are labels: order a parameter of theirs (`dist.transforms.OrderedTransform`), or the
     posterior has a mode for each permutation.
@@ -117,6 +118,14 @@ class SwitchingSDE(SDE):
         new = self._with(regime=jnp.asarray(regime, jnp.int32))
         assert isinstance(new, SwitchingSDE)
         return new
+
+    def driven_by(self, noise: AbstractNoise) -> SDE:
+        if not isinstance(noise, Brownian):
+            raise ValueError(
+                "a SwitchingSDE is driven by Brownian motion within each regime, got noise "
+                f"{type(noise).__name__}: an SDE without regimes takes one with a memory"
+            )
+        return super().driven_by(noise)
 
     def _call(self, fn: Code, t: Any, x: Any) -> Any:
         regime = jnp.zeros((), jnp.int32) if self.regime is None else self.regime

@@ -37,6 +37,8 @@ class AbstractScheme(eqx.Module):
     `smooth`: the next state is a smooth map of the innovations, so that what differentiates a step
     may take it. `restarts`: accumulators in the state start again at zero in each step. `counts`:
     states are whole numbers. `has_jumps`: the jumps of an SDE that has any are in the step.
+    `taken_by`: the engines that take paths of this law, for those that refuse it to name; empty
+    where a law asks for nothing special.
 
     Example:
         >>> from numpyro_sde import schemes
@@ -56,6 +58,7 @@ class AbstractScheme(eqx.Module):
     restarts: ClassVar[bool] = False
     counts: ClassVar[bool] = False
     has_jumps: ClassVar[bool] = False
+    taken_by: ClassVar[str] = ""
 
     def resolve(self, sde: SDE) -> AbstractScheme:  # noqa: ARG002
         """Return the scheme to use for this SDE (itself, unless it delegates)."""
@@ -71,11 +74,18 @@ class AbstractScheme(eqx.Module):
             ValueError: the innovations of this scheme are not smooth.
         """
         if not self.smooth:
+            otherwise = (
+                "use filters.Particle(proposal='bootstrap') or 'auxiliary', infer.PMMH, or "
+                "ConditionalSMC(proposal='bootstrap', renewal='none')"
+            )
             raise ValueError(
                 f"{user} needs steps that are smooth maps of their innovations, which those of "
-                f"{type(self).__name__} are not: use filters.Particle(proposal='bootstrap') or "
-                "'auxiliary', infer.PMMH, or ConditionalSMC(proposal='bootstrap', renewal='none')"
+                f"{type(self).__name__} are not: {self.remedy(otherwise)}"
             )
+
+    def remedy(self, otherwise: str) -> str:
+        """What to do where an engine refuses paths of this law."""
+        return f"use {self.taken_by}" if self.taken_by else otherwise
 
     def linearizable(self) -> AbstractScheme:
         """Return the scheme in a form that is differentiable in both modes, twice.

@@ -66,6 +66,10 @@ class JumpEuler(AbstractScheme):
 
     smooth: ClassVar[bool] = False
     has_jumps: ClassVar[bool] = True
+    taken_by: ClassVar[str] = (
+        "infer.PMMH or filters.Particle(proposal='bootstrap'), or for a latent scalar path "
+        "scheme=JumpMixture() with reparam.InnovationReparam"
+    )
 
     base: GaussianScheme
 
@@ -200,6 +204,9 @@ class JumpMixture(JumpEuler):
     """
 
     smooth: ClassVar[bool] = True
+    taken_by: ClassVar[str] = (
+        "reparam.InnovationReparam with NUTS, infer.PMMH or filters.Particle(proposal='bootstrap')"
+    )
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         super().check(sde, state_shape)

@@ -94,6 +94,10 @@ class MarkovJumps(AbstractScheme):
     smooth: ClassVar[bool] = False
     counts: ClassVar[bool] = True
     restarts: ClassVar[bool] = True
+    taken_by: ClassVar[str] = (
+        "filters.Forward(), which is exact and has a gradient, infer.ConditionalForward in a Gibbs "
+        "sampler, or filters.Particle(proposal='bootstrap')"
+    )
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         if not isinstance(sde, ChainEquation):
@@ -101,14 +105,6 @@ class MarkovJumps(AbstractScheme):
                 f"the jumps of a Markov jump process are no scheme for a {type(sde).__name__}: use "
                 "nsde.JumpPath"
             )
-
-    def require_smooth(self, user: str) -> None:
-        raise ValueError(
-            f"{user} needs steps that are smooth maps of their innovations, which the jumps of a "
-            "JumpPath are not: integrate it out by handlers.marginalize(model, "
-            "method=filters.Forward()), which is exact and has a gradient, draw it by "
-            "infer.ConditionalForward, or take filters.Particle(proposal='bootstrap')"
-        )
 
     def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
         return ()

@@ -41,6 +41,10 @@ class SwitchingSteps(AbstractScheme):
 
     smooth: ClassVar[bool] = False
     has_memory: ClassVar[bool] = True
+    taken_by: ClassVar[str] = (
+        "filters.IMM() or GPB() with NUTS, filters.RaoBlackwell(), infer.ParticleGibbs where the "
+        "model is linear in each regime, or infer.PMMH and filters.Particle(proposal='bootstrap')"
+    )
 
     base: GaussianScheme
     state_shape: tuple[int, ...] = eqx.field(static=True)

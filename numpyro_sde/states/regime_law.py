@@ -57,10 +57,11 @@ def regime_law(path: AbstractPathLaw, value: ArrayLike) -> RegimeLaw:
     if not isinstance(scheme, SwitchingSteps):
         raise ValueError(
             "regime_law is for the path of an nsde.SwitchingSDE, got "
-            f"{type(path).__name__} of scheme {type(scheme).__name__}"
+            f"{type(path).__name__} of scheme {type(scheme).__name__}; the states of other paths "
+            "are drawn by nsde.smooth"
         )
     if path.num_times < 2:
-        raise ValueError("regime_law needs a path of at least two times: a regime is that of a step")
+        raise ValueError("regime_law needs a path of two times or more: a regime is a step's")
     value = jnp.asarray(value, jnp.result_type(float))
     lead = path._lead(value)
     value = jnp.broadcast_to(value, lead + path.event_shape)

@@ -72,17 +72,21 @@ def check_brownian(model: StateSpaceModel, method: str, *, continuous: bool = Fa
     if not (model.sde.noise.independent or carried):
         raise ValueError(
             f"{method} needs an SDE driven by Brownian motion, got noise "
-            f"{type(model.sde.noise).__name__}, whose increments depend on the past"
+            f"{type(model.sde.noise).__name__}, whose increments depend on the past: use Kalman() "
+            "where the SDE is linear, else ExtendedKalman() or Particle()"
         )
 
 
 def check_gaussian_scheme(model: StateSpaceModel, method: str) -> None:
     """Raise a `ValueError` where the scheme's transition is not Gaussian."""
     if not isinstance(model.scheme, GaussianScheme):
+        otherwise = (
+            "give the path scheme=Euler(), LocalLinear() or Kessler(), or use MomentMatching() or "
+            "EnsembleKalman()"
+        )
         raise ValueError(
             f"{method} propagates the mean and covariance of a Gaussian transition, which "
-            f"{type(model.scheme).__name__} has not: give the path scheme=Euler(), "
-            "LocalLinear() or Kessler(), or use MomentMatching() or EnsembleKalman()"
+            f"{type(model.scheme).__name__} has not: {model.scheme.remedy(otherwise)}"
         )
 
 
@@ -97,7 +101,7 @@ def check_moments(model: StateSpaceModel, method: str, emission: str = "laplace"
     if isinstance(model.sde, ChainEquation):
         raise ValueError(
             f"{method} follows the mean and the covariance of real states, which the states of a "
-            "JumpPath are not: use Forward(), or Particle(proposal='bootstrap')"
+            f"JumpPath are not: {model.scheme.remedy('use Forward()')}"
         )
     if model.init_kind == "flat":
         raise ValueError(
