@@ -251,9 +251,12 @@ class AbstractPathLaw(dist.Distribution):
         lead = self._lead(value)
         value = jnp.broadcast_to(value, lead + self.event_shape)
         if not self.scheme.has_density:
+            otherwise = (
+                "use it with reparam.InnovationReparam or for prediction, or choose another scheme"
+            )
             raise TypeError(
-                f"{type(self.scheme).__name__} has no transition density. Use it with "
-                "reparam.InnovationReparam or for prediction, or choose another scheme"
+                f"{type(self.scheme).__name__} has no transition density: "
+                f"{self.scheme.remedy(otherwise)}"
             )
 
         def transitions(
@@ -343,9 +346,12 @@ class AbstractPathLaw(dist.Distribution):
 
     def _require_innovations(self) -> None:
         if not self.scheme.has_innovations:
+            otherwise = (
+                "give SDEPath another scheme (for example scheme=Euler()) to whiten the path"
+            )
             raise TypeError(
-                f"{type(self.scheme).__name__} is not a map of Gaussian innovations: give "
-                "SDEPath another scheme (for example scheme=Euler()) to whiten the path"
+                f"{type(self.scheme).__name__} is not a map of Gaussian innovations: "
+                f"{self.scheme.remedy(otherwise)}"
             )
 
     def _scan(self, step: Callable[..., Any], x0: Array, inputs: Any) -> Array:

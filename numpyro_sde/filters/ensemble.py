@@ -105,7 +105,8 @@ class EnsembleKalman(AbstractFilter):
         if not model.scheme.has_innovations:
             raise ValueError(
                 f"EnsembleKalman() moves members by the scheme's innovations, which "
-                f"{type(model.scheme).__name__} has not: use Euler(), Milstein() or Exact()"
+                f"{type(model.scheme).__name__} has not: "
+                f"{model.scheme.remedy('use Euler(), Milstein() or Exact()')}"
             )
         model.scheme.require_smooth("EnsembleKalman()")
         if self.num_members < model.dim + 2:

@@ -260,7 +260,8 @@ class Particle(AbstractFilter):
         if not model.scheme.has_innovations:
             raise ValueError(
                 f"Particle() moves particles by the scheme's innovations, which "
-                f"{type(model.scheme).__name__} has not: use Euler(), Milstein() or Exact()"
+                f"{type(model.scheme).__name__} has not: "
+                f"{model.scheme.remedy('use Euler(), Milstein() or Exact()')}"
             )
         if isinstance(self.mover, Guided | ModifiedBridge | ResidualBridge):
             model.scheme.require_smooth(f"Particle(proposal={self.proposal!r})")

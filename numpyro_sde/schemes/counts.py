@@ -55,8 +55,8 @@ class CountScheme(AbstractScheme):
     has_density: ClassVar[bool] = False
     smooth: ClassVar[bool] = False
     taken_by: ClassVar[str] = (
-        "filters.Particle(proposal='bootstrap') or 'auxiliary', infer.PMMH, or "
-        "infer.ParticleGibbs(proposal='bootstrap', renewal='none')"
+        "filters.Particle(proposal='bootstrap') or 'auxiliary', infer.PMMH, or under "
+        "laws.Jump() filters.Forward(bounds=...)"
     )
     restarts: ClassVar[bool] = True
     counts: ClassVar[bool] = True

@@ -40,6 +40,10 @@ class MomentClosure(AbstractScheme):
     has_density: ClassVar[bool] = False
     has_innovations: ClassVar[bool] = False
     smooth: ClassVar[bool] = False
+    taken_by: ClassVar[str] = (
+        "filters.MomentMatching(), or give the path another law, "
+        "handlers.approximate(model, law=laws.LinearNoise())"
+    )
     restarts: ClassVar[bool] = True
     approximates_sde: ClassVar[bool] = True
 
