@@ -38,12 +38,13 @@ from numpyro_sde.jumps.reactions import ReactionNetwork
 from numpyro_sde.jumps.switching import SwitchingSDE
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
-from numpyro_sde.runtime import configure_cpu, enable_compilation_cache
+from numpyro_sde.runtime import avoid_wrong_sums, configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
 from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
 from numpyro_sde.states.regime_law import RegimeLaw, regime_law
 from numpyro_sde.states.smoothing import smooth
 
+avoid_wrong_sums()
 _clock.finish_import()
 
 __version__ = "0.1.0"

@@ -293,7 +293,7 @@ def with_memory(model: StateSpaceModel, state_shape: tuple[int, ...]) -> StateSp
 
     markovian = None
     if not noise_of(model.sde).varies:
-        bank, _ = noise_of(model.sde).on_grid(model.times, model.dt)
+        bank = noise_of(model.sde).bank(model.dt.sum(), model.dt.min())
         start_mean, start_cov = extend(jnp.kron(jnp.eye(count), bank.start))
         markovian = model._replace(
             sde=markovian_sde(model.sde, state_shape, bank),

@@ -109,8 +109,9 @@ class Kalman(AbstractFilter):
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:
         model = _discretized(model)
-        arrays = linear_arrays(model, _observed_rows(model))
-        engine = diffuse if model.init_kind == "flat" else kalman
+        flat = model.init_kind == "flat"
+        arrays = linear_arrays(model, _observed_rows(model), shared=not flat)
+        engine = diffuse if flat else kalman
         return engine.log_likelihood(arrays.model, arrays.y, arrays.present, form=self.form)
 
     def increments(self, model: StateSpaceModel) -> Float[Array, " N"]:
@@ -258,10 +259,13 @@ def _observed_rows(model: StateSpaceModel) -> np.ndarray:
     return np.unique(np.concatenate(rows)).astype(int)
 
 
-def linear_arrays(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
-    """The arrays of a linear-Gaussian model at some grid indices, with its data."""
+def linear_arrays(model: StateSpaceModel, rows: np.ndarray, *, shared: bool = False) -> _Arrays:
+    """The arrays of a linear-Gaussian model at some grid indices, with its data.
+
+    With `shared`, one transition for all steps where these are known to be equal.
+    """
     dtype = jnp.result_type(float)
-    F, c, Q, Q_factor = _transitions(model, rows)
+    F, c, Q, Q_factor = _transitions(model, rows, shared)
     parts = [_emission(instrument, model.dim, rows) for instrument in model.instruments]
     C = jnp.concatenate(_aligned([p[0] for p in parts], 2), axis=-2)
     e = jnp.concatenate(_aligned([p[1] for p in parts], 1), axis=-1)
@@ -294,7 +298,7 @@ def linear_arrays(model: StateSpaceModel, rows: np.ndarray) -> _Arrays:
 
 
 def _transitions(
-    model: StateSpaceModel, rows: np.ndarray
+    model: StateSpaceModel, rows: np.ndarray, shared: bool
 ) -> tuple[Array, Array, Array, Array | None]:
     origin = jnp.zeros(model.dim, jnp.result_type(float))
     if model.scheme_chosen:
@@ -317,6 +321,9 @@ def _transitions(
         dt = np.diff(model.times[rows])
     else:
         dt = jnp.diff(model.times[rows])
+    if shared and len(rows) > 2 and isinstance(dt, np.ndarray):
+        lengths, _ = discretize.distinct_steps(dt)
+        dt = lengths if len(lengths) == 1 else dt
     if model.dim == 1:  # the closed form of a scalar process
         F, c, Q = discretize.transitions(A[0, 0], b[0], L[0], dt)
         return F[:, None, None], c[:, None], Q[:, None, None], None

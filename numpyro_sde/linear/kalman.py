@@ -14,9 +14,10 @@ exact score and the choice of forms are in `linear.recursions`:
   of a vague state, nearly singular noise, float32.
 - "parallel": an associative scan of logarithmic depth, for accelerators.
 - "auto": "parallel" on an accelerator from 64 observed components on; else "sqrt" in float32
-  with more than one state, where the covariances of the sequential form keep too few digits
+  with more than one state, where the covariances of the sequential form can keep too few digits
   (prior variance a million times the noise: log likelihood wrong by 6e-3, against 4e-7); else
-  "sequential".
+  "sequential". The log likelihood alone is there found by covariances first, and by factors
+  only where these are seen to have lost more than three digits.
 
 Smoothing and sampling paths are in `linear.smoothing`.
 """
@@ -194,10 +195,13 @@ def choose_form(
 
 
 def scalar_observations(
-    model: LinearGaussian, y: Array, mask: Array | None
+    model: LinearGaussian, y: Array, mask: Array | None, num_times: int | None = None
 ) -> tuple[Array, Array, Array, Array]:
-    """Independent scalar observations `(C, R, y)`, `(T, p, ...)`, and each time's constant."""
-    T, p = model.num_times, model.C.shape[-2]
+    """Independent scalar observations `(C, R, y)`, `(T, p, ...)`, and each time's constant.
+
+    `num_times` is given where one transition stands for all.
+    """
+    T, p = model.num_times if num_times is None else num_times, model.C.shape[-2]
     if y.shape != (T, p):
         raise ValueError(f"y must have shape (T, p) = {(T, p)}, got {y.shape}")
     if mask is not None and mask.shape != (T, p):
@@ -221,16 +225,26 @@ def scalar_observations(
     return white[..., :-1], jnp.ones((T, p), dtype), white[..., -1], constant
 
 
-def scalar_steps(model: LinearGaussian, y: Array, mask: Array | None) -> tuple[ScalarSteps, Array]:
-    """Model with one component a step, and what each time adds to the log likelihood."""
-    C, R, y, constant = scalar_observations(model, y, mask)
+def scalar_steps(
+    model: LinearGaussian, y: Array, mask: Array | None, num_times: int | None = None
+) -> tuple[ScalarSteps, Array]:
+    """Model with one component a step, and what each time adds to the log likelihood.
+
+    `num_times` is given where one transition stands for all.
+    """
+    C, R, y, constant = scalar_observations(model, y, mask, num_times)
     T, p, d = C.shape
+    if mask is None and p == 1 and not model.correlated:
+        # One law of the observation at all times: axes of length 1.
+        C = model.C[None] if model.C.ndim == 2 else C
+        R = model.R[None] if model.R.ndim == 1 else R
 
     def spread(x: Array, between: Array) -> Array:
         """`x_k` after the last component of time k, `between` after the others."""
         if p == 1:
             return x
         rest = jnp.broadcast_to(between, (T, p - 1, *x.shape[1:]))
+        x = jnp.broadcast_to(x, (T - 1, *x.shape[1:]))
         pairs = jnp.concatenate([rest[:-1], x[:, None]], axis=1)
         return jnp.concatenate([pairs.reshape(-1, *x.shape[1:]), rest[-1]])
 
@@ -241,7 +255,7 @@ def scalar_steps(model: LinearGaussian, y: Array, mask: Array | None) -> tuple[S
         F=spread(model.F, jnp.eye(d, dtype=model.F.dtype)),
         c=spread(model.c, zero),
         Q=spread(model.Q, zero),
-        h=C.reshape(T * p, d),
+        h=C.reshape(-1, d),
         r=R.reshape(-1),
         y=y.reshape(-1),
         factor0=model.P0_factor,
@@ -268,7 +282,7 @@ def log_likelihood(
     work.
 
     Args:
-        model: the model's arrays.
+        model: the model's arrays; `F`, `c` and `Q` of leading axis 1 stand for all T - 1 steps.
         y: observations, shape `(T, p)`; what stands at a masked place is not read.
         mask: True where a component was observed; `None` if all were.
         form: "auto", "sequential", "sqrt" or "parallel"; see the module's opening.
@@ -288,8 +302,10 @@ def log_likelihood(
         >>> round(float(log_likelihood(model, jnp.zeros((1, 1)))), 3)  # log N(0; 0, 2)
         -1.266
     """
-    steps, constant = scalar_steps(model, y, mask)
-    form = choose_form(form, steps.y.shape[0], model.state_size, model.m0.dtype)
+    steps, constant = scalar_steps(model, y, mask, y.shape[0] if model.F.shape[0] == 1 else None)
+    chosen = choose_form(form, steps.y.shape[0], model.state_size, model.m0.dtype)
+    factored = not (model.P0_factor is None and model.Q_factor is None)
+    form = "guarded" if form == "auto" and chosen == "sqrt" and not factored else chosen
     return recursions.log_likelihood(steps, form) + constant.sum()
 
 

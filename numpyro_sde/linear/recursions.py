@@ -15,7 +15,8 @@ Two recursions are sequential; all else is computed outside them for all steps a
   P <- L P L' + r k k' + Q, m <- L m + k y + c: the stabilised form of Joseph at the price of
   the plain one. Three ways lead to it: in sequence, in sequence on square-root factors, and
   by an associative scan (Särkkä and García-Fernández, 2021, "Temporal parallelization of
-  Bayesian smoothers").
+  Bayesian smoothers"). A fourth takes the first, looks how many digits it has lost, and
+  takes the second where they are too many.
 - Backward, on [N | n], the information in the observations from k on about x_k:
   n <- L'n + h v / s, N <- L'N L + h h'/s, with v = y - h'm (Bryson and Frazier, 1963;
   de Jong, 1989). It is affine, so it too has an associative form.
@@ -57,6 +58,8 @@ from numpyro_sde.linear.small import (
 class ScalarSteps(NamedTuple):
     """A model with one scalar observation a step: `n` steps, `d` states.
 
+    `F`, `c`, `Q`, `h`, `r` and `noise_factor` that are the same at every step have a leading axis
+    of 1, and so have their derivatives: sums over the steps, made without a matrix for each.
     `noise_factor` and `factor0` are square-root factors of `Q` and `P0`, read by the
     square-root form in place of them.
     """
@@ -96,6 +99,37 @@ def _dot(a: Array, b: Array) -> Array:
     return (a * b).sum(-1)
 
 
+def _early(x: Array) -> Array:
+    """All steps but the last; what stands at every step stays."""
+    return x if x.shape[0] == 1 else x[:-1]
+
+
+def _late(x: Array) -> Array:
+    """All steps but the first; what stands at every step stays."""
+    return x if x.shape[0] == 1 else x[1:]
+
+
+def _summed(x: Array, like: Array) -> Array:
+    """Derivatives of each step, or their sum where `like` stands at every step."""
+    return x.sum(0, keepdims=True) if like.shape[0] == 1 else x
+
+
+def _scan(
+    step: Callable[[Array, tuple[Array, ...]], Array], start: Array, arrays: tuple[Array, ...]
+) -> Array:
+    """All states from the start on, stepwise through arrays of which some stand at every step."""
+    length = arrays[-1].shape[0]  # of the data, which always move
+    moving = [None if a.shape[0] == 1 else a for a in arrays]
+
+    def one(Z: Array, now: list[Array | None]) -> tuple[Array, Array]:
+        Z = step(Z, tuple(a[0] if x is None else x for a, x in zip(arrays, now, strict=True)))
+        return Z, Z
+
+    # where the scan itself is differentiated, recomputing a step beats storing its parts
+    _, Z = lax.scan(jax.checkpoint(one), start, moving, length=length)
+    return jnp.concatenate([start[None], Z])
+
+
 # --- forward ----------------------------------------------------------------------------------
 
 
@@ -103,20 +137,20 @@ def _scan_covariances(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
     """Predicted `[P | m]` of every step, by one `lax.scan`."""
     d = steps.m0.shape[-1]
 
-    def step(Z: Array, x: tuple[Array, ...]) -> tuple[Array, Array]:
-        F, G, h, r, y = x
+    def step(Z: Array, x: tuple[Array, ...]) -> Array:
+        F, Q, c, h, r, y = x
         u = matvec(Z[:, :d], h)
         k = matvec(F, u) / (_dot(u, h) + r)
         W = matmul(F - outer(k, h), Z)
         P = matmul(W[:, :d], transpose(F - outer(k, h)))
-        Z = _augment(P, W[:, d]) + outer(k, jnp.append(r * k, y)) + G
-        return Z, Z
+        return _augment(P, W[:, d]) + outer(k, jnp.append(r * k, y)) + _augment(Q, c)
 
-    Z0 = _augment(steps.P0, steps.m0)
-    xs = (steps.F, _augment(steps.Q, steps.c), steps.h[:-1], steps.r[:-1], steps.y[:-1])
-    # where the scan itself is differentiated, recomputing a step beats storing its parts
-    _, Z = lax.scan(jax.checkpoint(step), Z0, xs)
-    return jnp.concatenate([Z0[None], Z])
+    return _scan(step, _augment(steps.P0, steps.m0), (steps.F, steps.Q, steps.c, *_before(steps)))
+
+
+def _before(steps: ScalarSteps) -> tuple[Array, Array, Array]:
+    """The observations before each transition."""
+    return _early(steps.h), _early(steps.r), steps.y[:-1]
 
 
 def _scan_factors(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
@@ -129,7 +163,7 @@ def _scan_factors(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
     S0 = psd_factor(steps.P0) if steps.factor0 is None else steps.factor0
     B = psd_factor(steps.Q) if steps.noise_factor is None else steps.noise_factor
 
-    def step(Z: Array, x: tuple[Array, ...]) -> tuple[Array, Array]:
+    def step(Z: Array, x: tuple[Array, ...]) -> Array:
         F, B, c, h, r, y = x
         S, m = Z[:, :d], Z[:, d]
         f = matvec(transpose(S), h)
@@ -137,13 +171,62 @@ def _scan_factors(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
         K = matvec(S, f) / s
         S = S - outer(K, f) / (1 + jnp.sqrt(r / s))
         m = matvec(F, m + K * (y - _dot(h, m))) + c
-        Z = _augment(tria(jnp.concatenate([matmul(F, S), B], axis=-1)), m)
-        return Z, Z
+        return _augment(tria(jnp.concatenate([matmul(F, S), B], axis=-1)), m)
 
-    Z0 = _augment(S0, steps.m0)
-    xs = (steps.F, B, steps.c, steps.h[:-1], steps.r[:-1], steps.y[:-1])
-    _, Z = lax.scan(jax.checkpoint(step), Z0, xs)
-    return jnp.concatenate([Z0[None], Z])
+    return _scan(step, _augment(S0, steps.m0), (steps.F, B, steps.c, *_before(steps)))
+
+
+_MOST_LOST = 1e6
+
+
+def _loses_digits(steps: ScalarSteps, Z: Array) -> Array:
+    """Whether the covariances of some step were found as differences of far larger numbers.
+
+    An update leaves `h'P h = s - r` of s, and of a variance p its part after the observation: in
+    the product with `F - k h'` rounding of the size `eps (s p)^(1/2)` stands beside `(r p')^(1/2)`.
+    A transition makes a variance of terms that may cancel, of the size `(|F| p'^(1/2))^2`. A ratio
+    of squares above 1e6 is a loss of more than three digits; NaN counts as one.
+    """
+    P = Z[..., :-1]
+    h, r, _ = _before(steps)
+    u = matvec(P[:-1], h)
+    s = _dot(u, h) + r
+    before, after = diagonal(P[:-1]), diagonal(P[:-1]) - u * u / s[:, None]
+    ok = s[:, None] * before <= _MOST_LOST * r[:, None] * after
+    size = matvec(jnp.abs(steps.F), jnp.sqrt(jnp.maximum(after, 0.0)))
+    ok = ok & (size * size <= _MOST_LOST * diagonal(P[1:]))
+    return ~jnp.all(ok)
+
+
+@jax.custom_jvp
+def _scan_guarded(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
+    """Predicted `[P | m]`: by covariances where they keep their digits, else by factors.
+
+    What a batch of models needs is decided for all of them.
+    """
+    by_covariances = _scan_covariances(steps)
+
+    # A loop of one round or none: under `vmap` it runs if any element asks for it, where both
+    # branches of a `cond` would run.
+    def once(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jnp.zeros_like(carry[0]), _scan_squared(steps)
+
+    todo = _loses_digits(steps, lax.stop_gradient(by_covariances))
+    return lax.while_loop(lambda carry: carry[0], once, (todo, by_covariances))[1]
+
+
+def _scan_squared(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
+    Z = _scan_factors(steps)
+    S = Z[..., :-1]
+    return _augment(matmul(S, transpose(S)), Z[..., -1])
+
+
+@_scan_guarded.defjvp
+def _scan_guarded_jvp(
+    primals: tuple[ScalarSteps], tangents: tuple[ScalarSteps]
+) -> tuple[Array, Array]:
+    # The loop has no reverse derivative; the factors are good wherever it leads.
+    return jax.jvp(_scan_squared, primals, tangents)
 
 
 def _running(compose: Callable[[Any, Any], Any], elements: Any, neutral: Any) -> Any:
@@ -194,6 +277,13 @@ def _compose(first: _Element, second: _Element) -> _Element:
 
 def _associate(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
     """Predicted `[P | m]` of every step, by an associative scan of logarithmic depth."""
+    n = steps.y.shape[0]
+    steps = steps._replace(
+        **{
+            name: jnp.broadcast_to(x, (n - (name in "FcQ"), *x.shape[1:]))
+            for name, x in zip("FcQhr", (steps.F, steps.c, steps.Q, steps.h, steps.r), strict=True)
+        }
+    )
     h, y = steps.h[1:], steps.y[1:]
     u = matvec(steps.Q, h)
     s = _dot(u, h) + steps.r[1:]
@@ -230,7 +320,7 @@ def _update(m: Array, P: Array, K: Array, v: Array, h: Array, r: Array) -> tuple
 def predict(steps: ScalarSteps, form: str) -> Prediction:
     """Predicted moments and innovations of every step.
 
-    `form` is "sequential", "sqrt" or "parallel"; see the module's opening.
+    `form` is "sequential", "sqrt", "parallel" or "guarded"; see the module's opening.
     """
     if form == "sqrt":
         Z = _scan_factors(steps)
@@ -238,7 +328,8 @@ def predict(steps: ScalarSteps, form: str) -> Prediction:
         f = matvec(transpose(S), steps.h)
         u, s, P = matvec(S, f), _dot(f, f) + steps.r, matmul(S, transpose(S))
     else:
-        Z = _associate(steps) if form == "parallel" else _scan_covariances(steps)
+        ways = {"parallel": _associate, "guarded": _scan_guarded}
+        Z = ways.get(form, _scan_covariances)(steps)
         S, m, P = None, Z[..., -1], Z[..., :-1]
         u = matvec(P, steps.h)
         s = _dot(u, steps.h) + steps.r
@@ -310,7 +401,7 @@ def _information(steps: ScalarSteps, p: Prediction, form: str) -> Float[Array, "
     h, k = steps.h, matvec(steps.F, p.K[:-1])
     w = p.v / p.s
     B = outer(h, jnp.concatenate([h / p.s[:, None], w[:, None]], axis=-1))
-    return affine_backward(steps.F - outer(k, h[:-1]), B, form)
+    return affine_backward(steps.F - outer(k, _early(h)), B, form)
 
 
 def first_information(
@@ -328,6 +419,7 @@ def _score(steps: ScalarSteps, p: Prediction, form: str) -> ScalarSteps:
     Z = _information(steps, p, form)
     N, n = Z[..., :-1], Z[..., -1]
     G = 0.5 * (outer(n, n) - N)
+    G_later = _summed(G[1:], steps.Q)
     # just after each observation that information is F'n and F'N F; there is none after the last
     zero = jnp.zeros_like(h[:1])
     n_after = jnp.concatenate([matvec(transpose(F), n[1:]), zero])
@@ -343,17 +435,25 @@ def _score(steps: ScalarSteps, p: Prediction, form: str) -> ScalarSteps:
     return ScalarSteps(
         m0=n[0],
         P0=G[0],
-        F=outer(n[1:], m[:-1]) + 2 * matmul(G[1:], matmul(F, P[:-1])),
-        c=n[1:],
-        Q=G[1:],
-        h=e[:, None] * (m + matvec(P, n_after)) - p.K + matvec(P, NK),
-        r=0.5 * (e * e - D),
+        F=_slope_of_transition(F, n[1:], m[:-1], G[1:], P[:-1]),
+        c=_summed(n[1:], steps.c),
+        Q=G_later,
+        h=_summed(e[:, None] * (m + matvec(P, n_after)) - p.K + matvec(P, NK), h),
+        r=_summed(0.5 * (e * e - D), steps.r),
         y=-e,
         factor0=None if steps.factor0 is None else 2 * matmul(G[0], steps.factor0),
         noise_factor=(
-            None if steps.noise_factor is None else 2 * matmul(G[1:], steps.noise_factor)
+            None if steps.noise_factor is None else 2 * matmul(G_later, steps.noise_factor)
         ),
     )
+
+
+def _slope_of_transition(F: Array, n: Array, m: Array, G: Array, P: Array) -> Array:
+    """`n m' + 2 G F P` of each step, or of all in sum where one F stands at every step."""
+    if F.shape[0] == n.shape[0]:
+        return outer(n, m) + 2 * matmul(G, matmul(F, P))
+    sum_of = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    return (sum_of("ka,kb->ab", n, m) + 2 * sum_of("kab,kbc->ac", G, matmul(F, P)))[None]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

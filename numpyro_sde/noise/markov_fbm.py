@@ -314,11 +314,15 @@ class MarkovFBM(AbstractNoise):
                 raise ValueError("hurst as a function of time needs fit='law'")
             self.hurst = hurst if isinstance(hurst, eqx.Module) else jax.tree_util.Partial(hurst)
         else:
-            if not isinstance(hurst, jax.core.Tracer):
+            if isinstance(hurst, jax.core.Tracer):
+                self.hurst = jnp.asarray(hurst, jnp.result_type(float))
+            else:
                 known = np.asarray(hurst, dtype=float)
                 if not np.all((known > 0) & (known < 1)):
                     raise ValueError(f"hurst must be between 0 and 1, got {hurst}")
-            self.hurst = jnp.asarray(hurst, jnp.result_type(float))
+                # A known index stays one in a model that is being traced.
+                with jax.ensure_compile_time_eval():
+                    self.hurst = jnp.asarray(known, jnp.result_type(float))
         self.num_terms, self.kind, self.fit = int(num_terms), kind, fit
 
     @property
@@ -342,10 +346,19 @@ class MarkovFBM(AbstractNoise):
             step: its smallest step.
             hurst: the index to use instead of the noise's own.
         """
-        h = jnp.asarray(self.hurst if hurst is None else hurst, jnp.result_type(float))
+        given = self.hurst if hurst is None else hurst, horizon, step
+        if any(isinstance(value, jax.core.Tracer) for value in given):
+            return self._fitted(*given)
+        # A known index: the fit is done once, not in every evaluation of a density.
+        with jax.ensure_compile_time_eval():
+            return self._fitted(*given)
+
+    def _fitted(self, hurst: ArrayLike, horizon: ArrayLike, step: ArrayLike) -> OUBank:
+        h, horizon, step = (
+            jnp.asarray(value, jnp.result_type(float)) for value in (hurst, horizon, step)
+        )
         # A traced index outside (0, 1) cannot be refused.
         h = jnp.where((h > 0) & (h < 1), h, jnp.nan)
-        horizon, step = (jnp.asarray(v, jnp.result_type(float)) for v in (horizon, step))
         if self.fit == "strong":
             return _strong_bank(h, horizon, self.num_terms, self.kind)
         return _law_bank(h, horizon, step, self.num_terms)

@@ -4,6 +4,6 @@ from numpyro_sde.runtime import began
 
 # isort: split
 from numpyro_sde.runtime.cache import enable_compilation_cache
-from numpyro_sde.runtime.cpu import configure_cpu
+from numpyro_sde.runtime.cpu import avoid_wrong_sums, configure_cpu
 
-__all__ = ["began", "configure_cpu", "enable_compilation_cache"]
+__all__ = ["avoid_wrong_sums", "began", "configure_cpu", "enable_compilation_cache"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 
 import jax
 import jaxlib
@@ -19,6 +20,13 @@ _EXTRA = "--xla_backend_extra_options="
 # arrays. XLA ends the process at a flag that it does not know, and this one is gone after 0.11.0.
 _EMITTERS = "--xla_cpu_use_fusion_emitters"
 _EMITTERS_KNOWN = ((0, 7, 0), (0, 11, 0))
+
+# From jaxlib 0.10.2 on XLA hands sums of products to YNNPACK, which gets some of them wrong without
+# a word: `F - (F * k[:, None]).sum(-1)[..., None]` for F of shape (1, 10, 10) and k of (1000, 10),
+# and sums over more than 16,384 rows (https://github.com/jax-ml/jax/issues/39103). Here that is
+# every filter's matrices and every large set of particles.
+_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
+_FUSIONS_WRONG = ((0, 10, 2), (0, 11, 0))
 
 
 def configure_cpu() -> str:
@@ -63,6 +71,37 @@ def configure_cpu() -> str:
     return wanted
 
 
+def avoid_wrong_sums() -> None:
+    """Switch off fusions of XLA that give wrong numbers on a CPU; called at the import.
+
+    Only with the versions of jaxlib that are known for it, and where `XLA_FLAGS` says nothing of
+    them. Warns where JAX has already computed something: XLA does not read its flags again.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    platforms = getattr(jax.config, "jax_platforms", None)
+    without = _without_wrong_fusions(flags, _version())
+    if without == flags or (platforms and "cpu" not in platforms.split(",")):
+        return
+    if _has_computed():
+        warnings.warn(
+            f"jaxlib {jaxlib.__version__} computes some sums wrong on a CPU "
+            "(https://github.com/jax-ml/jax/issues/39103). numpyro_sde switches the cause off when "
+            "it is imported, but JAX had already computed something: import numpyro_sde before, or "
+            f"start the process with XLA_FLAGS='{without}'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    os.environ["XLA_FLAGS"] = without
+
+
+def _without_wrong_fusions(flags: str, version: tuple[int, ...]) -> str:
+    oldest, newest = _FUSIONS_WRONG
+    if _FUSIONS in flags or not oldest <= version <= newest:
+        return flags
+    return f"{flags} {_FUSIONS}=".strip()
+
+
 def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", jaxlib.__version__)[:3])
 
@@ -80,7 +119,7 @@ def _with_flags(flags: str, version: tuple[int, ...]) -> str:
     oldest, newest = _EMITTERS_KNOWN
     if _EMITTERS not in flags and oldest <= version <= newest and _optimises(flags):
         parts.append(f"{_EMITTERS}=false")
-    return " ".join(parts)
+    return _without_wrong_fusions(" ".join(parts), version)
 
 
 def _optimises(flags: str) -> bool:

@@ -59,7 +59,8 @@ class FractionalLinear(MemoryScheme, GaussianScheme):
         return int(np.prod(sde.structure(self.state_shape).innovation_shape, dtype=int))
 
     def prepare(self, sde: SDE, times: Any, dt: Any) -> _LinearSteps:
-        bank, _ = noise_of(sde).on_grid(times, dt)
+        del times
+        bank = noise_of(sde).bank(dt.sum(), dt.min())
         whole = markovian_sde(sde, self.state_shape, bank)
         d, count = self.dim, self.num_noises(sde)
         start = jnp.kron(jnp.eye(count, dtype=bank.start.dtype), bank.start)

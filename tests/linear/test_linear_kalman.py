@@ -136,8 +136,11 @@ def _exact(arrays):
     return total
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float64, 1e-9), (jnp.float32, 1e-3)])
-def test_square_root_form_keeps_the_digits_of_precise_observations(dtype, bound):
+@pytest.mark.parametrize(
+    ("form", "dtype", "bound"),
+    [("sqrt", jnp.float64, 1e-9), ("sqrt", jnp.float32, 1e-3), ("auto", jnp.float32, 1e-3)],
+)
+def test_digits_of_precise_observations_are_kept(form, dtype, bound):
     # a state known to 1e-3 (float32) from a prior of 1e3: variances 12 orders apart
     arrays = make("hypoelliptic")
     arrays["P0"], arrays["R"] = 1e6 * np.eye(2), np.array([[1e-6]])
@@ -149,7 +152,7 @@ def test_square_root_form_keeps_the_digits_of_precise_observations(dtype, bound)
         model, y, mask = build(arrays, dtype)
         rounded = {k: np.asarray(getattr(model, k), np.float64) for k in ("m0", "P0", *"FcQC")}
         rounded |= {"y": np.asarray(y, np.float64), "R": np.asarray(model.R, np.float64)[None]}
-        assert error(value_only(model, y, mask, "sqrt"), _exact(rounded)) < bound
+        assert error(value_only(model, y, mask, form), _exact(rounded)) < bound
 
 
 @pytest.mark.parametrize("form", ["sequential", "sqrt"])

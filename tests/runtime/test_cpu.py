@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import numpyro_sde as nsde
-from numpyro_sde.runtime.cpu import _with_flags
+from numpyro_sde.runtime.cpu import _version, _with_flags
 
 LOOP = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+WITHOUT_YNN = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 def run(code, **environment):
@@ -31,15 +32,17 @@ def run(code, **environment):
 @pytest.mark.parametrize(
     ("given", "version", "wanted"),
     [
-        ("", (0, 10, 2), f"{LOOP} {EMITTERS}"),
-        ("", (0, 11, 0), f"{LOOP} {EMITTERS}"),
+        ("", (0, 10, 1), f"{LOOP} {EMITTERS}"),
+        ("", (0, 10, 2), f"{LOOP} {EMITTERS} {WITHOUT_YNN}"),
+        ("", (0, 11, 0), f"{LOOP} {EMITTERS} {WITHOUT_YNN}"),
+        (f"{WITHOUT_YNN}dot", (0, 10, 2), f"{WITHOUT_YNN}dot {LOOP} {EMITTERS}"),
         ("", (0, 11, 1), LOOP),  # the flag is gone: XLA would end the process
         ("--a=1", (0, 7, 2), f"--a=1 {LOOP} {EMITTERS}"),
         ("--xla_cpu_use_fusion_emitters=true", (0, 7, 2), f"{EMITTERS[:-5]}true {LOOP}"),
         ("--xla_backend_extra_options=b=2", (0, 12, 0), LOOP.replace("=xla", "=b=2,xla")),
-        (f"{LOOP[:-5]}1024 {EMITTERS}", (0, 10, 2), f"{LOOP[:-5]}1024 {EMITTERS}"),
+        (f"{LOOP[:-5]}1024 {EMITTERS}", (0, 10, 1), f"{LOOP[:-5]}1024 {EMITTERS}"),
         # Without optimisations those emitters give wrong numbers.
-        (UNOPTIMISED, (0, 10, 2), f"{UNOPTIMISED} {LOOP}"),
+        (UNOPTIMISED, (0, 10, 1), f"{UNOPTIMISED} {LOOP}"),
     ],
 )
 def test_flags_are_added_to_those_given(given, version, wanted):
@@ -79,3 +82,36 @@ def test_nothing_is_done_for_another_platform():
         "import os, numpyro_sde as nsde; nsde.configure_cpu(); print(os.environ.get('XLA_FLAGS'))"
     )
     assert run(code, JAX_PLATFORMS="cuda").stdout.strip() == "None"
+
+
+# Sums that YNNPACK gets wrong under jaxlib 0.10.2: a stack of matrices less its products with a
+# stack of vectors, and a sum over many rows.
+SUMS = """
+import os, numpy as np, jax, jax.numpy as jnp
+{}
+rng = np.random.default_rng(0)
+F, k = rng.normal(size=(1, 10, 10)), rng.normal(size=(1000, 10))
+closed_loop = lambda F, k: F - (F * k[:, None, :]).sum(-1)[:, :, None]
+found = jax.jit(closed_loop)(F.astype(np.float32), k.astype(np.float32))
+print(bool(np.abs(found - closed_loop(F, k)).max() < 1e-4))
+x, A = np.zeros((32769, 3), np.float32), jnp.eye(3)
+x[:, 0] = np.arange(32769)
+found = jax.jit(lambda x: jax.vmap(lambda row: jnp.sum((A @ row) ** 2))(x))(x)
+print(bool(abs(float(found[-1]) / 32768.0**2 - 1) < 1e-6))
+{}
+"""
+
+
+def test_sums_are_right_after_the_import():
+    done = run(SUMS.format("import numpyro_sde", ""))
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.skipif(not (0, 10, 2) <= _version() <= (0, 11, 0), reason="jaxlib is not concerned")
+def test_late_import_warns_of_wrong_sums():
+    done = run(SUMS.format("", "import numpyro_sde"))
+    assert "RuntimeWarning: jaxlib" in done.stderr
+    assert "import numpyro_sde before" in done.stderr
+    told = run(SUMS.format("", "import numpyro_sde"), XLA_FLAGS=WITHOUT_YNN)
+    assert told.stdout.split() == ["True", "True"]
+    assert "RuntimeWarning" not in told.stderr
