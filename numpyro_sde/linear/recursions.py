@@ -328,8 +328,9 @@ def predict(steps: ScalarSteps, form: str) -> Prediction:
         f = matvec(transpose(S), steps.h)
         u, s, P = matvec(S, f), _dot(f, f) + steps.r, matmul(S, transpose(S))
     else:
-        ways = {"parallel": _associate, "guarded": _scan_guarded}
-        Z = ways.get(form, _scan_covariances)(steps)
+        scans: dict[str, Callable[[ScalarSteps], Array]]
+        scans = {"parallel": _associate, "guarded": _scan_guarded}
+        Z = scans.get(form, _scan_covariances)(steps)
         S, m, P = None, Z[..., -1], Z[..., :-1]
         u = matvec(P, steps.h)
         s = _dot(u, steps.h) + steps.r
