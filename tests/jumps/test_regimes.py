@@ -133,6 +133,7 @@ def test_particle_gibbs_keeps_the_law_of_the_regimes(x64, brute):
     assert np.all(np.abs(regimes.mean(0) - truth) < 4.0 * error)
 
 
+@pytest.mark.slow
 def test_smooth_gives_path_and_regimes(x64, brute):
     num = 2000
     draws = {"sigma": jnp.broadcast_to(jnp.array(REF["sigma"]), (num, 2))}
@@ -220,3 +221,93 @@ def test_engines_find_the_posterior(x64, engine):
     error = sd / np.sqrt(numpyro.diagnostics.effective_sample_size(z[None]))
     assert np.all(error < 0.15 * sd)
     assert np.all(np.abs(z.mean(0) - mean) < 4.0 * error)
+
+
+def equal_regimes():
+    """Two regimes that are one: the Kalman filter is then the truth."""
+    return switching([0.5, 0.5], [0.4, 0.4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [jax.random.key(4), jax.random.PRNGKey(4)], ids=["new", "old"])
+def test_panels_missing_data_and_powers(x64, key):
+    y = np.stack([Y, Y[::-1]])
+    y[0, 3:5] = np.nan
+
+    def panel(sde, y=None):
+        numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("series", 2):
+            x = numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0)))
+            with numpyro.handlers.scale(scale=0.5):
+                nsde.observe("y", x, emission, obs=y)
+
+    one = nsde.processes.OrnsteinUhlenbeck(rate=0.5, mean=0.0, scale=0.4)
+    truth = nsde.handlers.marginalize(panel, method=nsde.filters.Kalman())
+    found = nsde.handlers.marginalize(panel, method=nsde.filters.RaoBlackwell(3))
+    values = [
+        numpyro.infer.util.log_density(numpyro.handlers.seed(m, key), (sde, y), {}, {"b": 0.0})[0]
+        for m, sde in ((truth, one), (found, equal_regimes()))
+    ]
+    np.testing.assert_allclose(*values, atol=1e-8)
+    drawn = nsde.smooth(
+        panel, {"b": np.zeros(3)}, equal_regimes(), y, method=nsde.filters.RaoBlackwell(3),
+        rng_key=key,
+    )  # fmt: skip
+    assert drawn["x"].shape == drawn["x_regime"].shape == (3, 2, len(Y))
+
+
+def test_the_regimes_of_a_path_that_is_seen(x64):
+    path = nsde.SDEPath(switching(), TIMES[:6], dist.Normal(0.0, 1.0))
+    x = np.array(path.sample(jax.random.key(0), (3,)))
+    law = nsde.regime_law(path, x)
+    assert law.filtered.shape == law.smoothed.shape == (3, 6, 2)
+    P = np.array(switching().chain.transition_matrix(REF["gap"]))
+    first = np.array(switching().chain.stationary_law())
+    for one, smoothed, filtered in zip(x, law.smoothed, law.filtered, strict=True):
+        masses, last = np.zeros((5, 2)), np.zeros(2)
+        for sequence in itertools.product(range(2), repeat=5):
+            mass = first[sequence[0]] * np.prod([P[a, b] for a, b in itertools.pairwise(sequence)])
+            for k, r in enumerate(sequence):
+                decay = np.exp(-REF["theta"][r] * REF["gap"])
+                sd = REF["sigma"][r] * np.sqrt((1 - decay**2) / (2 * REF["theta"][r]))
+                mass *= stats.norm.pdf(one[k + 1], one[k] * decay, sd)
+            masses[np.arange(5), list(sequence)] += mass
+            last[sequence[-1]] += mass
+        np.testing.assert_allclose(smoothed[1:], masses / masses.sum(1, keepdims=True), atol=1e-9)
+        np.testing.assert_allclose(smoothed[0], smoothed[1], atol=1e-12)
+        np.testing.assert_allclose(filtered[-1], last / last.sum(), atol=1e-9)
+        np.testing.assert_allclose(filtered[0], first, atol=1e-12)
+    with pytest.raises(ValueError, match=r"nsde\.SwitchingSDE"):
+        nsde.regime_law(nsde.JumpPath(switching().chain, TIMES), np.zeros(10))
+    with pytest.raises(ValueError, match="two times"):
+        nsde.regime_law(nsde.SDEPath(switching(), [0.0], 0.0), np.zeros(1))
+
+
+@pytest.mark.slow
+def test_vector_states(x64):
+    """Two components; against the Kalman filter where the regimes are one, else the merged one."""
+    A = np.array([[-0.5, 0.3], [0.0, -1.0]])
+
+    def build(spread):
+        return nsde.SwitchingSDE(
+            lambda t, x, r: jnp.array(A) @ x,
+            lambda t, x, r: jnp.array([0.3, 0.5]) * (1.0 + spread * r),
+            nsde.MarkovJumpProcess(np.array(REF["generator"]), 2),
+        )
+
+    def run(sde, method):
+        law = nsde.SDEPath(sde, TIMES, dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        return nsde.filter_path(law, lambda t, x: dist.Normal(x[0], 0.2), Y, method=method)
+
+    linear = nsde.SDE(lambda t, x: jnp.array(A) @ x, lambda t, x: jnp.array([0.3, 0.5]))
+    truth = run(linear, nsde.filters.Kalman())
+    same = run(build(0.0), nsde.filters.RaoBlackwell(4))
+    np.testing.assert_allclose(same.log_likelihood, truth.log_likelihood, atol=1e-8)
+    np.testing.assert_allclose(same.mean, truth.mean, atol=1e-8)
+    np.testing.assert_allclose(same.cov, truth.cov, atol=1e-8)
+    wide = run(build(1.0), nsde.filters.RaoBlackwell(512))
+    merged = run(build(1.0), nsde.filters.GPB(2))
+    np.testing.assert_allclose(wide.log_likelihood, merged.log_likelihood, atol=0.02)
+    x, _ = wide.sample_with_regimes(jax.random.key(0), 3000)
+    m, C = wide.mean[-1], wide.cov[-1]
+    assert np.all(np.abs(x[:, -1].mean(0) - m) < 4.0 * np.sqrt(np.diag(C) / 3000))
