@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
+from numpyro_sde.distributions.moments import has_moments, is_gaussian, mean_and_cov
 from numpyro_sde.noise.jumps import AbstractJumps
 from numpyro_sde.parameters import Code
 
@@ -115,6 +115,15 @@ class CompoundPoisson(AbstractJumps):
             raise TypeError(
                 f"jumps of size {type(law).__name__} have no transition density in closed form: "
                 "normal sizes have; others can be simulated, filters.Particle(proposal='bootstrap')"
+            )
+        return self.size_moments(t, x, args)
+
+    def size_moments(self, t: Any, x: Array, args: tuple[Any, ...]) -> tuple[Array, Array]:
+        law = self.size_at(t, x, args)
+        if has_moments(law) is False:
+            raise TypeError(
+                f"jumps of size {type(law).__name__} have no mean and variance to be matched: use "
+                "filters.Particle(proposal='bootstrap')"
             )
         if jnp.ndim(x) == 1 and law.batch_shape + law.event_shape == ():
             law = law.expand(jnp.shape(x)).to_event(1)

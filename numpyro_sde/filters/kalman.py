@@ -23,6 +23,7 @@ from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.smoothing import BackwardKernel, backward_kernels
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.dependence import dependence
+from numpyro_sde.schemes.matched_jumps import MatchedJumps
 from numpyro_sde.schemes.time_varying import TimeVaryingLinear
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrument, StateSpaceModel
 
@@ -152,7 +153,8 @@ def _discretized(model: StateSpaceModel) -> StateSpaceModel:
     `scheme_chosen` tells which; the continuous one has constant coefficients and is driven by
     Brownian motion.
     """
-    if not model.sde.is_diffusion:
+    matched = isinstance(model.scheme, MatchedJumps)
+    if not (model.sde.is_diffusion or matched):
         _refuse(
             f"a {type(model.sde).__name__} with scheme {type(model.scheme).__name__} jumps, or "
             "follows a hidden regime",

@@ -17,6 +17,7 @@ from numpyro_sde.filters.particle_result import ParticleResult, Reliability
 from numpyro_sde.smc.backward import Dynamics, invertible
 from numpyro_sde.smc.conditional import bridge_reference
 from numpyro_sde.smc.defensive import Auto, Defensive
+from numpyro_sde.smc.guided_jumps import GuidedJumps
 from numpyro_sde.smc.next_observation import ModifiedBridge, ResidualBridge
 from numpyro_sde.smc.online import OnlineSums, additive_online
 from numpyro_sde.smc.particle_filter import Run, run_filter
@@ -251,7 +252,7 @@ class Particle(AbstractFilter):
         """
         key = self.random_key
         if not isinstance(self.mover, Auto):
-            return self.setting, None, None, key
+            return self.setting.for_model(model), None, None, key
         race_key = jax.random.fold_in(key if key.ndim == 0 else key[0], _RACE)
         return *race(model, self.setting, race_key), key
 
@@ -263,7 +264,12 @@ class Particle(AbstractFilter):
                 f"{type(model.scheme).__name__} has not: "
                 f"{model.scheme.remedy('use Euler(), Milstein() or Exact()')}"
             )
-        if isinstance(self.mover, Guided | ModifiedBridge | ResidualBridge):
+        mover = self.mover
+        if type(mover) is Guided:
+            mover = self.setting.for_model(model).proposal
+        if isinstance(mover, GuidedJumps):
+            return
+        if isinstance(mover, Guided | ModifiedBridge | ResidualBridge):
             model.scheme.require_smooth(f"Particle(proposal={self.proposal!r})")
 
     def log_likelihood(self, model: StateSpaceModel) -> Float[Array, ""]:

@@ -33,3 +33,11 @@ class AbstractJumps(eqx.Module):
         Raises:
             TypeError: sizes that are not normal.
         """
+
+    @abstractmethod
+    def size_moments(self, t: Any, x: Array, args: tuple[Any, ...]) -> tuple[Array, Array]:
+        """Mean `(*state,)` and covariance `(d, d)` of a size of any law that has them.
+
+        Raises:
+            TypeError: sizes without a mean or a variance.
+        """

@@ -186,6 +186,7 @@ class SubordinatedStep(AbstractScheme):
     smooth: ClassVar[bool] = False
     keeps_positive: ClassVar[bool] = True
     has_jumps: ClassVar[bool] = True
+    taken_by: ClassVar[str] = "infer.PMMH or filters.Particle(proposal='bootstrap')"
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         if not isinstance(sde, SubordinatedOU) or state_shape != ():

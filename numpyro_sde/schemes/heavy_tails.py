@@ -34,6 +34,7 @@ class HeavyTailedStep(AbstractScheme):
     """An Euler step whose increments subclasses draw, independent for each component."""
 
     smooth: ClassVar[bool] = False
+    taken_by: ClassVar[str] = "infer.PMMH or filters.Particle(proposal='bootstrap')"
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         if not sde.is_diffusion or not sde.noise.independent:

@@ -67,8 +67,9 @@ class JumpEuler(AbstractScheme):
     smooth: ClassVar[bool] = False
     has_jumps: ClassVar[bool] = True
     taken_by: ClassVar[str] = (
-        "infer.PMMH or filters.Particle(proposal='bootstrap'), or for a latent scalar path "
-        "scheme=JumpMixture() with reparam.InnovationReparam"
+        "infer.PMMH or filters.Particle(proposal='bootstrap' or, for normal sizes, 'guided'), for "
+        "a latent scalar path scheme=JumpMixture() with reparam.InnovationReparam, or "
+        "scheme=MatchedJumps() for two moments of the jumps"
     )
 
     base: GaussianScheme
@@ -80,11 +81,7 @@ class JumpEuler(AbstractScheme):
         self.base = base
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
-        if not sde.jumps:
-            raise ValueError(
-                f"{type(self).__name__} is for an SDE with jumps, and this one has none: give "
-                "SDE(..., jumps=nsde.CompoundPoisson(rate, size)), or take Euler()"
-            )
+        check_jumps(self, sde)
         terms = math.prod(source.max_per_step + 1 for source in sde.jumps)
         if terms > MAX_COMPONENTS:
             raise ValueError(
@@ -135,6 +132,15 @@ class JumpEuler(AbstractScheme):
         raise TypeError(
             "the innovations of JumpEuler() cannot be read off the ends of a step: whiten a scalar "
             "path with scheme=JumpMixture()"
+        )
+
+
+def check_jumps(scheme: AbstractScheme, sde: SDE) -> None:
+    """Raise a `ValueError` for an SDE without jumps."""
+    if not sde.jumps:
+        raise ValueError(
+            f"{type(scheme).__name__} is for an SDE with jumps, and this one has none: give "
+            "SDE(..., jumps=nsde.CompoundPoisson(rate, size)), or take Euler()"
         )
 
 

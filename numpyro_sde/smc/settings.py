@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array
 
 from numpyro_sde.smc.defensive import Auto, Defensive
+from numpyro_sde.smc.guided_jumps import GuidedJumps, jumps_freely
 from numpyro_sde.smc.next_observation import Auxiliary, ModifiedBridge, ResidualBridge
 from numpyro_sde.smc.proposals import Bootstrap, Guided, Proposal
 from numpyro_sde.smc.resampling import SCHEMES, Resampling
@@ -49,6 +50,8 @@ class Setting(NamedTuple):
 
     def for_model(self, model: StateSpaceModel) -> Setting:
         """The same setting, the proposal chosen by the model where it is one that chooses."""
+        if type(self.proposal) is Guided and jumps_freely(model):
+            return self._replace(proposal=GuidedJumps())
         return self._replace(proposal=self.proposal.chosen(model))
 
 
