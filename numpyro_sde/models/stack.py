@@ -50,6 +50,18 @@ def outside_all_handlers() -> Iterator[None]:
         _PYRO_STACK[:] = saved
 
 
+@contextlib.contextmanager
+def outside_all_meshes() -> Iterator[None]:
+    """Set the mesh of devices aside that `pmap` announces while it traces parallel chains.
+
+    What is compiled inside is for one device, and may run at once.
+    """
+    # JAX before 0.7.2 has another `pmap`, which announces none.
+    setter = getattr(jax.sharding, "use_abstract_mesh", None)
+    with contextlib.nullcontext() if setter is None else setter(jax.sharding.AbstractMesh((), ())):
+        yield
+
+
 def handlers_outside(handler: Messenger | None = None) -> list[Any]:
     """Handlers on the stack, outermost first; those outside one of them."""
     return _PYRO_STACK[:] if handler is None else _PYRO_STACK[: _PYRO_STACK.index(handler)]

@@ -20,7 +20,12 @@ from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.models.reading import read_model
-from numpyro_sde.models.stack import Run, enclosing_run, outside_all_handlers
+from numpyro_sde.models.stack import (
+    Run,
+    enclosing_run,
+    outside_all_handlers,
+    outside_all_meshes,
+)
 from numpyro_sde.reparam.path import (
     Unwrapped,
     is_innovation,
@@ -189,7 +194,7 @@ class GuidedReparam(Reparam):
         for fn, known, found in self._plans:
             if fn is run.fn and known == key:
                 return found
-        with outside_all_handlers():
+        with outside_all_handlers(), outside_all_meshes():
             arguments = Arguments(run, [y for _, y in data])
             for chosen in (arguments, arguments.all_static()):
                 try:
