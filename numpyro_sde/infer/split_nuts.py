@@ -59,6 +59,9 @@ _MARGIN = 0.05
 
 
 _FEW_GRADIENTS, _MANY_DRAWS = 0.65, 0.8
+# A dense metric estimated from fewer draws for each dimension is worse than the curvature at the
+# mode: that of 103 parameters of 50 neurons from 200 draws left 4 effective draws of 300.
+_DRAWS_A_DIMENSION = 5
 
 
 class SplitNUTS(NUTS):
@@ -132,6 +135,7 @@ class SplitNUTS(NUTS):
         self._asked_dense: Any = dense_mass
         self._asked_inverse: Any = options.get("inverse_mass_matrix")
         self._num_warmup = 0
+        self._keeps_curvature = False
         heuristic = options.get("find_heuristic_step_size", False)
         self._may_search = init_strategy is None and not heuristic
 
@@ -228,8 +232,12 @@ class SplitNUTS(NUTS):
         given = self._asked_inverse
         if given is not None and not isinstance(given, dict):
             given = {others: given}
+        self._keeps_curvature = False
         if given is None and found is not None and found.names == others:
             given = self._curvature(others, found)
+            dense = self._asked_dense is True and found.covariance is not None
+            free = sum(math.prod(z[name].shape[batch:]) for name in others) if dense else 0
+            self._keeps_curvature = _DRAWS_A_DIMENSION * free > self._num_warmup
         size = sum(math.prod(z[name].shape[batch:]) for name in names)
         self._inverse_mass_matrix = {**(given or {}), names: jnp.ones(size)}
 
@@ -244,7 +252,7 @@ class SplitNUTS(NUTS):
         return Adaptation(
             self._num_warmup,
             self._adapt_step_size,
-            self._adapt_mass_matrix,
+            self._adapt_mass_matrix and not self._keeps_curvature,
             tuple(tuple(block) for block in self._dense_mass),
             self._target_accept_prob,
             self._regularize_mass_matrix,

@@ -32,8 +32,8 @@ from numpyro_sde.runtime.entry import holds_same_numbers
 _ROUNDS, _STEPS = 3, 20
 # Step of the difference of gradients behind the curvature: unconstrained, so of unit scale.
 _DIFFERENCE = 1e-2
-# More free values than this: their curvature is not asked for.
-_MOST_FREE = 100
+# More free values than this: their curvature, two gradients for each, is not asked for.
+_MOST_FREE = 400
 
 
 class Plan(NamedTuple):
