@@ -452,3 +452,27 @@ def test_auto_treats_each_path_by_its_structure():
 def test_auto_needs_a_model():
     with pytest.raises(TypeError, match="auto needs the model, a function, got dict"):
         auto({"x": GuidedReparam()})
+
+
+EXACT = nsde.schemes.LocalLinear()
+
+
+def test_parameters_of_an_emission_drawn_after_the_path_guide_it():
+    """Linear and normal: the whitened posterior is standard normal, wherever the gain is drawn."""
+
+    def model(y):
+        sde = nsde.SDE(lambda t, x: -x, lambda t, x: 0.5)
+        law = nsde.SDEPath(sde, np.arange(5.0), dist.Normal(0.0, 1.0), scheme=EXACT)
+        x = numpyro.sample("x", law)
+        gain = numpyro.sample("gain", dist.LogNormal(0.0, 1.0))
+        nsde.observe("y", x, lambda t, x, g: dist.Normal(g * x, 0.1), params=gain, obs=y)
+
+    y = np.array([1.5, 0.4, -0.2, 0.9, 0.3])
+    z = np.random.default_rng(0).normal(size=5)
+    marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+    for gain in (0.7, 3.0):
+        values = {"gain": gain, "x_init_innov": z[0], "x_innov": z[1:]}
+        joint = log_density(guided(model, at={"gain": 1.0}), (y,), {}, values)[0]
+        expected = log_density(marginal, (y,), {}, {"gain": gain})[0]
+        normals = np.sum(dist.Normal(0.0, 1.0).log_prob(z))
+        np.testing.assert_allclose(joint - normals, expected, rtol=2e-4)

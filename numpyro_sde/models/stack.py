@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import numpyro.distributions as dist
-from numpyro.handlers import condition, do, reparam, scale, substitute, trace
+from numpyro.handlers import condition, do, reparam, replay, scale, substitute, trace
 from numpyro.infer import MCMC
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
@@ -156,6 +156,7 @@ class Run(NamedTuple):
         kwargs: keyword arguments of the run.
         conditions: `condition` handlers outside, outermost first.
         known: values of the sites run so far, as outer traces have them.
+        later: for a site still to come, its value where a handler outside has one, else None.
     """
 
     fn: Callable[..., Any]
@@ -164,12 +165,17 @@ class Run(NamedTuple):
     kwargs: dict[str, Any]
     conditions: tuple[condition, ...]
     known: dict[str, Any]
+    later: Callable[[Any], Any] = lambda _: None
 
     def conditioned(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """A model under the `condition` handlers outside."""
         for outer in reversed(self.conditions):
             model = condition(model, data=outer.data, condition_fn=outer.condition_fn)
         return model
+
+    def looking_ahead(self) -> Callable[..., Any]:
+        """The model with the values that its sites have, or will have in this run."""
+        return substitute(self.conditioned(self.fn), substitute_fn=self.later)
 
     @property
     def is_concrete(self) -> bool:
@@ -235,4 +241,28 @@ def _describe(handler: reparam, args: Any, kwargs: Any) -> Run:
     assert handler.fn is not None
     outside = handlers_outside(handler)
     conditions = tuple(h for h in outside if isinstance(h, condition))
-    return Run(handler.fn, chosen, args, kwargs, conditions, known_values(handler))
+    known = known_values(handler)
+    return Run(handler.fn, chosen, args, kwargs, conditions, known, _values_to_come(outside, known))
+
+
+def _values_to_come(outside: list[Any], known: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """What handlers outside have for a site that has not run yet: a sampler's value, a guide's."""
+    givers = [h for h in outside if isinstance(h, substitute | replay)]
+
+    def of(handler: Any, site: Any) -> Any:
+        if isinstance(handler, replay):
+            return handler.trace[site["name"]]["value"] if site["name"] in handler.trace else None
+        if handler.substitute_fn is not None:
+            # A strategy for first values may draw, and no key has come by here yet.
+            kwargs = {**site["kwargs"], "rng_key": jax.random.key(0)}
+            return handler.substitute_fn({**site, "kwargs": kwargs})
+        return (handler.data or {}).get(site["name"])
+
+    def value(site: Any) -> Any:
+        ours = site["type"] == "sample" and not site["is_observed"]
+        if not ours or site["name"] in known or path_law(site["fn"]) is not None:
+            return None
+        values = (of(handler, site) for handler in givers)
+        return next((v for v in values if v is not None), None)
+
+    return value

@@ -228,7 +228,8 @@ def _is_concrete(path: SDEPath, data: list[tuple[Statement, Array]]) -> bool:
 
 def look_ahead(name: str, run: Run) -> list[tuple[Statement, Array]]:
     """Observation statements of a path, with their data, in a run of the model."""
-    reading = read_model(run.conditioned(run.fn), run.args, run.kwargs, known=run.known, only=name)
+    # With emissions' parameters that the model draws after the path: the guide needs them.
+    reading = read_model(run.looking_ahead(), run.args, run.kwargs, known=run.known, only=name)
     observed = reading.observed.get(name)
     return [] if observed is None else list(observed.data)
 

@@ -218,7 +218,7 @@ def compile_program(run: Run, arguments: Arguments, guiding: Guiding) -> Program
 
     def objective(z: Any, references: Any, data: list[Any]) -> tuple[Array, Any]:
         found: dict[str, Any] = {}
-        log_det = [jnp.zeros(())]
+        log_det: dict[str, Array] = {}  # a site may be asked for again, to look ahead
 
         def draw(owner: Any, name: str, site: Any, run: Run) -> Array:
             del owner
@@ -232,13 +232,13 @@ def compile_program(run: Run, arguments: Arguments, guiding: Guiding) -> Program
                 return None
             transform = biject_to(site["fn"].support)
             value = transform(u)
-            log_det.append(jnp.sum(transform.log_abs_det_jacobian(u, value)))
+            log_det[site["name"]] = jnp.sum(transform.log_abs_det_jacobian(u, value))
             return value
 
         now = arguments.run_with(run, data)
         model = substitute(seed(with_paths(now, draw), 0), substitute_fn=value)
         log_joint, _ = log_density(model, now.args, now.kwargs, {})
-        return -(log_joint + sum(log_det)), found
+        return -(log_joint + sum(log_det.values(), jnp.zeros(()))), found
 
     # Compiled ahead of time: a compiled function runs at once, also inside an outer trace.
     data = arguments.data
