@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("leverage_output"), help="a folder")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the script")
-    parser.add_argument("--draws", type=int, nargs=2, default=(600, 4_000))
+    parser.add_argument("--draws", type=int, nargs=2, default=(800, 9_000))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     days = 60 if options.quick else DAYS
@@ -91,7 +91,9 @@ def main() -> None:
     draws = (20, 40) if options.quick else options.draws
     found, paths = {}, {}
     for (name, kernel), number in zip(kernels().items(), draws, strict=True):
-        mcmc = MCMC(kernel, num_warmup=number // 2, num_samples=number, progress_bar=False)
+        mcmc = MCMC(
+            kernel, num_warmup=min(number // 2, 1_000), num_samples=number, progress_bar=False
+        )
         clocks = time.perf_counter(), time.process_time()
         mcmc.run(jax.random.key(1), price)
         samples = jax.block_until_ready(mcmc.get_samples())

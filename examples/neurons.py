@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("neurons_output"), help="a folder")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the script")
-    parser.add_argument("--draws", type=int, nargs=2, default=(200, 300), help="warm-up, draws")
+    parser.add_argument("--draws", type=int, nargs=2, default=(100, 1_200), help="warm-up, draws")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     neurons, bins = (5, 60) if options.quick else (NEURONS, BINS)

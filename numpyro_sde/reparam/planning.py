@@ -29,7 +29,10 @@ from numpyro_sde.runtime.clock import searching
 from numpyro_sde.runtime.entry import holds_same_numbers
 
 # Rounds of search, each along new reference paths, and steps in one.
-_ROUNDS, _STEPS = 3, 20
+_ROUNDS, _STEPS = 8, 20
+# Moves of the reference at one set of parameters, halvings of a step that its own reference path
+# shows to be too long, and nats that are none to go on for.
+_MOVES, _HALVINGS, _SETTLED = 2, 4, 0.05
 # Step of the difference of gradients behind the curvature: unconstrained, so of unit scale.
 _DIFFERENCE = 1e-2
 # More free values than this: their curvature, two gradients for each, is not asked for.
@@ -347,13 +350,33 @@ def _searched(program: Program, data: list[Any]) -> Found:
         return (value if np.isfinite(value) else 1e30), np.nan_to_num(slope)
 
     best = np.concatenate([np.zeros(0), *(np.ravel(first[n]) for n in names)]).astype(np.float64)
+
+    def settle(flat: np.ndarray) -> float:
+        """Move the references to the guided paths at some parameters; the density along them."""
+        nonlocal references
+        for _ in range(_MOVES):
+            references = _moved(jax.tree.map(np.asarray, evaluate(flat)[1]), program.given)
+        return evaluate(flat)[0]
+
     # The first reference may be no path of the model: its guided path is.
-    references = _moved(jax.tree.map(np.asarray, evaluate(best)[1]), program.given)
-    for _ in range(_ROUNDS):
-        if best.size:
-            options = {"maxiter": _STEPS}
-            best = minimize(on_host, best, jac=True, method="L-BFGS-B", options=options).x
-        references = _moved(jax.tree.map(np.asarray, evaluate(best)[1]), program.given)
+    value = settle(best)
+    for _ in range(_ROUNDS if best.size else 0):
+        options = {"maxiter": _STEPS}
+        trial = minimize(on_host, best, jac=True, method="L-BFGS-B", options=options).x
+        # Far from its reference a guide flatters: a step must hold along paths of its own.
+        before, reached = references, settle(trial)
+        for _ in range(_HALVINGS):
+            if reached <= value:
+                break
+            trial, references = 0.5 * (best + trial), before
+            reached = settle(trial)
+        gained = value - reached
+        if not gained > 0.0:
+            settle(best)
+            break
+        best, value = trial, reached
+        if gained < _SETTLED:
+            break
     found = jax.tree.map(np.asarray, evaluate(best)[1])
     covariance = None
     if 0 < best.size <= _MOST_FREE:
