@@ -20,10 +20,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.filters.moment_matching import MomentMatching
 from numpyro_sde.linear.small import matmul, psd_factor, transpose
+from numpyro_sde.schemes.moment_closure import MomentClosure
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import FilterResult, StateSpaceModel
 
 _FINE = {1: 20, 2: 12, 3: 7}
+_SIDES = (("below", -1.0), ("above", 1.0))
 
 
 class ClosureReport(NamedTuple):
@@ -66,6 +68,7 @@ def closure_check(
     *,
     num_paths: int = 4000,
     substeps: int = 10,
+    starts: Any = (),
     mean_tolerance: float = 0.25,
     variance_tolerance: float = 0.5,
     seed: int = 0,
@@ -77,11 +80,18 @@ def closure_check(
     filter uses it. Two more run without data, from fixed states two standard deviations
     to either side of the mean that the closure predicts for the last time.
 
+    A reaction network under `laws.MomentClosure()` is simulated by its jump law, exactly, from
+    counts. Reported are then also moments that no law has (a negative mean or variance, explosion),
+    and a closure whose end depends on the start where that of the counts does not, as in bistable
+    networks.
+
     Args:
         model: the model, with parameter values (not under `jit`).
         method: the filter to check; None for `MomentMatching()`.
         num_paths: simulated paths from each start.
         substeps: Euler steps of the simulation for each grid step.
+        starts: further states to start from without data, `(S, d)`: far apart, they show whether
+            the closure has several answers.
         mean_tolerance: allowed error of a mean, in standard deviations.
         variance_tolerance: allowed relative error of a variance.
         seed: seed of the simulation.
@@ -120,18 +130,29 @@ def closure_check(
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     key = jax.random.key(seed)
+    model = _from_counts(model, model.init_mean, model.init_cov)
     run = _comparison(model, method, num_paths, substeps)
     free = model._replace(instruments=())
     run_free = _comparison(free, method, num_paths, substeps) if model.instruments else run
-    gap, _, _ = run(model.init_mean, model.init_cov, key)
+    gap, *_ = run(model.init_mean, model.init_cov, key)
     gaps, names = [gap], ["the model's start"]
-    _, mean, cov = run_free(model.init_mean, model.init_cov, key)
+    _, mean, cov, truth = run_free(model.init_mean, model.init_cov, key)
+    ends, truths, further = [mean], [truth], []
     spread = 2.0 * jnp.sqrt(jnp.diagonal(cov))
     finite = bool(jnp.all(jnp.isfinite(mean)) & jnp.all(jnp.isfinite(spread)))
     if finite:
-        for side, sign in (("below", -1.0), ("above", 1.0)):
-            gaps.append(run_free(mean + sign * spread, jnp.zeros_like(cov), key)[0])
-            names.append(f"a start two s.d. {side}")
+        further += [(f"a start two s.d. {n}", mean + s * spread) for n, s in _SIDES]
+    further += [
+        (f"the start {np.asarray(x).tolist()}", x)
+        for x in jnp.asarray(starts, mean.dtype).reshape(-1, model.dim)
+    ]
+    for name, state in further:
+        start = _from_counts(model, state, jnp.zeros_like(cov))
+        gap, end, _, truth = run_free(start.init_mean, start.init_cov, key)
+        gaps.append(gap)
+        ends.append(end)
+        truths.append(truth)
+        names.append(name)
     gaps = [_Gap(*map(float, gap)) for gap in gaps]
     reasons = [
         reason
@@ -139,13 +160,44 @@ def closure_check(
         for reason in _reasons(name, gap, mean_tolerance, variance_tolerance)
     ]
     if not finite:
-        reasons.append("without data the moments diverge")
+        reasons.append(
+            "without data the moments diverge, or a mean or variance becomes negative"
+            if _is_network(model)
+            else "without data the moments diverge"
+        )
+    reasons += _starts_matter(jnp.stack(ends), jnp.stack(truths), mean_tolerance)
     columns = [np.array([gap[i] for gap in gaps]) for i in range(5)]
     return ClosureReport(not reasons, tuple(reasons), *columns)
 
 
-def _finer(method: MomentMatching, d: int) -> MomentMatching | None:
-    if d not in _FINE:
+def _is_network(model: StateSpaceModel) -> bool:
+    """Whether the moments are those of a reaction network's counts."""
+    return isinstance(model.scheme, MomentClosure)
+
+
+def _from_counts(model: StateSpaceModel, mean: Array, cov: Array) -> StateSpaceModel:
+    """The model from a start, which of a network is made of whole numbers where it is fixed."""
+    if _is_network(model) and not bool(jnp.any(cov)):
+        mean = jnp.maximum(jnp.round(mean), 0.0)
+    return model._replace(init_mean=mean, init_cov=cov)
+
+
+def _starts_matter(ends: Array, truths: Array, tolerance: float) -> list[str]:
+    """Whether the last means are further apart, start by start, than those of the simulations."""
+    sd = jnp.sqrt(jnp.maximum(jnp.max(truths[:, 1], axis=0), jnp.finfo(ends.dtype).tiny))
+    apart = [jnp.ptp(a, axis=0) / sd for a in (ends, truths[:, 0])]
+    excess = float(jnp.max(apart[0] - apart[1]))
+    if not excess > 2.0 * tolerance:
+        return []
+    return [
+        f"the closure's last mean depends on the start, by {excess:.2g} standard deviations more "
+        "than the simulated one"
+    ]
+
+
+def _finer(method: MomentMatching, model: StateSpaceModel) -> MomentMatching | None:
+    d = model.dim
+    if d not in _FINE or _is_network(model):  # whose closure takes no quadrature
         return None
     return MomentMatching("gauss_hermite", order=_FINE[d], substeps=2 * method.substeps)
 
@@ -160,18 +212,22 @@ class _Gap(NamedTuple):
 
 def _comparison(
     model: StateSpaceModel, method: MomentMatching, num_paths: int, substeps: int
-) -> Callable[[Array, Array, PRNGKeyArray], tuple[_Gap, Array, Array]]:
-    """Compile the comparison from a start; it also gives the last predicted moments."""
-    fine = _finer(method, model.dim)
+) -> Callable[[Array, Array, PRNGKeyArray], tuple[_Gap, Array, Array, Array]]:
+    """Compile the comparison from a start.
+
+    It also gives the last predicted mean and covariance, and the last simulated mean and variance.
+    """
+    fine = _finer(method, model)
 
     @jax.jit
-    def run(mean: Array, cov: Array, key: PRNGKeyArray) -> tuple[_Gap, Array, Array]:
+    def run(mean: Array, cov: Array, key: PRNGKeyArray) -> tuple[_Gap, Array, Array, Array]:
         case = model._replace(init_mean=mean, init_cov=cov)
         result = method.filter(case)
         finer = None if fine is None else fine.filter(case)
         simulated = _simulate(case, result, key, num_paths, substeps)
         gap = _compare(result, finer, simulated)
-        return gap, result.predicted_mean[-1], result.predicted_cov[-1]
+        last = jnp.stack([simulated[0][-1], simulated[1][-1]])
+        return gap, result.predicted_mean[-1], result.predicted_cov[-1], last
 
     return run
 
@@ -207,14 +263,18 @@ def _simulate(
     num_paths: int,
     substeps: int,
 ) -> tuple[Array, Array, Array, Array]:
-    """Moments of Euler-Maruyama paths before each grid time's observation."""
+    """Moments of simulated paths before each grid time's observation.
+
+    Of Euler-Maruyama paths, or of the exact jumps of a network.
+    """
     observed = jnp.zeros(model.num_times, bool)
     for instrument in model.instruments:
         observed = observed | jnp.any(jnp.asarray(instrument.present), axis=1)
 
     def draw(key: PRNGKeyArray, mean: Array, cov: Array) -> Array:
         z = jax.random.normal(key, (num_paths, model.dim), mean.dtype)
-        return mean[None] + matmul(z, transpose(psd_factor(cov)))
+        x = mean[None] + matmul(z, transpose(psd_factor(cov)))
+        return jnp.maximum(jnp.round(x), 0.0) if _is_network(model) else x
 
     def step(x: Array, inputs: Any) -> tuple[Array, Any]:
         key, (t, dt, cache), redraw, mean, cov = inputs
@@ -231,7 +291,11 @@ def _simulate(
             return x + h * drift + jnp.sqrt(h) * jnp.einsum("nij,nj->ni", L, z), None
 
         keys = jax.random.split(key, substeps + 1)
-        x, _ = lax.scan(small, x, (jnp.arange(substeps), keys[1:]))
+        if _is_network(model):
+            own = jax.random.split(keys[-1], num_paths)
+            x = jax.vmap(lambda x, key: model.scheme.draw(model.sde, key, t, dt, x))(x, own)
+        else:
+            x, _ = lax.scan(small, x, (jnp.arange(substeps), keys[1:]))
         moments = _shape(x)
         return jnp.where(redraw, draw(keys[0], mean, cov), x), moments
 
