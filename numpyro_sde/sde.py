@@ -7,9 +7,8 @@ object with longer leaves; code is static. A path law maps over both (`distribut
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_sde.describe import describe_entries, describe_value, html_table, one_line
+from numpyro_sde.describe import describe_entries, describe_value
+from numpyro_sde.dynamics import AbstractDynamics, Structure
 from numpyro_sde.inputs import Input, Inputs, StepInputs
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.noise import AbstractNoise, Brownian
@@ -28,24 +28,7 @@ if TYPE_CHECKING:
     from numpyro_sde.schemes.base import AbstractScheme
 
 
-class Structure(NamedTuple):
-    """How Brownian motions enter: read off the diffusion's shape, never declared.
-
-    Attributes:
-        state_shape: `()` or `(d,)`.
-        kind: "diagonal" where each component has its own independent noise (every scalar
-            process is so, whatever the number of its Brownian motions), else "general".
-        diffusion_shape: the shape that `diffusion` returns.
-        innovation_shape: shape of the standard normals that drive one Gaussian step.
-    """
-
-    state_shape: tuple[int, ...]
-    kind: Literal["diagonal", "general"]
-    diffusion_shape: tuple[int, ...]
-    innovation_shape: tuple[int, ...]
-
-
-class SDE(eqx.Module):
+class SDE(AbstractDynamics):
     """A stochastic differential equation `dX = drift dt + diffusion dW`.
 
     Write drift and diffusion for one state of one process; what varies over a plate goes
@@ -153,7 +136,7 @@ class SDE(eqx.Module):
         """
         return self.inputs.breakpoints if isinstance(self.inputs, Inputs) else np.zeros(0)
 
-    def driven_by(self, noise: AbstractNoise) -> SDE:
+    def driven_by(self, noise: AbstractNoise) -> Self:
         """The same equation with another driving noise.
 
         Raises:
@@ -165,14 +148,6 @@ class SDE(eqx.Module):
                 f"{type(noise).__name__}"
             )
         return self._with(noise=noise)
-
-    def _with(self, **changes: Any) -> SDE:
-        """A copy with some fields changed, of whatever subclass this is."""
-        new = object.__new__(type(self))
-        for field in dataclasses.fields(self):
-            value = changes.get(field.name, getattr(self, field.name))
-            object.__setattr__(new, field.name, value)
-        return new
 
     def during(self, inputs: StepInputs | None, push: Array | None) -> SDE:
         """This equation inside one step of a grid.
@@ -197,12 +172,6 @@ class SDE(eqx.Module):
             entries.append(("interpretation", self.interpretation))
         return entries
 
-    def __repr__(self) -> str:
-        return one_line(type(self).__name__, self._described())
-
-    def _repr_html_(self) -> str:
-        return html_table(type(self).__name__, self._described())
-
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each array leaf of this object, in flattening order."""
         leaves = jax.tree_util.tree_leaves(self)
@@ -226,10 +195,6 @@ class SDE(eqx.Module):
             return JumpEuler()
         return self.exact_transition()
 
-    def adapt(self, scheme: Any, state_shape: tuple[int, ...]) -> Any:  # noqa: ARG002
-        """The scheme to use where one was named, or None was; itself, unless states are hidden."""
-        return scheme
-
     def check_scheme(self, scheme: AbstractScheme) -> None:
         """Raise a `ValueError` for a scheme that would leave out part of this equation."""
         if self.jumps and not scheme.has_jumps:
@@ -247,10 +212,6 @@ class SDE(eqx.Module):
     def arguments(self) -> tuple[Any, ...]:
         """What coefficients get after time and state: the parameters, if there are any."""
         return () if self.params is None else (self.params,)
-
-    def restart(self, x: Array) -> Array:
-        """A state at the beginning of a step: accumulators, where there are any, at zero."""
-        return x
 
     @property
     def positive(self) -> bool:
@@ -358,12 +319,3 @@ class SDE(eqx.Module):
             raise ValueError(
                 f"{role} fails on a state of shape {x.shape}: {error}{hint}"
             ) from error
-
-    def unbatched_shapes(self) -> SDE:
-        """This SDE with shapes in place of arrays, batch dimensions removed."""
-        leaves, treedef = jax.tree_util.tree_flatten(self)
-        one = [
-            jax.ShapeDtypeStruct(jnp.shape(leaf)[jnp.ndim(leaf) - dim :], jnp.result_type(leaf))
-            for leaf, dim in zip(leaves, self.leaf_event_dims(), strict=True)
-        ]
-        return cast("SDE", jax.tree_util.tree_unflatten(treedef, one))

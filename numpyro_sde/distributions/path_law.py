@@ -28,11 +28,11 @@ from numpyro_sde.distributions.batching import (
     undeclared_dims,
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
+from numpyro_sde.dynamics import AbstractDynamics, Structure
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.schemes.events import Forcing
-from numpyro_sde.sde import SDE, Structure
 
 _DIMS = ("leaf_dims", "lead_dims")
 
@@ -76,7 +76,7 @@ class AbstractPathLaw(dist.Distribution):
     whole_states: ClassVar[bool] = False
     """Whether states are whole numbers, which parameters may be indexed with."""
 
-    sde: SDE
+    sde: Any
     times: Any
     dt: Any
     init: dist.Distribution
@@ -96,7 +96,7 @@ class AbstractPathLaw(dist.Distribution):
 
     def _compose(
         self,
-        sde: SDE,
+        sde: Any,
         init: dist.Distribution,
         scheme: AbstractScheme,
         *,
@@ -145,7 +145,7 @@ class AbstractPathLaw(dist.Distribution):
             self.dt = np.diff(self.times, axis=-1)
 
     @property
-    def _leaves(self) -> tuple[SDE, AbstractScheme, Any, Any, Forcing | None]:
+    def _leaves(self) -> tuple[AbstractDynamics, AbstractScheme, Any, Any, Forcing | None]:
         return self.sde, self.scheme, self.times, self.dt, self.forcing
 
     @property
@@ -203,7 +203,7 @@ class AbstractPathLaw(dist.Distribution):
         clock_is_shared = jnp.ndim(self.times) == 1
 
         def one(
-            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, forcing: Any, *rest: Any
+            sde: Any, scheme: AbstractScheme, times: Any, dt: Any, forcing: Any, *rest: Any
         ) -> Any:
             if clock_is_shared:  # stays a host array, outside every vmap
                 times, dt = self.times, self.dt
@@ -260,7 +260,7 @@ class AbstractPathLaw(dist.Distribution):
             )
 
         def transitions(
-            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
+            sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
         ) -> Array:
             density: Array = getattr(scheme, what)(sde, times, dt, x, cache)
             return density
@@ -291,7 +291,7 @@ class AbstractPathLaw(dist.Distribution):
         """Draw paths of a scheme that is no map of Gaussian innovations."""
 
         def simulate(
-            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, key: Any
+            sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, key: Any
         ) -> Array:
             def step(x: Array, inputs: Any) -> tuple[Array, Array]:
                 t, h, k, c = inputs
@@ -332,7 +332,7 @@ class AbstractPathLaw(dist.Distribution):
         )
 
         def simulate(
-            sde: SDE, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, z: Array
+            sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, z: Array
         ) -> Array:
             def step(x: Array, inputs: Any) -> tuple[Array, Array]:
                 t, h, e, c = inputs

@@ -31,7 +31,7 @@ def path_for(method: Any, path: AbstractPathLaw) -> AbstractPathLaw:
     if method.bounds is None:
         raise ValueError(
             "Forward() works on finitely many states: give bounds=, the largest count of each of "
-            f"{', '.join(path.sde.species)}"  # type: ignore[attr-defined]
+            f"{', '.join(path.sde.species)}"
         )
     if path.events:
         raise ValueError("Forward() takes no events: use Particle(proposal='bootstrap')")

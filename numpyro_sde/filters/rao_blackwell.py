@@ -134,7 +134,7 @@ def check_switching(model: StateSpaceModel, method: str) -> None:
             "is observed itself, sample(..., obs=), and its density integrates the regimes out"
         )
     try:
-        for regime in range(model.sde.chain.num_states):  # type: ignore[attr-defined]
+        for regime in range(model.sde.chain.num_states):
             Kalman().check(in_regime(model, regime))
     except ValueError as error:
         raise ValueError(

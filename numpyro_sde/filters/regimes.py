@@ -54,7 +54,7 @@ class _MergingFilter(AbstractFilter):
         if not model.init_gaussian:
             raise ValueError(f"{name}() needs a first state that is normal or fixed")
         if isinstance(self.inner, Kalman):
-            for regime in range(model.sde.chain.num_states):  # type: ignore[attr-defined]
+            for regime in range(model.sde.chain.num_states):
                 self.inner.check(in_regime(model, regime))
 
     def _moves(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -147,7 +147,7 @@ def in_regime(model: StateSpaceModel, regime: Any) -> StateSpaceModel:
     scheme: Any = model.scheme
     d = model.dim - 1
     return model._replace(
-        sde=model.sde.in_regime(regime),  # type: ignore[attr-defined]
+        sde=model.sde.in_regime(regime),
         scheme=scheme.base.linearizable(),
         scheme_chosen=True,
         cache=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ class SwitchingSDE(SDE):
         assert isinstance(new, SwitchingSDE)
         return new
 
-    def driven_by(self, noise: AbstractNoise) -> SDE:
+    def driven_by(self, noise: AbstractNoise) -> Self:
         if not isinstance(noise, Brownian):
             raise ValueError(
                 "a SwitchingSDE is driven by Brownian motion within each regime, got noise "

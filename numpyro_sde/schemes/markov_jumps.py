@@ -1,11 +1,11 @@
 """The exact transition of a Markov jump process, and the process in the form of an equation.
 
-A path law, its engines and its maps over batches ask an equation for parameters and a scheme for
+A path law, its engines and its maps over batches ask dynamics for parameters and a scheme for
 steps. `ChainEquation` answers for a Markov jump process, whose state is a number `0..n-1`; it has
 no drift and no diffusion, so engines that need them must not take it, which the scheme says.
 """
 
-# ruff: noqa: ARG001, ARG002
+# ruff: noqa: ARG002
 # Methods of one protocol share its arguments, used or not.
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
+from numpyro_sde.describe import describe_entries
+from numpyro_sde.dynamics import AbstractDynamics
 from numpyro_sde.jumps.chain import MarkovJumpProcess
 from numpyro_sde.jumps.sparse import Edges, propagate
+from numpyro_sde.noise.brownian import AbstractNoise, Brownian
+from numpyro_sde.noise.jumps import AbstractJumps
+from numpyro_sde.parameters import broadcast_batch
 from numpyro_sde.schemes.base import AbstractScheme
-from numpyro_sde.sde import SDE, broadcast_batch
 
 
-def _still(t: Any, x: Any) -> Any:
-    """Neither drift nor diffusion."""
-    return jnp.zeros_like(x)
-
-
-class ChainEquation(SDE):
+class ChainEquation(AbstractDynamics):
     """A Markov jump process, the law of its start, and what its states stand for.
 
     Args:
@@ -43,12 +42,16 @@ class ChainEquation(SDE):
     start: Float[Array, "*batch n"]
     values: Any
     sink: bool = eqx.field(static=True)
+    noise: AbstractNoise
+    jumps: tuple[AbstractJumps, ...]
+    inputs: None
 
     def __init__(
         self, chain: MarkovJumpProcess, start: Array, values: Any = None, *, sink: bool = False
     ) -> None:
-        super().__init__(_still, _still)
         self.chain, self.start, self.values, self.sink = chain, start, values, sink
+        # Its jumps are the whole of its law, which the scheme has; nothing else drives it.
+        self.noise, self.jumps, self.inputs = Brownian(), (), None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -61,9 +64,8 @@ class ChainEquation(SDE):
         leaves = jax.tree_util.tree_leaves(self)
         return dims + [jnp.ndim(leaf) for leaf in leaves[len(dims) :]]
 
-    @property
-    def is_diffusion(self) -> bool:
-        return False
+    def _described(self) -> list[tuple[str, str]]:
+        return [("num_states", str(self.chain.num_states)), *describe_entries(self.chain.params)]
 
     @property
     def edges(self) -> Edges:
@@ -99,14 +101,14 @@ class MarkovJumps(AbstractScheme):
         "sampler, or filters.Particle(proposal='bootstrap')"
     )
 
-    def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
+    def check(self, sde: Any, state_shape: tuple[int, ...]) -> None:
         if not isinstance(sde, ChainEquation):
             raise ValueError(
                 f"the jumps of a Markov jump process are no scheme for a {type(sde).__name__}: use "
                 "nsde.JumpPath"
             )
 
-    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def innovation_shape(self, sde: Any, state_shape: tuple[int, ...]) -> tuple[int, ...]:
         return ()
 
     def prepare(self, sde: Any, times: Any, dt: Any) -> Any:
@@ -128,7 +130,7 @@ class MarkovJumps(AbstractScheme):
         return jnp.where(inside, row, 0.0)
 
     def log_density(
-        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
+        self, sde: Any, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
     ) -> Float[Array, ""]:
         row = self.probabilities(sde, dt, x, cache)
         after = jnp.asarray(x_next, jnp.int32)
@@ -136,7 +138,7 @@ class MarkovJumps(AbstractScheme):
         p = jnp.where(inside, row[jnp.clip(after, 0, row.shape[0] - 1)], 0.0)
         return jnp.where(p == 0.0, -jnp.inf, jnp.log(jnp.where(p == 0.0, 1.0, p)))
 
-    def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
+    def step(self, sde: Any, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
         row = self.probabilities(sde, dt, x, cache)
         reached = jnp.cumsum(row)
         chosen = jnp.sum(reached < ndtr(z) * reached[-1])
@@ -144,6 +146,6 @@ class MarkovJumps(AbstractScheme):
         return jnp.where(jnp.isfinite(reached[-1]), state, jnp.nan)
 
     def invert(
-        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
+        self, sde: Any, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
     ) -> Array:
         raise TypeError("the innovations of a Markov jump process cannot be read off its states")

@@ -87,7 +87,7 @@ class StateSpaceModel(NamedTuple):
     """A path on its grid and everything that observes it.
 
     Attributes:
-        sde: the unbatched equation.
+        sde: the unbatched equation, or the dynamics of a process that only jumps.
         scheme: its transition density over a grid step, and whether the user chose it.
         scheme_chosen: False where the scheme is only the default for paths.
         times: grid times, shape `(N,)`; NumPy where they are known before tracing.
@@ -124,7 +124,7 @@ class StateSpaceModel(NamedTuple):
         (1, 3, -12.0)
     """
 
-    sde: SDE
+    sde: Any
     scheme: AbstractScheme
     scheme_chosen: bool
     times: Any
@@ -162,11 +162,15 @@ class StateSpaceModel(NamedTuple):
         return x[0] if self.scalar else x
 
     def drift(self, t: Any, x: Array) -> Float[Array, " d"]:
-        """Ito drift at a vector state."""
+        """Ito drift at a vector state; a process that only jumps has none."""
+        if not isinstance(self.sde, SDE):
+            return jnp.zeros_like(x)
         return jnp.reshape(self.sde.ito_drift_at(t, self.to_state(x)), (self.dim,))
 
     def factor(self, t: Any, x: Array) -> Float[Array, "d m"]:
-        """Diffusion matrix at a vector state, one column for each Brownian motion."""
+        """Diffusion matrix at a vector state, one column for each Brownian motion, if any."""
+        if not isinstance(self.sde, SDE):
+            return jnp.zeros((self.dim, 1), x.dtype)
         columns = self.sde.diffusion_columns_at(t, self.to_state(x))
         return jnp.reshape(columns, (self.dim, columns.shape[-1]))
 

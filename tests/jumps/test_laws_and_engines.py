@@ -90,7 +90,8 @@ TAKEN = {
         {"Kalman"} | GAUSSIAN | ALL_PARTICLES | WHITE,
         r"ExtendedKalman\(\)|Kalman\(\)|Particle|GuidedReparam|smooth",
     ),
-    "jump-diffusion": (ANY, r"Particle\(proposal='bootstrap'\)|smooth|JumpMixture"),
+    "jump-diffusion": (
+        ANY | {"Particle guided"}, r"Particle\(proposal='bootstrap'\)|smooth|JumpMixture"),
     "switching": (
         {"IMM", "GPB", "RaoBlackwell", "ParticleGibbs"} | ANY | {"regime_law"},
         r"IMM\(\)|RaoBlackwell|smooth|Particle\(proposal='bootstrap'\)",
