@@ -48,6 +48,11 @@ def test_functions_of_a_generator():
     np.testing.assert_allclose(rate, ref["entropy_production_rate"], atol=1e-12)
     times = generators.mean_first_passage_times(Q, 0)
     np.testing.assert_allclose(times, ref["mfpt_to_0"], atol=1e-12)
+    flux = law[:, None] * Q
+    current = sum(flux[i, (i + 1) % 3] - flux[(i + 1) % 3, i] for i in range(3))
+    np.testing.assert_allclose(current, ref["ring_current"], atol=1e-12)
+    decay = np.sort(np.linalg.eigvals(np.array(Q)).real)[:-1]
+    np.testing.assert_allclose(-1.0 / decay[::-1], ref["relaxation_times"], rtol=1e-10)
 
 
 def test_functions_of_a_generator_where_states_cannot_be_reached():

@@ -7,7 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from jumps.references import REFERENCE
-from scipy import stats
+from scipy import integrate, stats
 
 import numpyro_sde as nsde
 
@@ -265,6 +265,36 @@ def test_jumps_by_two_moments_on_request(x64):
     )
     with pytest.raises(TypeError, match="no mean and variance"):
         matched.moments(heavy, 0.0, 0.5, jnp.array(1.0))
+
+
+def test_moments_of_a_linear_jump_diffusion_are_exact(x64):
+    ref = REFERENCE["ou_jump"]
+    sde = nsde.SDE(
+        lambda t, x: -ref["theta"] * x,
+        lambda t, x: ref["sigma"],
+        jumps=nsde.CompoundPoisson(ref["lam"], dist.Normal(ref["mj"], ref["sj"])),
+    )
+    scheme = nsde.schemes.MatchedJumps(nsde.schemes.LocalLinear())
+    mean, sd = scheme.moments(sde, 0.0, ref["d"], jnp.array(ref["x0"]))
+    np.testing.assert_allclose([mean, sd**2], [ref["mean"], ref["var"]], atol=1e-8)
+    # A vector, against the equation of its moments: C' = A C + C A' + L L' + rate E J J'.
+    A, L = np.array([[-1.0, 0.4], [0.0, -0.5]]), np.diag([0.2, 0.3])
+    m, S = np.array([0.5, -0.2]), np.diag([0.3, 0.1]) ** 2
+    pair = nsde.SDE(
+        lambda t, x: jnp.array(A) @ x,
+        lambda t, x: jnp.array([0.2, 0.3]),
+        jumps=nsde.CompoundPoisson(0.7, dist.Normal(m, jnp.array([0.3, 0.1])).to_event(1)),
+    )
+    mean, factor = scheme.moments(pair, 0.0, 0.8, jnp.array([1.0, 2.0]))
+    D = L @ L.T + 0.7 * (S + np.outer(m, m))
+
+    def slopes(t, v):
+        C = v[2:].reshape(2, 2)
+        return np.concatenate([A @ v[:2] + 0.7 * m, (A @ C + C @ A.T + D).ravel()])
+
+    end = integrate.solve_ivp(slopes, (0.0, 0.8), [1.0, 2.0, 0, 0, 0, 0], rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(mean, end.y[:2, -1], atol=1e-8)
+    np.testing.assert_allclose(factor @ factor.T, end.y[2:, -1].reshape(2, 2), atol=1e-8)
 
 
 def test_state_dependent_rates_excite_themselves(x64):
