@@ -32,23 +32,24 @@ class DaccaCholera(NamedTuple):
     """Cholera in Dacca, Bengal, see :func:`load_dacca_cholera`.
 
     Attributes:
-        times: Ends of months in years, 1891, 1891 + 1/12, ..., 1941, shape ``(601,)``; the first
-            one begins the first month.
-        deaths: Deaths from cholera in the month that ends then, NaN at the first, shape ``(601,)``.
+        times: Ends of months in years, 1891 + 1/12, ..., 1941, shape ``(600,)``.
+        deaths: Deaths from cholera in the month that ends then, shape ``(600,)``.
+        knots: 1891 and the ends of months, where the population is given, shape ``(601,)``.
         population: Inhabitants of the district, shape ``(601,)``.
         growth: Its rate of growth, inhabitants a year, shape ``(601,)``.
 
     Example:
         >>> from numpyro_sde.datasets import load_dacca_cholera
         >>> data = load_dacca_cholera()
-        >>> data.deaths[1:4].astype(int).tolist(), int(data.population[0])
+        >>> data.deaths[:3].astype(int).tolist(), int(data.population[0])
         ([2641, 939, 905], 2420656)
     """
 
     times: Float[np.ndarray, " time"]
     deaths: Float[np.ndarray, " time"]
-    population: Float[np.ndarray, " time"]
-    growth: Float[np.ndarray, " time"]
+    knots: Float[np.ndarray, " knot"]
+    population: Float[np.ndarray, " knot"]
+    growth: Float[np.ndarray, " knot"]
 
 
 def load_boarding_school_flu() -> BoardingSchoolFlu:
@@ -76,10 +77,11 @@ def load_dacca_cholera() -> DaccaCholera:
 
     Example:
         >>> from numpyro_sde.datasets import load_dacca_cholera
-        >>> load_dacca_cholera().times[[0, -1]].tolist()
+        >>> load_dacca_cholera().knots[[0, -1]].tolist()
         [1891.0, 1941.0]
     """
     month, deaths, population, growth = read_columns(
         "dacca_cholera.csv", "month", "deaths", "population", "growth"
     )
-    return DaccaCholera(1891.0 + month / 12.0, deaths, population, growth)
+    knots = 1891.0 + month / 12.0
+    return DaccaCholera(knots[1:].copy(), deaths[1:].copy(), knots, population, growth)

@@ -36,6 +36,8 @@ def test_arrays_are_float64_finite_and_fresh(load):
         (datasets.load_us_tbill, 1959, 2009.5, (203,)),
         (datasets.load_nile_flow, 1871, 1970, (100,)),
         (datasets.load_elnino_sst, 1950, 2010 + 11 / 12, (732,)),
+        (datasets.load_boarding_school_flu, 1, 14, (14,)),
+        (datasets.load_dacca_cholera, 1891 + 1 / 12, 1941, (600,)),
     ],
 )
 def test_counts_and_span(load, start, end, shape):

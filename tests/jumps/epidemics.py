@@ -80,14 +80,14 @@ class WithFloor(dist.Distribution):
 
 def cholera_law(num_months):
     """The path of five compartments and the month's deaths, and the data."""
-    months = CHOLERA.times[: num_months + 1]
+    months = CHOLERA.knots[: num_months + 1]
     fine = 1891.0 + np.arange(STEPS * num_months + 1) / (12.0 * STEPS)
     grid = nsde.TimeGrid(fine, 1.0)
     basis = seasonal_basis(fine)
     columns = [
         fine - 1916.08,
-        np.interp(fine, CHOLERA.times, CHOLERA.growth),
-        np.interp(fine, CHOLERA.times, CHOLERA.population),
+        np.interp(fine, CHOLERA.knots, CHOLERA.growth),
+        np.interp(fine, CHOLERA.knots, CHOLERA.population),
         basis @ SEASONS,
         basis @ RESERVOIR,
     ]
@@ -120,7 +120,7 @@ def cholera_law(num_months):
     wide = nsde.accumulate(sde, {"deaths": lambda t, x, p, u: MORTALITY * x[1]}, since=months[:-1])
     start = CHOLERA.population[0] * START / START.sum()
     path = wide.path(grid, start, scheme=nsde.schemes.Euler())
-    return path, wide, CHOLERA.deaths[1 : num_months + 1]
+    return path, wide, CHOLERA.deaths[:num_months]
 
 
 def reported(deaths):
