@@ -221,10 +221,12 @@ def _check_meets(name: str, x: Any) -> None:
     Raises:
         ValueError: naming the remedy.
     """
-    starts = [h.substitute_fn for h in _PYRO_STACK if isinstance(h, substitute) and h.substitute_fn]
-    # By `init_to_sample` NumPyro's Gibbs, and ArviZ, look at a model without starting there.
-    looks = any(getattr(fn, "func", fn) is init_to_sample for fn in starts)
-    if not starts or looks:
+    functions = [h.substitute_fn for h in _PYRO_STACK if isinstance(h, substitute)]
+    functions = [getattr(fn, "func", fn) for fn in functions if fn is not None]
+    # A strategy of NumPyro's for first values; by `init_to_sample` its Gibbs, and ArviZ, look at a
+    # model without starting there.
+    strategies = [fn for fn in functions if fn.__module__ == init_to_sample.__module__]
+    if not strategies or init_to_sample in strategies:
         return
     shown = identity_of_path(x)
     for handler in _PYRO_STACK:

@@ -311,7 +311,7 @@ def test_a_reading_of_a_known_start_says_only_whether_it_agrees(method):
         ),
         (
             lambda: seed(nsde.guides.AutoPathGuide(langevin), 0)(Y, LOCAL),
-            "meets the data nowhere",
+            "AutoPathGuide: states",
         ),
         (
             lambda: value_of(nsde.filters.ExtendedKalman(), curved, ONES),
