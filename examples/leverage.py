@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("leverage_output"), help="a folder")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the script")
-    parser.add_argument("--draws", type=int, nargs=2, default=(800, 9_000))
+    parser.add_argument("--draws", type=int, nargs=2, default=(600, 4_000))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     days = 60 if options.quick else DAYS

@@ -96,3 +96,25 @@ def test_hurst_examples_print_their_estimates(name: str, expected: list[str]) ->
     assert run.returncode == 0, run.stderr
     for line in expected:
         assert line in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [
+        ("population", ["theophylline"]),
+        ("leverage", ["leverage"]),
+        ("neurons", ["neurons"]),
+    ],
+)
+def test_examples_of_data_shapes_draw_their_picture(
+    name: str, pictures: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    more = ["--data", "theophylline"] if name == "population" else []
+    script = ROOT / "examples" / f"{name}.py"
+    command = [sys.executable, script, "--quick", "--output", tmp_path, *more]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for picture in pictures:
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
