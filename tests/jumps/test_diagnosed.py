@@ -139,8 +139,8 @@ def test_auto_integrates_them_out():
 
 @pytest.mark.slow
 def test_calibrated():
-    """200 replicates, seed 0: bands of 95 %; NUTS, one compiled program."""
-    run = diagnostics.compiled_chain(NUTS(MARGINAL), 200, 300)
+    """200 replicates, seed 0: ranks and coverages within 4 standard errors."""
+    run = diagnostics.compiled_chain(NUTS(MARGINAL), 300, 400)
     result = diagnostics.sbc(
         MARGINAL,
         lambda key, data: run(key, data["y"]),
@@ -149,4 +149,8 @@ def test_calibrated():
         log_joint=True,
         progress=False,
     )
-    assert result.ok, str(result)
+    assert result.names == ("rates[0]", "rates[1]", "log_joint")
+    assert np.all(result.p_values > 6.3e-5), str(result)
+    for prob in (0.5, 0.9):
+        error = np.sqrt(prob * (1 - prob) / 200)
+        assert np.all(np.abs(result.coverage(prob) - prob) < 4.0 * error), str(result)
