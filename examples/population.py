@@ -151,7 +151,7 @@ def curves(mcmc, arguments, num_draws, path):
         axis.set(title=f"patient {k + 1}", xlabel="hours", ylabel="mg/l", ylim=(0.0, None))
         if axis.get_legend() is not None:
             axis.get_legend().remove()
-    axes[0, 0].legend(fontsize="small", frameon=False, loc="upper right")
+    axes[0, 0].legend(fontsize="x-small", loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -7,6 +7,7 @@ object with longer leaves; code is static. A path law maps over both (`distribut
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +175,18 @@ class SDE(AbstractDynamics):
 
     def leaf_event_dims(self) -> list[int]:
         """Event dimensions of each array leaf of this object, in flattening order."""
-        leaves = jax.tree_util.tree_leaves(self)
-        dims = list(self.parameters.event_dims)
-        last = self.noise.leaf_event_dims()
-        if isinstance(self.inputs, Inputs):
-            last = last + self.inputs.leaf_event_dims()
-        # Arrays of callables (network weights) are shared by all series: all event.
-        whole = leaves[len(dims) : len(leaves) - len(last)]
-        return dims + [jnp.ndim(leaf) for leaf in whole] + last
+        dims: list[int] = []
+        for field in dataclasses.fields(self):  # whatever order classes have given them
+            value = getattr(self, field.name)
+            if field.metadata.get("static", False):
+                continue
+            if field.name == "parameters":
+                dims += self.parameters.event_dims
+            elif field.name == "noise" or isinstance(value, Inputs):
+                dims += value.leaf_event_dims()
+            else:  # arrays of callables (network weights) are shared by all series: all event
+                dims += [jnp.ndim(leaf) for leaf in jax.tree_util.tree_leaves(value)]
+        return dims
 
     def exact_transition(self) -> AbstractScheme | None:
         """The exact transition law, for named processes that have one."""
