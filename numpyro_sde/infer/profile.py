@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
-from scipy import stats
+from scipy.special import chdtri
 
 _GRID = 1000
 
@@ -106,7 +106,7 @@ def adjusted_profile(
         ratio = b / a
         var_mc = (cov[1, 1] - 2.0 * ratio * cov[0, 1] + ratio**2 * cov[0, 0]) / (4.0 * a**2)
         var_stat = 1.0 / (2.0 * a)
-        cutoff = float(stats.chi2.ppf(level, 1) * (a * var_mc + 0.5))
+        cutoff = float(chdtri(1, 1.0 - level) * (a * var_mc + 0.5))
     else:
         var_mc = var_stat = np.nan
         cutoff = np.inf
