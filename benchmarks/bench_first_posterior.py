@@ -194,9 +194,8 @@ def case_path_guide(cases):
 
 def case_particle_gibbs(cases):
     nsde = ours()
-    nile = nsde.datasets.load_nile_flow()
-    kernel = nsde.infer.ParticleGibbs(cases.nile_model, num_particles=32)
-    return run_mcmc(kernel, nile.times, nile.flow / 100)
+    kernel = nsde.infer.ParticleGibbs(cases.lv_model, num_particles=32)
+    return run_mcmc(kernel, cases.lv_data(0))
 
 
 def case_rough(cases):
