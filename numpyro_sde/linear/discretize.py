@@ -34,6 +34,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.balance import balancing_units
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.linear.small import matmul, matvec, symmetrize, transpose, tria
 
 _LIMIT = 60  # doublings; beyond, h |A| > 1e18 and the answer is NaN
@@ -123,12 +124,12 @@ def _scalar_sqrt(A: Array, b: Array, L: Array, h: Array) -> Transition:
 
 
 def _diagonal(A: Array, b: Array, L: Array, h: Array) -> Transition:
-    h = h[..., None]
     B = _noise_matrix(L, A.shape[0])
-    D = matmul(B, B.T)
-    F = jnp.exp(A * h)[..., None] * jnp.eye(A.shape[0], dtype=A.dtype)
-    Q = D * h[..., None] * _phi1((A[:, None] + A[None, :]) * h[..., None])
-    return Transition(F, b * h * _phi1(A * h), Q)
+    D, sums, step = equal_rank(matmul(B, B.T), A[:, None] + A[None, :], h[..., None, None])
+    rates, b, h = equal_rank(A, b, h[..., None])
+    grown = jnp.exp(rates * h)[..., None]
+    F = jnp.multiply(*equal_rank(grown, jnp.eye(A.shape[0], dtype=A.dtype)))
+    return Transition(F, b * h * _phi1(rates * h), D * step * _phi1(sums * step))
 
 
 # --- general matrices -------------------------------------------------------------------------
@@ -254,10 +255,14 @@ def _matrix(
         g, length = matvec(C1, ramp), tau * x
     if sqrt:
         points, mass = np.polynomial.legendre.leggauss(nodes)
-        at = _monomials(x[..., None] * jnp.asarray((points + 1) / 2, A.dtype), order_F)
+        share, mass = (
+            jnp.asarray(half / 2, A.dtype).reshape(*(1,) * x.ndim, nodes)
+            for half in (points + 1, mass)
+        )
+        at = _monomials(x[..., None] * share, order_F)
         G = _sum_series(at, matmul(powers, B))  # (*n, nodes, d, m): exp(A s) L at the nodes
         step = jnp.where(x > 0, x, 1) * tau
-        G = G * jnp.sqrt(step[..., None] * jnp.asarray(mass / 2, A.dtype))[..., None, None]
+        G = G * jnp.sqrt(step[..., None] * mass)[..., None, None]
         G = jnp.where(x[..., None, None, None] == 0, 0, G)
         Q = tria(jnp.moveaxis(G, -3, -2).reshape(*x.shape, d, -1))
     else:

@@ -71,7 +71,7 @@ def innovations_form(
         seen = P @ one.loading
         variance = one.loading @ seen + one.variance
         cross = one.decay * seen + one.gain
-        P = one.decay[:, None] * P * one.decay + one.noise
+        P = one.decay[:, None] * P * one.decay[None] + one.noise
         P = P - jnp.outer(cross, cross) / variance
         return 0.5 * (P + P.T), (variance, cross / variance)
 
@@ -119,7 +119,7 @@ def bank_means(form: Innovations, increments: Float[Array, "N m"]) -> Float[Arra
     def step(mean: Array, now: Any) -> tuple[Array, Array]:
         one, d = now
         rest = d - mean @ one.loading
-        mean = one.decay * mean + rest[:, None] * one.gain
+        mean = one.decay[None] * mean + rest[:, None] * one.gain[None]
         return mean, mean
 
     first = jnp.zeros((increments.shape[1], form.gain.shape[1]), increments.dtype)
@@ -201,16 +201,17 @@ def _block_law(steps: BankSteps, size: int) -> tuple[Array, Array, Array, Array]
     one = jax.tree.map(lambda a: a[0], steps)
     f, h = one.decay, one.loading
     # The first row apart: where f is 0 its derivative would be NaN.
-    power = jnp.concatenate([jnp.ones_like(f)[None], f ** np.arange(1.0, size + 1.0)[:, None]])
+    row = f[None]
+    power = jnp.concatenate([jnp.ones_like(row), row ** np.arange(1.0, size + 1.0)[:, None]])
     # The stationary law of the bank, 0 where it has none because nothing drives it: given the
     # bank at the start, the covariance of increments is the stationary one less what it explains.
-    ratio = f[:, None] * f
+    ratio = f[:, None] * row
     still = one.noise / jnp.where(ratio < 1.0, 1.0 - ratio, 1.0)
-    V = power[:size] * h
-    after = f * (still @ h - power[:size] * (V @ still)) + one.gain
+    V = power[:size] * h[None]
+    after = row * ((still @ h)[None] - power[:size] * (V @ still)) + one.gain[None]
     column = jnp.append(h @ still @ h + one.variance, V[:-1] @ (f * (still @ h) + one.gain))
     both = jnp.concatenate([V, power[size - 1 - np.arange(size)] * after], axis=1)
-    end = still * (1.0 - power[size][:, None] * power[size])
+    end = still * (1.0 - power[size][:, None] * power[size][None])
     return _toeplitz(column) - V @ still @ V.T, both, power[size], end
 
 

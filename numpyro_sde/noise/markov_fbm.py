@@ -96,13 +96,13 @@ class BankSteps(NamedTuple):
 
 @jax.jit
 def _steps(bank: OUBank, dt: Float[Array, " s"]) -> BankSteps:
-    x = bank.rates * dt[:, None]
+    x = bank.rates[None] * dt[:, None]
     kept = jnp.exp(-x)
     passed = dt[:, None] * _phi1(-x)  # int_0^dt exp(-rate u) du
     noise = bank.drivers @ bank.drivers.T
-    sums = (bank.rates[:, None] + bank.rates) * dt[:, None, None]
-    Q = noise * dt[:, None, None] * _phi1(-sums)
-    diagonal = jnp.diagonal(noise)
+    sums = (bank.rates[:, None] + bank.rates[None])[None] * dt[:, None, None]
+    Q = noise[None] * dt[:, None, None] * _phi1(-sums)
+    diagonal = jnp.diagonal(noise)[None]
     # Of int U with itself and with U, without U(0); only for independent drivers.
     with_end = 0.5 * diagonal * passed**2
     alone = diagonal * dt[:, None] ** 3 * _third(x)
@@ -192,10 +192,11 @@ def law_fit(
     place = (np.arange(_PANELS)[:, None] + (points + 1.0) / 2.0).ravel()
     frequency = jnp.exp(start + width * place)
     mass = np.tile(mass / 2.0, _PANELS) * width * frequency
-    q, down = jnp.exp(-rates), -jnp.expm1(-rates)
+    rates_row = rates[None]
+    q, down = jnp.exp(-rates_row), -jnp.expm1(-rates_row)
     half = 2.0 * jnp.sin(0.5 * frequency[:, None]) ** 2  # 1 - cos
     denominator = down**2 + 2.0 * q * half
-    grown = rates**2 * excess_of_exponential(rates)  # rate - 1 + q
+    grown = rates_row**2 * excess_of_exponential(rates_row)  # rate - 1 + q
     basis = jnp.where(
         rough,
         down * (1.0 + q) * half / denominator / (2.0 * np.pi),
@@ -222,13 +223,13 @@ def _nonnegative_least_squares(A: Array, mass: Array, *, clipped: bool) -> Array
     The normal equations of a scaled matrix; in float32 corrected from the residual of the fit.
     """
     size = jnp.sqrt((mass[:, None] * A * A).sum(0))
-    A = A / size
+    A = A / size[None]
     weighted = (mass[:, None] * A).T
     gram = weighted @ A
     kept = jnp.ones(A.shape[1], bool)
     d = jnp.zeros(A.shape[1], A.dtype)
     for _ in range(_ROUNDS if clipped else 1):
-        both = kept[:, None] & kept
+        both = kept[:, None] & kept[None]
         factor = jnp.linalg.cholesky(jnp.where(both, gram, jnp.eye(A.shape[1], dtype=A.dtype)))
         d = jnp.zeros_like(d)
         for _ in range(_SOLVES[A.dtype == jnp.float32]):

@@ -31,7 +31,9 @@ def _scaled_upper_gamma(a: Array, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     width = np.diff(ends)[:, None]
     v = (ends[:-1, None] + width * (points + 1.0) / 2.0).ravel()
     weight = (width * mass / 2.0).ravel() * np.exp(-v)
-    return x ** (a - 1.0) * (weight * jnp.exp((a - 1.0) * jnp.log1p(v / x[..., None]))).sum(-1)
+    return x ** (a - 1.0) * (
+        weight[None] * jnp.exp((a - 1.0) * jnp.log1p(v[None] / x[:, None]))
+    ).sum(-1)
 
 
 class StrongSystem(NamedTuple):
@@ -67,18 +69,20 @@ def strong_system(
     near = x < _SERIES_BELOW
     s, f = jnp.where(near, x, 1.0), jnp.where(near, _SERIES_BELOW, x)
     n = np.arange(_SERIES_TERMS)
-    terms = s[:, None] ** n / (a * (a + 1.0) * gamma_a * jnp.cumprod((a + 1.0 + n).at[0].set(1.0)))
+    series = a * (a + 1.0) * gamma_a * jnp.cumprod((a + 1.0 + n).at[0].set(1.0))
+    terms = s[:, None] ** n[None] / series[None]
     upper = _scaled_upper_gamma(a, f) / gamma_a
     if kind == 1:
         each = x * excess_of_exponential(x)
-        A = (each[:, None] + each) / (x[:, None] + x)
-        cubes = s[:, None] ** (2 * n[: _ODD.size]) / np.cumprod(_ODD * (_ODD - 1.0))
+        A = (each[:, None] + each[None]) / (x[:, None] + x[None])
+        odd = np.cumprod(_ODD * (_ODD - 1.0))[None]
+        cubes = s[:, None] ** (2 * n[None, : _ODD.size]) / odd
         slow = terms.sum(-1) - 2.0 * s ** (2.0 - a) * cubes.sum(-1)
         fast = 2.0 * f + jnp.exp(-f) - upper - f**a / (a * gamma_a)
         c = jnp.exp(-gammaln(2.0 * h + 1.0)) / jnp.sin(math.pi * h) / (2 * h + 1)
     else:
-        A = excess_of_exponential(x[:, None] + x)
-        slow = jnp.exp(-s) * (terms * (n + 1.0)).sum(-1)
+        A = excess_of_exponential(x[:, None] + x[None])
+        slow = jnp.exp(-s) * (terms * (n[None] + 1.0)).sum(-1)
         upper = jnp.exp(-f) * upper  # regularised, of a
         of_next = 1.0 - upper - jnp.exp(-f) * f**a / (a * gamma_a)  # 1 less that of a + 1
         fast = f * (1.0 - upper) - a * of_next
@@ -99,7 +103,7 @@ def strong_weights(
     """
     system = strong_system(rates, hurst, horizon, kind)
     size = jnp.sqrt(jnp.diagonal(system.A))
-    return jnp.linalg.solve(system.A / (size[:, None] * size), system.b / size) / size
+    return jnp.linalg.solve(system.A / (size[:, None] * size[None]), system.b / size) / size
 
 
 def strong_nodes(hurst: ArrayLike, num_terms: int, kind: int) -> Float[Array, " K"]:

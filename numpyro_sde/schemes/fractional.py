@@ -110,7 +110,7 @@ class _IncrementScheme(MemoryScheme):
         increment = means @ cache.loading + z
         return self.join(
             self.apply(sde, t, dt, state, increment),
-            cache.decay * means + z[:, None] * cache.gain,
+            cache.decay[None] * means + z[:, None] * cache.gain[None],
         )
 
     def invert(

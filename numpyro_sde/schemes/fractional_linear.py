@@ -160,7 +160,7 @@ class _BankDrift(eqx.Module):
             jnp.reshape(self.sde.drift_at(t, state), (d,))
             + noise_columns(self.sde, t, state) @ slope
         )
-        return jnp.concatenate([drift, (-self.bank.rates * banks).ravel()])
+        return jnp.concatenate([drift, (-self.bank.rates[None] * banks).ravel()])
 
 
 class _BankDiffusion(eqx.Module):

@@ -344,7 +344,7 @@ def _right_divide(cross: Array, cov: Array) -> Array:
 
 def _psd_root(cov: Array) -> Array:
     values, vectors = jnp.linalg.eigh(0.5 * (cov + cov.T))
-    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))
+    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]
 
 
 class AbstractFilter(eqx.Module):

@@ -30,6 +30,8 @@ from numpyro_sde.diagnostics.compare.sites import (
     trace_model,
 )
 from numpyro_sde.diagnostics.compare.timing import Timing
+from numpyro_sde.distributions.step_check import warn_coarse_step
+from numpyro_sde.models.stack import path_law
 from numpyro_sde.states.smoothing import smooth as smooth_paths
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -168,7 +170,13 @@ def _trace(draws: Draws, rng_key: PRNGKeyArray) -> dict[str, Any] | None:
         return None
     first = {name: jnp.asarray(value[0, 0]) for name, value in draws.posterior.items()}
     values = {**draws.params, **first}
-    return trace_model(draws.model, draws.model_args, draws.model_kwargs, values, rng_key)
+    trace = trace_model(draws.model, draws.model_args, draws.model_kwargs, values, rng_key)
+    # Within a sampler all is traced; here drift and path are known, at a draw of the posterior.
+    for site in trace.values():
+        law = path_law(site["fn"]) if site["type"] == "sample" else None
+        if law is not None:
+            warn_coarse_step(law, site["value"])
+    return trace
 
 
 def _smoothed(
