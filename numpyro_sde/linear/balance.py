@@ -52,7 +52,7 @@ def fastest_rate(A: Float[Array, "d d"]) -> Float[Array, ""]:
         3.0
     """
     unit = balancing_units(A)
-    A = A * (unit / unit[:, None])
+    A = A * (unit[None] / unit[:, None])
     size = jnp.max(jnp.abs(A))
     size = jnp.where(size > 0, size, 1.0)
     power = A / size
