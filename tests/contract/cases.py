@@ -454,10 +454,7 @@ CORE = (
     "vector, missing in part",
 )
 
-# The same for the most expensive engines.
-FEW = (
-    "plain",
-    "transformed",
-    "plate of instruments",
-    "scale around observe",
-)
+# The same for expensive engines, and for those of which one cell compiles for five seconds and more.
+FEW = ("plain", "transformed", "plate of instruments", "scale around observe")
+TWO = ("transformed", "plate of instruments")
+ONE = ("plate of instruments",)

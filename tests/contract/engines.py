@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import CASES, CORE, FEW
+from cases import CASES, CORE, FEW, ONE, TWO
 from numpyro import handlers
 from numpyro.infer.util import log_density
 
@@ -210,7 +210,7 @@ def _bootstrap(case):
     )
 
 
-@engine("Particle guided")
+@engine("Particle guided", FEW)
 def _particle(case):
     yield from _unbiased(case, _estimated(case, nsde.filters.Particle(20, proposal="guided"), 20))
 
@@ -230,7 +230,7 @@ def _moments_agree(case, draws, what):
     yield f"{what}: covariance", np.cov(draws.T), cov, 4 * error
 
 
-@engine("ConditionalSMC", FEW)
+@engine("ConditionalSMC", TWO)
 def _conditional(case):
     latent(case)
     kernel = nsde.infer.ConditionalSMC(at_level(case.outside(case.model)), num_particles=6)
@@ -252,7 +252,7 @@ def _conditional(case):
     yield from _moments_agree(case, moved, "after a sweep")
 
 
-@engine("PMMH", FEW)
+@engine("PMMH", ONE)
 def _pmmh(case):
     kernel = nsde.infer.PMMH(case.outside(case.model), num_particles=20)
     kernel.tune(jax.random.key(1), *case.args)
@@ -261,7 +261,7 @@ def _pmmh(case):
     yield from _unbiased(case, np.asarray(got) - prior())
 
 
-@engine("score", FEW)
+@engine("score", ONE)
 def _score(case):
     got = nsde.infer.score(
         case.outside(case.model),
@@ -317,17 +317,17 @@ def _path_law(case, law):
     yield "evidence from weights / truth", ratio.mean(), 1.0, 4 * error + 1e-7
 
 
-@engine("GaussianMarkovPath")
+@engine("GaussianMarkovPath", FEW)
 def _gaussian_markov(case):
     yield from _path_law(case, nsde.guides.GaussianMarkovPath())
 
 
-@engine("ControlledPath", FEW)
+@engine("ControlledPath", TWO)
 def _controlled(case):
     yield from _path_law(case, nsde.guides.ControlledPath(hidden_dims=(4,)))
 
 
-@engine("ConditionalScorePath", FEW)
+@engine("ConditionalScorePath", ONE)
 def _score_path(case):
     yield from _path_law(case, nsde.guides.ConditionalScorePath(hidden_dims=(4,)))
 
