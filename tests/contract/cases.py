@@ -454,7 +454,7 @@ CORE = (
     "vector, missing in part",
 )
 
-# The same for expensive engines, and for those of which one cell compiles for five seconds and more.
+# The same for expensive engines, and for those of which one cell compiles for five seconds.
 FEW = ("plain", "transformed", "plate of instruments", "scale around observe")
 TWO = ("transformed", "plate of instruments")
 ONE = ("plate of instruments",)
