@@ -5,6 +5,7 @@ A function is written for one process; a plate of processes is the same object w
 
 from __future__ import annotations
 
+import abc
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_sde.runtime.entry import Held
+from numpyro_sde.site_guard import refuse_sites
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -46,7 +48,28 @@ class Code(eqx.Module):
         return cast("Callable[..., Any]", eqx.combine(arrays, static))
 
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        with refuse_sites():
+            return self.function(*args)
+
+
+class OwnRanks(eqx.Module):
+    """A module that says which dimensions of its arrays belong to one process.
+
+    Leading dimensions beyond them are the batch, as of a plain array with `event_dims`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def leaf_ranks(self) -> list[int | None]:
+        """Event dimensions of each leaf in flattening order; None for what is no array."""
+
+
+def _ranks_of_owners(tree: Any) -> list[int | None]:
+    """For each leaf of a tree, what the module that holds it says of its dimensions, or None."""
+    found: list[int | None] = []
+    for node in jax.tree_util.tree_leaves(tree, is_leaf=lambda n: isinstance(n, OwnRanks)):
+        found.extend(node.leaf_ranks if isinstance(node, OwnRanks) else [None])
+    return found
 
 
 class Parameters(eqx.Module):
@@ -76,7 +99,7 @@ class Parameters(eqx.Module):
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
         _check_keys(tree, event_dims, owner)
         leaves, dims, names, rest = [], [], [], []
-        for path, leaf in flat:
+        for (path, leaf), owned in zip(flat, _ranks_of_owners(tree), strict=True):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             if not isinstance(leaf, (*_ARRAYS, bool, int, float)):
                 if any(isinstance(k, jax.tree_util.GetAttrKey) for k in path):
@@ -88,7 +111,7 @@ class Parameters(eqx.Module):
                 )
             rest.append(None)
             array = leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.asarray(leaf)
-            declared = _declared_event_dim(path, event_dims)
+            declared = owned if owned is not None else _declared_event_dim(path, event_dims)
             dim = array.ndim if declared is None else declared
             if dim > array.ndim:
                 raise ValueError(

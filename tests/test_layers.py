@@ -35,7 +35,7 @@ LAYERS = [
             "reparam.bridge",
         ),
         "jumps",
-        *("parameters", "inputs", "events", "joining"),
+        *("site_guard", "parameters", "inputs", "events", "joining", "fields"),
         "laws",
         *("multiscale.slow_fast", "multiscale.rules", "multiscale.table", "multiscale.frozen"),
         *("multiscale.fast_law", "multiscale.effective", "multiscale.two_scale"),

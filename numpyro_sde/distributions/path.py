@@ -18,6 +18,7 @@ from numpyro_sde.distributions.fixed_start import FixedStart
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.events import Events
+from numpyro_sde.fields.boxes import refuse_outside
 from numpyro_sde.grid import TimeGrid
 from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.sde import SDE, broadcast_batch
@@ -119,6 +120,8 @@ class SDEPath(AbstractPathLaw):
         if traced and self.fixed_start is None and not self.sde.positive:
             # Only NaN and infinity are outside, and say so: a test would cost a sixth of it.
             return self._log_prob(value)
+        if not traced:
+            refuse_outside(self.sde, self.times, value, self.state_shape)
         warn_coarse_step(self, value)
         return self._checked_log_prob(value)
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from numpyro_sde.multiscale.rules import at_least
+from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.multiscale.slow_fast import as_columns, call, slow_squares
 
 # A force whose mean is above this share of its size has no limit of this kind.

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.linear.affine import _walk
 from numpyro_sde.linear.small import psd_factor
-from numpyro_sde.multiscale.rules import AbstractRule, at_least
+from numpyro_sde.multiscale.rules import AbstractRule
 from numpyro_sde.multiscale.slow_fast import SlowFastSDE, as_columns, call
 
 

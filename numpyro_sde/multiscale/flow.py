@@ -20,10 +20,11 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.guides.flows import CouplingFlow, CouplingKind
 from numpyro_sde.guides.transforms import CouplingTransform
 from numpyro_sde.multiscale.laws import law_nodes
-from numpyro_sde.multiscale.rules import as_rule, at_least
+from numpyro_sde.multiscale.rules import as_rule
 
 
 class ConditionalFlow(eqx.Module):

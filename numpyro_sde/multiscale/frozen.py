@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from numpyro_sde.multiscale.rules import at_least
+from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.multiscale.slow_fast import call
 
 

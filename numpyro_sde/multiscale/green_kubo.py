@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.multiscale.frozen import FixedNoise, check_times_ordered, fast_step, simulate
-from numpyro_sde.multiscale.rules import at_least
 from numpyro_sde.multiscale.slow_fast import call, slow_squares
 
 # Sampled means of a force with mean zero stay well below this share of its size.

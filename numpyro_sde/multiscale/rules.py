@@ -228,11 +228,3 @@ def as_rule(quadrature: Any) -> AbstractRule | None:
         "quadrature must be a number of nodes for each fast coordinate or a rule such as "
         f"nsde.multiscale.QuasiMonteCarlo(1024), got {quadrature!r}"
     )
-
-
-def at_least(name: str, value: Any, least: int) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
