@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
+from numpyro_sde.collapse import collapse
 from numpyro_sde.distributions.clocks import Clock, remember_value, times_shown
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, NoValue, no_value
 from numpyro_sde.distributions.observation import EmissionPath
@@ -466,4 +467,4 @@ class refine(_ChangePath):  # noqa: N801
 from numpyro_sde.states.approximate import approximate  # noqa: E402
 from numpyro_sde.states.extend import extend  # noqa: E402
 
-__all__ = ["approximate", "discretize", "drive", "extend", "marginalize", "refine"]
+__all__ = ["approximate", "collapse", "discretize", "drive", "extend", "marginalize", "refine"]

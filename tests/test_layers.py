@@ -47,7 +47,7 @@ LAYERS = [
     ["filters"],
     ["distributions"],
     ["models"],
-    ["observe", "accumulate", "handlers", "reparam", "states", "effects"],
+    ["observe", "accumulate", "collapse", "handlers", "reparam", "states", "effects"],
     ["guides", "infer", "multiscale"],
     ["diagnostics", "datasets", "testing"],
 ]

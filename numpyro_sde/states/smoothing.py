@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import block, seed, substitute, trace
 
+from numpyro_sde.collapse import collapse, smooth_weights
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_parts
 from numpyro_sde.distributions.state_space import ObservedPath, data_under_law
 from numpyro_sde.grid import check_times
@@ -40,7 +41,8 @@ def smooth(
     1994), exact for linear-Gaussian models, the filter's Gaussian approximation otherwise.
 
     Args:
-        model: the model, with or without `handlers.marginalize` around it.
+        model: the model, with or without `handlers.marginalize` around it, or one in
+            `handlers.collapse`.
         samples: posterior draws of the other sites, leading axis the draws
             (`mcmc.get_samples()`).
         *model_args: arguments of the model as when it was fitted, the data included.
@@ -59,7 +61,8 @@ def smooth(
         `filters.RaoBlackwell` also `{site}_regime`, `(num_draws, *batch, T)`: the regime of the
         step that ends at each time, at the first time that of the first step. With `at_jumps` a
         `jumps.JumpTimes` of each site: times `(num_draws, *batch, J)`, NaN after the last jump, and
-        states `(num_draws, *batch, J + 1)`.
+        states `(num_draws, *batch, J + 1)`. Of a model in `handlers.collapse`, draws of the weights
+        that it integrated out, by the name of their site.
 
     Raises:
         ValueError: no data, no path that the model observes, times that do not fit, or `at_jumps`
@@ -82,6 +85,8 @@ def smooth(
         >>> nsde.smooth(model, draws, y=y, method=method, rng_key=key, times=later)["x"].shape
         (2, 3)
     """
+    if isinstance(model, collapse):
+        return smooth_weights(model, samples, model_args, model_kwargs, rng_key, batch_size)
     inner = model
     if isinstance(model, marginalize):
         assert model.fn is not None
