@@ -17,9 +17,9 @@ from numpyro_sde.distributions.collapsed import (
     WeightPrior,
     draw_weights,
     require_linear,
-    weight_posterior,
 )
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.fields.field import LinearField, recorded_fields
 from numpyro_sde.models.stack import outside_all_handlers, path_law, peel, power_of
 from numpyro_sde.schemes.dependence import reachable
 
@@ -128,19 +128,14 @@ class collapse(Messenger):  # noqa: N801
 
         def law(z: Array) -> Any:
             until = _Until(name)
-            with (
-                outside_all_handlers(),
-                until,
-                seed(rng_seed=0),
-                substitute(data={**values, site: z}),
-            ):
+            known = substitute(data=values | {str(site): z})
+            with outside_all_handlers(), until, seed(rng_seed=0), known:
                 try:
                     fn(*args, **kwargs)
                 except _Stop:
                     return until.law
-            raise ValueError(
-                f"collapse: the model made site {name!r} in one run and not in another"
-            )
+            # A site that a handler outside makes, such as the Jacobian of a prior's transform.
+            return ()
 
         return law
 
@@ -177,7 +172,19 @@ class collapse(Messenger):  # noqa: N801
 
         self.path = name
         require_linear(law_of, prior, jnp.zeros(law.shape()))
-        msg["fn"] = CollapsedPath(law_of, prior)
+        name_of_field = self.name
+
+        def weights_of(z: Array) -> tuple[SDEPath, Array]:
+            with recorded_fields() as fields:
+                law = law_of(z)
+            field = fields[name_of_field]
+            assert isinstance(field, LinearField)
+            return law, field.weights
+
+        with recorded_fields() as fields:
+            at(prior.loc)
+        linear = isinstance(fields.get(self.name), LinearField)
+        msg["fn"] = CollapsedPath(law_of, prior, weights_of if linear else None)
 
 
 def _normal_weights(msg: dict[str, Any]) -> WeightPrior:
@@ -225,8 +232,7 @@ def smooth_weights(
         names[:] = [model.site]
         site = recorded[model.path]
         law = site["fn"]
-        posterior = weight_posterior(law.law_of, law.prior, site["value"])
-        return draw_weights(posterior, law.prior, own_key)
+        return draw_weights(law.weights_given(site["value"]), law.prior, own_key)
 
     draws = jax.lax.map(one, (kept, keys), batch_size=batch_size)
     return {names[0]: draws}

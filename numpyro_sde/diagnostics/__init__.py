@@ -9,6 +9,9 @@ from numpyro_sde.diagnostics.compare.guide_quality import GuideQuality, guide_qu
 from numpyro_sde.diagnostics.compare.plots import plot_fits, plot_paths
 from numpyro_sde.diagnostics.compare.refine import refine_fit
 from numpyro_sde.diagnostics.compare.timing import Timing, timed
+from numpyro_sde.diagnostics.fields.band import field_band
+from numpyro_sde.diagnostics.fields.field_plots import plot_field
+from numpyro_sde.diagnostics.fields.stationary import RestPoints, invariant_density, rest_points
 from numpyro_sde.diagnostics.prediction.forecast import Forecast
 from numpyro_sde.diagnostics.prediction.leave_future import LeaveFutureOut, lfo
 from numpyro_sde.diagnostics.prediction.models_compared import ModelComparison, compare_models
@@ -31,6 +34,7 @@ __all__ = [
     "Predictions",
     "RefinedFit",
     "Residuals",
+    "RestPoints",
     "SBCResult",
     "SVIFit",
     "ScaleScan",
@@ -42,14 +46,18 @@ __all__ = [
     "compiled_chain",
     "crps",
     "energy_score",
+    "field_band",
     "filtered_estimate",
     "guide_quality",
+    "invariant_density",
     "k_step",
     "lfo",
+    "plot_field",
     "plot_fits",
     "plot_paths",
     "refine_fit",
     "residuals",
+    "rest_points",
     "sampling_scale_scan",
     "sbc",
     "score",

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from numpyro_sde.distributions.known_design import KnownDesign, known_design
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.ranks import equal_rank
@@ -75,8 +76,8 @@ def require_linear(law_of: Callable[[Array], SDEPath], prior: WeightPrior, x: An
     name = type(law.scheme).__name__
     if law.scheme.gaussian_form(law.sde, law.state_shape) is None:
         raise ValueError(
-            f"collapse needs steps that are normal, and those of {name} are not. Use scheme=Euler() "
-            "with steps short enough for it, or leave the weights to NUTS"
+            f"collapse needs steps that are normal, and those of {name} are not. Use "
+            "scheme=Euler() with steps short enough for it, or leave the weights to NUTS"
         )
     x = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(float))
     closed = degrees(lambda z: _steps(law_of(z), jnp.zeros(x.shape, x.dtype)), prior.loc)
@@ -112,7 +113,10 @@ def _steps(law: SDEPath, x: Array) -> tuple[Array, Array]:
 
 
 def weight_posterior(
-    law_of: Callable[[Array], SDEPath], prior: WeightPrior, x: Float[ArrayLike, "*lead T *state"]
+    law_of: Callable[[Array], SDEPath],
+    prior: WeightPrior,
+    x: Float[ArrayLike, "*lead T *state"],
+    weights_of: Callable[[Array], tuple[SDEPath, Array]] | None = None,
 ) -> WeightPosterior:
     """The weights given a path, and the path's log density with the weights integrated out.
 
@@ -120,7 +124,12 @@ def weight_posterior(
         law_of: the law of the path at given weights.
         prior: the weights' law.
         x: the path.
+        weights_of: the law, and the array of weights that its field has made of whitened ones; None
+            where there is no field.
     """
+    found = _from_known_design(prior, x, weights_of)
+    if found is not None:
+        return found
     law, x = law_of(prior.loc), jnp.asarray(x, jnp.result_type(float))
     (mean, factor), slope = jax.linearize(lambda z: _steps(law_of(z), x), prior.loc)
     lead = mean.shape[: mean.ndim - law.event_dim]
@@ -149,6 +158,45 @@ def weight_posterior(
         total + 0.5 * (half**2).sum(-1) - jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
     )
     back = jax.scipy.linalg.solve_triangular(root, half[..., None], lower=True, trans=1)[..., 0]
+    return WeightPosterior(total, back, root)
+
+
+def _from_known_design(
+    prior: WeightPrior,
+    x: Any,
+    weights_of: Callable[[Array], tuple[SDEPath, Array]] | None,
+) -> WeightPosterior | None:
+    """The same where no parameter changes the regressors; None elsewhere."""
+    if weights_of is None or prior.plates or isinstance(x, jax.core.Tracer):
+        return None
+    law, weights = weights_of(prior.loc)
+    design = known_design(law, weights, x)
+    if design is None:
+        return None
+    columns = law.sde.diffusion_columns_at(law.times[0], jnp.zeros(law.state_shape))
+    columns = columns.reshape(math.prod(law.state_shape), -1)
+    # The field's weights are linear in the whitened ones.
+    mixing = jax.jacfwd(lambda z: weights_of(z)[1])(prior.loc).reshape(weights.size, -1)
+    x = jnp.asarray(x, jnp.result_type(float))
+    start = law.init.log_prob(x[..., 0] if law.event_dim == 1 else x[..., 0, :]).sum()
+    found = _solved(design, columns, mixing, prior.scale, weights, start)
+    lead = (1,) * (x.ndim - law.event_dim)
+    return WeightPosterior(*(a.reshape(*lead, *a.shape) for a in found))
+
+
+@jax.jit
+def _solved(
+    design: KnownDesign, columns: Array, mixing: Array, scale: Array, at_mean: Array, start: Array
+) -> WeightPosterior:
+    """The regression solved for whitened weights, `w = at_mean + mixing (scale z)`."""
+    gram, b, log_density = design.regression(columns @ columns.T)
+    at_mean, mixing = at_mean.reshape(-1), mixing * scale.reshape(1, -1)
+    log_density = log_density + b @ at_mean - 0.5 * at_mean @ gram @ at_mean
+    b = mixing.T @ (b - gram @ at_mean)
+    root = jnp.linalg.cholesky(mixing.T @ gram @ mixing + jnp.eye(len(b), dtype=b.dtype))
+    half = jax.scipy.linalg.solve_triangular(root, b, lower=True)
+    total = log_density + start + 0.5 * (half**2).sum() - jnp.log(jnp.diagonal(root)).sum()
+    back = jax.scipy.linalg.solve_triangular(root, half, lower=True, trans=1)
     return WeightPosterior(total, back, root)
 
 
@@ -193,10 +241,16 @@ class CollapsedPath(dist.Distribution):
     Args:
         law_of: the law of the path at given weights.
         prior: the weights' law.
+        weights_of: as for `weight_posterior`.
     """
 
-    def __init__(self, law_of: Callable[[Array], SDEPath], prior: WeightPrior) -> None:
-        self.law_of, self.prior = law_of, prior
+    def __init__(
+        self,
+        law_of: Callable[[Array], SDEPath],
+        prior: WeightPrior,
+        weights_of: Callable[[Array], tuple[SDEPath, Array]] | None = None,
+    ) -> None:
+        self.law_of, self.prior, self.weights_of = law_of, prior, weights_of
         law = law_of(prior.loc)
         super().__init__(law.batch_shape, law.event_shape)
 
@@ -217,8 +271,12 @@ class CollapsedPath(dist.Distribution):
         draws = jax.vmap(one)(jax.random.split(key, math.prod(sample_shape)))
         return draws.reshape(*sample_shape, *self.shape())
 
+    def weights_given(self, value: ArrayLike) -> WeightPosterior:
+        """The weights given a path."""
+        return weight_posterior(self.law_of, self.prior, value, self.weights_of)
+
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
-        total = weight_posterior(self.law_of, self.prior, value).log_evidence
+        total = self.weights_given(value).log_evidence
         lead = jnp.broadcast_shapes(
             self.batch_shape, jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         )

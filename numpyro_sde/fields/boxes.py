@@ -35,7 +35,7 @@ def refuse_outside(sde: SDE, times: Any, states: Any, state_shape: tuple[int, ..
         return
     x = np.asarray(states, float)
     x = x.reshape(-1, *state_shape)
-    key = (sde.drift, sde.diffusion, x.tobytes())
+    key: Any = (sde.drift, sde.diffusion, x.tobytes())
     try:
         if key in _passed:
             return
@@ -45,7 +45,7 @@ def refuse_outside(sde: SDE, times: Any, states: Any, state_shape: tuple[int, ..
     known = ~np.isnan(x.reshape(len(x), -1)).any(-1)
     margins = _margins(sde, t.reshape(-1)[known], x[known])
     if margins is not None and margins.size and margins.min() < 0:
-        outside = (margins < 0).any(-1) if margins.ndim > 1 else margins < 0
+        outside = np.asarray((margins < 0).any(-1))
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} states of the path are outside the box of a "
             f"field, by up to {-margins.min():.2g} half-widths: there the field is zero. Give it a "

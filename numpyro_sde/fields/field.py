@@ -30,6 +30,28 @@ def recorded_margins() -> Iterator[list[Array]]:
         _margins.reset(token)
 
 
+# While a model is run to look at its fields: where `register` leaves them, by name.
+_registered: ContextVar[dict[str, AbstractField] | None] = ContextVar("registered", default=None)
+
+
+@contextmanager
+def recorded_fields() -> Iterator[dict[str, AbstractField]]:
+    """Collect the fields that a model registers in the block, by name."""
+    fields: dict[str, AbstractField] = {}
+    token = _registered.set(fields)
+    try:
+        yield fields
+    finally:
+        _registered.reset(token)
+
+
+def record_field(name: str, field: AbstractField) -> None:
+    """Note a field that has been registered."""
+    fields = _registered.get()
+    if fields is not None:
+        fields[name] = field
+
+
 def record_margin(margin: Array) -> None:
     """Note how far inside its box a field was called, in half-widths; negative outside."""
     margins = _margins.get()

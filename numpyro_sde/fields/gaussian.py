@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_sde.fields.field import AbstractBasis, AbstractField, LinearField
+from numpyro_sde.fields.field import AbstractBasis, AbstractField, LinearField, record_field
 
 Prior = dist.Distribution | ArrayLike
 
@@ -74,19 +75,17 @@ class AbstractGaussianPrior(AbstractBasis):
             jnp.asarray(a, jnp.result_type(float)) for a in (z, amplitude, length)
         )
         own = () if self.outputs is None or self.vector_features else (self.outputs,)
-        for what, array, shapes in [
+        allowed: list[tuple[str, Array, list[tuple[int, ...]]]] = [
             ("z", z, [self.weight_shape]),
             ("amplitude", amplitude, [(), own]),
             ("length", length, [(), (self.dim,)]),
-        ]:
+        ]
+        for what, array, shapes in allowed:
             if array.shape not in shapes:
                 raise ValueError(
                     f"{what} must have shape {' or '.join(map(str, shapes))}, got {array.shape}"
                 )
-        length = jnp.broadcast_to(length, (self.dim,))
-        unit, arrays = self.prepare(length)
-        sd = jnp.broadcast_to(amplitude.reshape(*amplitude.shape, 1) * unit, self.weight_shape)
-        return LinearField(sd * self.constrain(z, sd), sd, arrays, self, self.own_ranks)
+        return _linear_field(self, z, amplitude, length)
 
     def constrain(self, z: Array, sd: Array) -> Array:  # noqa: ARG002
         """Whitened weights that obey what the basis alone does not say; itself by default."""
@@ -127,7 +126,9 @@ class AbstractGaussianPrior(AbstractBasis):
         length = _hyperparameter(f"{name}/length", length)
         shape = self.weight_shape
         z = numpyro.sample(f"{name}/z", dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
-        return self._mapped(z, *scale, *length)
+        field = self._mapped(z, *scale, *length)
+        record_field(name, field)
+        return field
 
     def _mapped(
         self, z: Any, amplitude: Any, amplitude_rank: int, length: Any, length_rank: int
@@ -151,6 +152,16 @@ class AbstractGaussianPrior(AbstractBasis):
                 make = _with_axis(make)
         squeezed = [_without_ones(a, one) for a, one in zip(arrays, leads, strict=True)]
         return make(*squeezed)
+
+
+@partial(jax.jit, static_argnums=0)
+def _linear_field(
+    prior: AbstractGaussianPrior, z: Array, amplitude: Array, length: Array
+) -> LinearField:
+    """The field of whitened weights; compiled, as NumPyro runs models eagerly when it starts."""
+    unit, arrays = prior.prepare(jnp.broadcast_to(length, (prior.dim,)))
+    sd = jnp.broadcast_to(amplitude.reshape(*amplitude.shape, 1) * unit, prior.weight_shape)
+    return LinearField(sd * prior.constrain(z, sd), sd, arrays, prior, prior.own_ranks)
 
 
 def _with_axis(make: Any) -> Any:

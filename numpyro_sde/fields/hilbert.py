@@ -174,11 +174,16 @@ class HSGP(AbstractGaussianPrior):
         half = jnp.asarray(self.half, x.dtype)
         return 1.0 - jnp.max(jnp.abs(x - jnp.asarray(self.low, x.dtype) - half) / half)
 
+    def outside_by(self, points: np.ndarray) -> float:
+        """How far the farthest of known states is outside the box, in half-widths; 0 if inside."""
+        half = np.array(self.half)
+        place = points.reshape(-1, self.dim) - np.array(self.low) - half
+        return max(float(np.max(np.abs(place) / half)) - 1.0, 0.0)
+
     def _sines(self, x: Array) -> Array:
         each = []
         for i, n in enumerate(self.num):
-            waves = np.arange(1, n + 1) * (np.pi / 2.0 / self.half[i])
-            waves = jnp.asarray(waves, x.dtype)
+            waves = jnp.asarray(np.arange(1, n + 1) * (np.pi / 2.0 / self.half[i]), x.dtype)
             each.append(jnp.sin(waves * (x[i] - self.low[i])) / math.sqrt(self.half[i]))
         total = each[0]
         for sines in each[1:]:
@@ -222,7 +227,7 @@ def _project(rows: Array, z: Array) -> Array:
 
 def _box(box: Any, dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Lower ends and half-widths."""
-    given = [box] * dim if isinstance(box, int | float | np.generic) else list(box)
+    given: list[Any] = [box] * dim if isinstance(box, int | float | np.generic) else list(box)
     if dim == 1 and len(given) == 2:
         given = [given]
     ends = [np.asarray([-one, one] if np.ndim(one) == 0 else one, float) for one in given]

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_sde.checks.numbers import at_least
-from numpyro_sde.fields.field import AbstractField, as_point
+from numpyro_sde.fields.field import AbstractField, as_point, record_field
 
 Prior = str | dist.Distribution | Callable[[str, tuple[int, ...]], dist.Distribution] | None
 
@@ -148,7 +148,9 @@ class Network:
             jnp.ndim(leaf) if eqx.is_array(leaf) else None
             for leaf in jax.tree_util.tree_leaves(self.module)
         ]
-        return NetworkField(module, self.dim, self.outputs, self.scalar_input, tuple(ranks))
+        field = NetworkField(module, self.dim, self.outputs, self.scalar_input, tuple(ranks))
+        record_field(name, field)
+        return field
 
     def _drawn(self) -> list[bool]:
         """Which arrays of weights have a prior."""
@@ -162,7 +164,7 @@ class Network:
     def _law(self, own: str, shape: tuple[int, ...]) -> dist.Distribution:
         if isinstance(self.prior, dist.Distribution):
             return self.prior
-        if callable(self.prior):
+        if callable(self.prior) and not isinstance(self.prior, str):
             return self.prior(own, shape)
         return dist.Normal(0.0, self._fan_in(own, shape) ** -0.5)
 

@@ -86,8 +86,11 @@ class RFF(AbstractGaussianPrior):
             # A Matern kernel's spectral density is Student's t with 2 nu degrees of freedom.
             degrees = 2.0 * _HALF_INTEGER[self.kernel]
             waves = waves / np.sqrt(rng.chisquare(degrees, (self.num, 1)) / degrees)
-        waves = jnp.asarray(waves, length.dtype) / length[None]
-        return jnp.ones(self.num, length.dtype), (waves, jnp.asarray(phases, length.dtype))
+        own = (
+            jnp.asarray(waves, length.dtype) / length[None],
+            jnp.asarray(phases, length.dtype),
+        )
+        return jnp.ones(self.num, length.dtype), own
 
     def features(self, x: Array, own: tuple[Array, ...]) -> Array:
         waves, phases = own

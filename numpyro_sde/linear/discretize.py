@@ -255,14 +255,13 @@ def _matrix(
         g, length = matvec(C1, ramp), tau * x
     if sqrt:
         points, mass = np.polynomial.legendre.leggauss(nodes)
-        share, mass = (
-            jnp.asarray(half / 2, A.dtype).reshape(*(1,) * x.ndim, nodes)
-            for half in (points + 1, mass)
-        )
+        shape = (*(1,) * x.ndim, nodes)
+        share = jnp.asarray((points + 1) / 2, A.dtype).reshape(shape)
+        weight = jnp.asarray(mass / 2, A.dtype).reshape(shape)
         at = _monomials(x[..., None] * share, order_F)
         G = _sum_series(at, matmul(powers, B))  # (*n, nodes, d, m): exp(A s) L at the nodes
         step = jnp.where(x > 0, x, 1) * tau
-        G = G * jnp.sqrt(step[..., None] * mass)[..., None, None]
+        G = G * jnp.sqrt(step[..., None] * weight)[..., None, None]
         G = jnp.where(x[..., None, None, None] == 0, 0, G)
         Q = tria(jnp.moveaxis(G, -3, -2).reshape(*x.shape, d, -1))
     else:

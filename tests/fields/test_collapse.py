@@ -143,7 +143,7 @@ def test_float32_agrees_with_float64():
 
 
 def test_prior_draws_have_their_own_weights():
-    """Predictive over a collapsed model: variance of the first increment, 4,000 draws, seeds 0, 1."""
+    """Variance of the first increment, 4,000 draws, seeds 0 and 1, at 4 standard errors."""
     model = one_path(x=None, of=lambda f, x: 20.0 * f(0.3))
     collapsed = nsde.handlers.collapse(model, "f")
     known = {"f/amplitude": jnp.full(4000, 1.5)}
