@@ -10,6 +10,8 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float
 
+from numpyro_sde.linear.ranks import equal_rank
+
 _LINKS = {"log": jnp.exp, "identity": lambda value: value, "logit": jax.nn.sigmoid}
 
 
@@ -69,11 +71,14 @@ def random_effects(
         raise ValueError(f"covariates and coefficients go together: {missing} is missing")
     centre = jnp.asarray(mean)
     if covariates is not None and coefficients is not None:
-        centre = centre + _explained(jnp.asarray(covariates), jnp.asarray(coefficients))
+        explained = _explained(jnp.asarray(covariates), jnp.asarray(coefficients))
+        centre = jnp.add(*equal_rank(centre, explained))
     if centred:
         effect = numpyro.sample(f"{name}_effect", dist.Normal(centre, sd))
     else:
-        effect = centre + sd * numpyro.sample(f"{name}_eta", dist.Normal(0.0, 1.0))
+        eta = numpyro.sample(f"{name}_eta", dist.Normal(0.0, 1.0))
+        centre, spread, eta = equal_rank(centre, jnp.asarray(sd), jnp.asarray(eta))
+        effect = centre + spread * eta
     value: Any = _LINKS[link](effect)
     return numpyro.deterministic(name, value)
 
@@ -89,4 +94,4 @@ def _explained(covariates: Array, coefficients: Array) -> Array:
             f"covariates has {covariates.shape[-1]} columns, coefficients {coefficients.shape[-1]} "
             f"entries (shapes {covariates.shape} and {coefficients.shape})"
         )
-    return jnp.sum(covariates * coefficients, axis=-1)
+    return jnp.sum(jnp.multiply(*equal_rank(covariates, coefficients)), axis=-1)

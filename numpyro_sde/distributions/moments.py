@@ -107,7 +107,8 @@ def start_moments(d: dist.Distribution, event_dim: int, kind: StartKind) -> tupl
         center, width = (jnp.broadcast_to(v, shape) for v in (core.loc, core.scale))
     vector = center if event_dim else center[..., None]
     sd = width if event_dim else width[..., None]
-    return vector, sd[..., :, None] ** 2 * jnp.eye(sd.shape[-1])
+    variance, one = equal_rank(sd[..., :, None] ** 2, jnp.eye(sd.shape[-1]))
+    return vector, variance * one
 
 
 def is_exact(d: dist.Distribution) -> bool:

@@ -190,7 +190,7 @@ class Statement(eqx.Module):
         if power is not None:  # to the power of zero nothing is said
             count = values.shape[1] // max(math.prod(replicates), 1)
             said = jnp.broadcast_to(jnp.asarray(power), replicates).reshape(-1) > 0
-            present = jnp.asarray(present) & jnp.repeat(said, count)
+            present = jnp.asarray(present) & jnp.repeat(said, count)[None]
         instrument = Instrument(
             inputs=inputs,
             values=values,

@@ -257,6 +257,6 @@ def _laplace_update(
     mode, B, log_density = laplace(emission, jnp.zeros_like(mean), newton_steps)
     # A pivot of zero belongs to a direction in which the members do not differ.
     pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
-    z = solve_lower(S + jnp.diag(pivots), transpose(members - mean))
+    z = solve_lower(S + jnp.diag(pivots), transpose(members - mean[None]))
     z = mode[:, None] + solve_lower(B, z, transposed=True)
-    return mean + transpose(matmul(S, z)), log_density
+    return mean[None] + transpose(matmul(S, z)), log_density

@@ -165,7 +165,7 @@ def _shares(log_weights: Array) -> Array:
 def _collapse(weights: Array, means: Array, covs: Array) -> tuple[Array, Array]:
     """Mean and covariance of a mixture of Gaussians."""
     mean = weights @ means
-    centred = means - mean
+    centred = means - mean[None]
     spread = jnp.einsum("k,ki,kj->ij", weights, centred, centred)
     return mean, jnp.tensordot(weights, covs, 1) + spread
 
@@ -253,7 +253,7 @@ class IMM(_MergingFilter):
 
     def _merge(self, weights: Array, P: Array, m: Array, C: Array) -> tuple[Array, Array, Array]:
         following = weights @ P
-        came_from = weights[:, None] * P / jnp.maximum(following, jnp.finfo(m.dtype).tiny)
+        came_from = weights[:, None] * P / jnp.maximum(following, jnp.finfo(m.dtype).tiny)[None]
         means, covs = jax.vmap(_collapse, (1, None, None))(came_from, m, C)
         return _safe_log(following), means, covs
 

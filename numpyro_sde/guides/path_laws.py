@@ -378,7 +378,7 @@ def time_features(model: StateSpaceModel) -> Float[Array, "N features"]:
     else:
         to_next = since = jnp.full(times.shape, 3.0)
     near = [jnp.clip(to_next, 0.0, 3.0), jnp.clip(since, 0.0, 3.0)]
-    angles = jnp.pi * share[:, None] * jnp.arange(1, _NUM_HARMONICS + 1)
+    angles = jnp.pi * share[:, None] * jnp.arange(1, _NUM_HARMONICS + 1)[None]
     return jnp.concatenate(
         [2 * share[:, None] - 1, jnp.stack(near, 1), jnp.sin(angles), jnp.cos(angles)], axis=1
     )

@@ -58,7 +58,7 @@ def _slopes(net: ReactionNetwork, mean: Array, cov: Array) -> tuple[Array, Array
     rates, slope = closed(mean), jax.jacfwd(closed)(mean)
     J = stoichiometry @ slope
     spread = J @ cov
-    noise = (stoichiometry * rates) @ stoichiometry.T
+    noise = (stoichiometry * rates[None]) @ stoichiometry.T
     return stoichiometry @ rates, spread + spread.T + noise, J
 
 

@@ -101,7 +101,7 @@ def _look_ahead(P: Array, scaled: Array) -> Array:
 
     def step(ahead: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         P, scaled = now
-        ahead = jnp.sum(P * (scaled * ahead), axis=1)
+        ahead = jnp.sum(P * (scaled * ahead)[None], axis=1)
         return ahead, ahead
 
     last = jnp.ones_like(scaled[0])

@@ -157,7 +157,7 @@ def mean_first_passage_times(Q: Float[Array, "n n"], targets: ArrayLike) -> Floa
     inside = np.zeros(n, bool)
     inside[states] = True
     within = reachable(jnp.where(inside[:, None], 0.0, Q))
-    hits = jnp.any(within & inside, axis=1)
+    hits = jnp.any(within & inside[None], axis=1)
     # Sure to get there: no state without a way to the targets can be reached.
     sure = ~jnp.any(within & ~hits[None, :], axis=1)
     fixed = inside | ~sure

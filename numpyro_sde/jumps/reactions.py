@@ -56,7 +56,7 @@ def _network_diffusion(
     species = x[: len(stoichiometry)]
     rates = _rates_at(propensities, floor, species, p)
     root = root_of_rates(rates)
-    return jnp.asarray(_stack(stoichiometry, accumulated), root.dtype) * root
+    return jnp.asarray(_stack(stoichiometry, accumulated), root.dtype) * root[None]
 
 
 def _stack(stoichiometry: _Stoichiometry, accumulated: tuple[int, ...]) -> np.ndarray:

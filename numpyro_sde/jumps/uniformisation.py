@@ -60,7 +60,7 @@ def uniform_rate(Q: Float[Array, "n n"]) -> Float[Array, ""]:
 
 def poisson_weights(mean: Float[Array, "*G"], num_terms: int) -> Float[Array, "*G K"]:
     """Probabilities of `0..num_terms - 1` under Poisson laws."""
-    k = np.arange(num_terms, dtype=float)
+    k = np.arange(num_terms, dtype=float).reshape(*(1,) * mean.ndim, -1)
     positive = mean > 0.0
     log_mean = jnp.where(positive, jnp.log(jnp.where(positive, mean, 1.0)), -1e30)
     exponent = k.astype(log_mean.dtype) * log_mean[..., None] - mean[..., None]

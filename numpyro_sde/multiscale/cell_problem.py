@@ -92,7 +92,7 @@ def galerkin(
     exponents = _polynomials(math.prod(y.shape[1:]), degree)
     # The basis is centred and scaled for conditioning alone: its span does not depend on that.
     loc = lax.stop_gradient(jnp.tensordot(weights, y, axes=1))
-    scale = lax.stop_gradient(jnp.sqrt(jnp.tensordot(weights, (y - loc) ** 2, axes=1)))
+    scale = lax.stop_gradient(jnp.sqrt(jnp.tensordot(weights, (y - loc[None]) ** 2, axes=1)))
 
     def basis(one: Array) -> Array:
         return _monomials((one - loc) / scale, exponents)
@@ -109,7 +109,7 @@ def galerkin(
             return basis(one), _generator(drift, noise, basis, one), force(x, one)
 
         phi, generated, forces = jax.vmap(at)(y)
-        tested = phi - jnp.tensordot(weights, phi, axes=1)
+        tested = phi - jnp.tensordot(weights, phi, axes=1)[None]
         M = -jnp.einsum("l,li,lj->ij", weights, tested, generated)
         return jnp.linalg.solve(M, jnp.tensordot((weights[:, None] * tested).T, forces, axes=1))
 

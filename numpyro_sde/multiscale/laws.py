@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array
 
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.multiscale.rules import AbstractRule, Coordinatewise, MonteCarlo, default_rule
 
 
@@ -69,7 +70,8 @@ def _nodes(law: Any, rule: AbstractRule | None) -> tuple[Array, Array]:
         return jnp.asarray(law.v)[None], jnp.ones(1, jnp.result_type(float))
     if isinstance(law, dist.Normal):
         points, weights = _standard(law.batch_shape, rule)
-        return law.loc + law.scale * points, weights
+        loc, scale, points = equal_rank(law.loc, law.scale, points)
+        return loc + scale * points, weights
     if isinstance(law, dist.MultivariateNormal) and not law.batch_shape:
         points, weights = _standard(law.event_shape, rule)
         chosen = default_rule(law.event_shape[0]) if rule is None else rule

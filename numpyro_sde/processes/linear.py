@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_sde.linear import small
 from numpyro_sde.linear.discretize import transition_sqrt, transitions
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.processes.arguments import parameter, real
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
 from numpyro_sde.sde import SDE
@@ -120,7 +121,7 @@ class LinearSDE(SDE):
         """Log density of the stationary normal law at `x`."""
         mean, covariance = self.stationary_moments()
         factor = small.cholesky(covariance)
-        z = small.solve_lower(factor, (x - mean)[..., None])[..., 0]
+        z = small.solve_lower(factor, jnp.subtract(*equal_rank(x, mean))[..., None])[..., 0]
         size = mean.shape[-1]
         return -0.5 * (jnp.sum(z**2, axis=-1) + small.cho_logdet(factor) + size * _LOG_2PI)
 

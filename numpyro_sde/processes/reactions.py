@@ -97,7 +97,7 @@ def _reaction_diffusion(
     p: Any = None,
 ) -> Array:
     root = root_of_rates(_rates(propensities, stoichiometry, floor, x, p))
-    return jnp.asarray(stoichiometry, root.dtype) * root
+    return jnp.asarray(stoichiometry, root.dtype) * root[None]
 
 
 def mass_action(reactants: ArrayLike) -> Callable[[Array, Array], Array]:
@@ -230,7 +230,7 @@ def _population_drift(floor: Any, t: Any, x: Any, p: Any) -> Array:
 
 def _population_diffusion(floor: Any, t: Any, x: Any, p: Any) -> Array:
     root = root_of_rates(_floored_hazards(floor, x, p))
-    return jnp.asarray(_LOTKA_VOLTERRA, root.dtype) * root
+    return jnp.asarray(_LOTKA_VOLTERRA, root.dtype) * root[None]
 
 
 def _log_population_drift(t: Any, x: Any, p: Any) -> Array:

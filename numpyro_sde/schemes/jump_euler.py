@@ -182,7 +182,7 @@ def mixture(
         log_weights = log_weights + jnp.where(held, log_w, jnp.nan)
         size_mean, size_cov = source.normal_size(t, x, sde.arguments)
         means = means + n.reshape(-1, *(1,) * mean.ndim) * size_mean
-        covs = covs + n[:, None, None] * size_cov
+        covs = covs + n[:, None, None] * size_cov[None]
     return log_weights, means, covs
 
 

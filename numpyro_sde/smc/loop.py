@@ -129,7 +129,8 @@ class Loop(NamedTuple):
             return normals(key, (size, M), dtype)
         normal_key, key = jax.random.split(key)
         if spread:
-            u = jax.random.uniform(key, (extra, 1), dtype) + _GOLDEN * jnp.arange(M, dtype=dtype)
+            u = jax.random.uniform(key, (extra, 1), dtype)
+            u = u + _GOLDEN * jnp.arange(M, dtype=dtype)[None]
             u = u - jnp.floor(u)
         else:
             u = jax.random.uniform(key, (extra, M), dtype)
@@ -292,4 +293,4 @@ def weighted_moments(
     w = w / jnp.sum(w)
     mean = x @ w
     centred = x - mean[:, None]
-    return mean, (centred * w) @ centred.T
+    return mean, (centred * w[None]) @ centred.T

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.smc.backward import Piece, Pool, block_between, make_pool, weigh_bridge
 from numpyro_sde.smc.loop import (
     Loop,
@@ -163,6 +164,7 @@ def _straight_line(
 
     def reference(k: Any) -> Array:
         share = (times[k] - times[start]) / (times[end] - times[start])
-        return first + share[..., None] * (last - first)
+        share, start_, end_ = equal_rank(share[..., None], first, last)
+        return start_ + share * (end_ - start_)
 
     return reference

@@ -42,7 +42,7 @@ def pareto_shape(weights: Float[Array, " M"]) -> Float[Array, ""]:
     grid = 30 + math.isqrt(n)
     j = jnp.arange(1, grid + 1, dtype=x.dtype)
     b = (1.0 - jnp.sqrt(grid / (j - 0.5))) / (3.0 * x[math.floor(n / 4 + 0.5) - 1]) + 1.0 / x[-1]
-    k = jnp.mean(jnp.log1p(-b[:, None] * x), axis=1)
+    k = jnp.mean(jnp.log1p(-b[:, None] * x[None]), axis=1)
     profile = n * (jnp.log(-b / k) - k - 1.0)
     profile = jnp.where(jnp.isnan(profile), -jnp.inf, profile)
     share = jnp.exp(profile - jnp.max(profile))

@@ -187,7 +187,7 @@ def _observed_curvature(
         return instrument.log_prob(inputs, x, y, present)
 
     values, vectors = jnp.linalg.eigh(-jax.hessian(fit)(x))
-    information, score = (vectors * jnp.maximum(values, 0.0)) @ vectors.T, jax.grad(fit)(x)
+    information, score = (vectors * jnp.maximum(values, 0.0)[None]) @ vectors.T, jax.grad(fit)(x)
     usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
     return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
 
@@ -197,7 +197,7 @@ def _scale_information(
 ) -> Float[Array, "d d"]:
     """Fisher's information of a normal law about a state that sets its covariance `L L'`."""
     change = jax.jacfwd(lambda x: instrument.moments(inputs, x)[1])(x)
-    change = jnp.where((present[:, None] & present)[:, :, None], change, 0.0)
+    change = jnp.where((present[:, None] & present[None])[:, :, None], change, 0.0)
 
     def whiten(change: Array) -> Array:
         half = solve_lower(L, change)

@@ -225,7 +225,7 @@ def _draw_prior(model: StateSpaceModel, number: int, key: PRNGKeyArray) -> Float
     if model.starts is not None:
         return model.starts.astype(model.init_mean.dtype)
     z = normals(key, (number, model.dim), model.init_mean.dtype)
-    return model.init_mean + z @ psd_factor(model.init_cov).T
+    return model.init_mean[None] + z @ psd_factor(model.init_cov).T
 
 
 def _move(
@@ -258,7 +258,7 @@ def _normal_row(
     instruments: tuple[Instrument, ...], belief: Belief, now: Any, key: PRNGKeyArray
 ) -> RowPrediction:
     rule = unscented(belief.mean.shape[0])
-    points = belief.mean + jnp.asarray(rule.points) @ psd_factor(belief.cov).T
+    points = belief.mean[None] + jnp.asarray(rule.points) @ psd_factor(belief.cov).T
     each = [
         jax.vmap(partial(i.moments, inputs))(points)
         for i, (inputs, _, _) in zip(instruments, now, strict=True)
@@ -266,7 +266,7 @@ def _normal_row(
     means = jnp.concatenate([mean for mean, _ in each], axis=-1)
     weights = jnp.asarray(rule.weights)
     mean = weights @ means
-    away = means - mean
+    away = means - mean[None]
     noise = jax.scipy.linalg.block_diag(*(jnp.tensordot(weights, cov, axes=1) for _, cov in each))
     cov = (away * jnp.asarray(rule.cov_weights)[:, None]).T @ away + noise
     y = jnp.concatenate([values for _, values, _ in now])
@@ -296,7 +296,7 @@ def _mixture_row(
     state_key, draw_key = jax.random.split(key)
     if belief.points is None:
         S, rule = psd_factor(belief.cov), _rule(belief.mean.shape[0])
-        points = belief.mean + jnp.asarray(rule.points) @ S.T
+        points = belief.mean[None] + jnp.asarray(rule.points) @ S.T
         start = jnp.log(jnp.asarray(rule.weights)).astype(points.dtype)
         z = jax.random.normal(state_key, belief.mean.shape, points.dtype)
         state = belief.mean + S @ z
