@@ -84,6 +84,7 @@ def test_density_is_the_exact_one(x64):
     np.testing.assert_allclose(law.log_prob(PATH), exact_log_likelihood(1.3, 0.4, 0.7), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_nuts_gives_the_posterior_of_the_exact_likelihood(truth):
     """Seed 0, 4,000 draws: means and sds within 4 Monte Carlo standard errors.
 

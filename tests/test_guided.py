@@ -173,6 +173,7 @@ def well_model(y=None):
     nsde.observe("u", x, lambda t, x: dist.Normal(x**2, 0.2), obs=later, at=[8, 11])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}]
@@ -229,6 +230,7 @@ def test_data_by_condition_guide_as_data_by_obs():
     np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_masked_observations_do_not_guide():
     keep = jnp.asarray([True, False])
     y = np.stack([WELL, WELL])
@@ -266,6 +268,7 @@ def test_a_refined_grid_is_guided_at_its_own_times():
     np.testing.assert_allclose(path[3:], y[3:], atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_start_that_is_not_normal_and_a_fixed_one():
     def model(y, init):
         sde = nsde.processes.GeometricBrownianMotion(0.1, 0.3)

@@ -78,6 +78,7 @@ def test_poisson_counts_as_integers_and_as_floats_with_missing(x64):
     assert np.isneginf(log_prob(emission, counts + 0.5))
 
 
+@pytest.mark.slow
 def test_binomial_with_totals_as_inputs(x64, key):
     totals = np.array([3, 5, 2, 8, 4])
     emission = lambda t, x, u: dist.Binomial(u, logits=x)  # noqa: E731

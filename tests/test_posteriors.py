@@ -75,6 +75,7 @@ def fit(target, data, seed, num_warmup=300, num_samples=1000):
     return mcmc.get_samples()
 
 
+@pytest.mark.slow
 def test_integrated_out(data, truth):
     """Seed 0, 1,000 draws of NUTS on the marginal likelihood."""
     marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())

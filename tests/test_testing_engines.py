@@ -59,6 +59,7 @@ def test_a_filter_that_is_right_passes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "way", "message"),
     [
@@ -78,6 +79,7 @@ def test_a_wrong_filter_may_be_right_where_its_fault_does_not_show():
     check_filter(FillsGaps(), ways=["plain"], num_draws=0)
 
 
+@pytest.mark.slow
 def test_path_laws():
     check_path_law(nsde.guides.GaussianMarkovPath(), ways=["plain"])
     with pytest.raises(AssertionError, match="plain: mean of weights / evidence"):

@@ -145,6 +145,7 @@ def test_keys_of_both_kinds_as_an_option(make):
     assert abs(particle_density(lambda m: m, method) - want) < 1.0
 
 
+@pytest.mark.slow
 def test_a_missing_row_of_a_second_instrument_has_no_pointwise_term(x64):
     model = nsde.handlers.marginalize(NAMED["two instruments"].model, method=KALMAN)
     sites = handlers.trace(handlers.seed(handlers.condition(model, {"b": B}), 0)).get_trace()

@@ -71,6 +71,7 @@ def test_short_rates_are_judged_by_prediction(rates):
     assert found.models.loc["cir", "num_points"] == len(TIMES) - 1
 
 
+@pytest.mark.slow
 def test_compare_fits_knows_that_models_differ(rates):
     found = compare_fits(rates)
     assert "another model than vasicek" in found.verdicts["cir"]

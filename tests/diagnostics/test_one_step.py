@@ -84,6 +84,7 @@ def test_k_steps_of_a_linear_model(horizon):
     assert found["y"].shape == (3, len(TIMES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_particles_move_without_an_update(horizon):
     """Seeds 0 to 19, 1,000 particles: the mean within 4 standard errors of the exact values."""

@@ -171,6 +171,7 @@ def loop(laws, values):
     return jnp.stack([law.log_prob(v) for law, v in zip(laws, values, strict=True)])
 
 
+@pytest.mark.slow
 def test_a_panel_with_its_own_clocks_equals_a_loop(key, x64):
     clocks = np.cumsum(RNG.uniform(0.1, 1.0, (3, 5)), axis=-1)
     rates, starts = np.array([0.5, 1.0, 2.0]), np.array([0.0, 1.0, -1.0])

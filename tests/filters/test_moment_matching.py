@@ -99,6 +99,7 @@ def test_a_stiff_drift_is_integrated_within_its_stability_or_not_at_all():
     assert np.isnan(last(4, 10.0)[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_substeps_follow_the_stiffest_series_of_a_batch_and_differentiate():
     def log_likelihood(rate, method=None):

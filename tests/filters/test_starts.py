@@ -115,6 +115,7 @@ def test_flat_start_of_a_random_walk_in_closed_form(x64):
     np.testing.assert_allclose(seen.log_likelihood, dist.Normal(0.0, 0.7).log_prob(1.5), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_flat_start_in_float32():
     offset = B + 0.125
     total, mean, _ = flat_law(ss.exact_steps(A, offset, L, np.diff(TIMES)))

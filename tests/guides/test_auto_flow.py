@@ -183,6 +183,7 @@ class TestFit:
         # Normal families: a relative error of 3 % in three sds costs 3 x 0.03^2 nats.
         assert abs(weights.mean() - exact) < 0.01 + 4 * weights.std() / 4000**0.5
 
+    @pytest.mark.slow
     def test_banana_in_a_quarter_of_the_recommended_steps(self):
         guide = AutoFlow(banana_model)
         params = fit(banana_model, guide, 1000).params
@@ -324,6 +325,7 @@ class TestGuideInterface:
         assert median["level"].shape == (4,)
         assert all(bool(jnp.all(jnp.isfinite(v))) for v in median.values())
 
+    @pytest.mark.slow
     def test_float64(self, x64):
         guide = AutoFlow(poisson_model, num_flows=1)
         params = initial_params(guide)

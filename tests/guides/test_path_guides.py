@@ -99,6 +99,7 @@ def perturbed(params):
     return jax.tree.unflatten(form, moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "law",
     [
@@ -198,6 +199,7 @@ def fitted_panel():
         return guide, svi, fit, y
 
 
+@pytest.mark.slow
 def test_a_panel_is_fitted_and_predicted_from(fitted_panel):
     guide, _, fit, y = fitted_panel
     assert guide.path_sites() == ("x",)

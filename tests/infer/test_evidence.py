@@ -49,6 +49,7 @@ def check(proposal, particles, seeds, draws):
     return misses, inside, found
 
 
+@pytest.mark.slow
 def test_the_evidence_is_kalmans(x64):
     misses, _, found = check("guided", 4, 2, 1500)
     assert np.all(np.abs(misses) < 4.0 * np.array([e.error for e in found]))

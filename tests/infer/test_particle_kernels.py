@@ -69,6 +69,7 @@ def agree(draws, others):
         assert abs(np.log(a.std() / b.std())) < 4 * spread, name
 
 
+@pytest.mark.slow
 def test_particle_gibbs_agrees(gibbs, reference):
     mcmc, kernel = gibbs
     agree(mcmc.get_samples(), reference)
@@ -80,6 +81,7 @@ def test_particle_gibbs_agrees(gibbs, reference):
     assert "path renewed" in kernel.get_diagnostics_str(mcmc.last_state)
 
 
+@pytest.mark.slow
 def test_particle_gibbs_paths_have_the_posterior(gibbs, reference):
     mcmc, _ = gibbs
     paths = np.asarray(mcmc.get_samples()["x"])
@@ -93,6 +95,7 @@ def test_particle_gibbs_paths_have_the_posterior(gibbs, reference):
         assert abs(paths[:, k].mean() - exact[:, k].mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_pmmh_agrees(pmmh, reference):
     mcmc, kernel = pmmh
     agree(mcmc.get_samples(), reference)

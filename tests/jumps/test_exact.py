@@ -93,6 +93,7 @@ def test_too_high_rates_give_nan_not_a_number():
     assert np.all(np.isnan(sparse.propagate(*edges, jnp.array([1.0, 0.0]), 1.0)))
 
 
+@pytest.mark.slow
 def test_derivatives_of_transition_matrices():
     gaps = np.array([0.3, 9.0])  # the second is halved and squared
 

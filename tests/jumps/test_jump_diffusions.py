@@ -112,6 +112,7 @@ def model(sde, scheme=None, y=None):
     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
 
 
+@pytest.mark.slow
 def test_particles_and_the_latent_path_agree(x64):
     # The likelihood by a bootstrap filter, and by quadrature of the exact transition density.
     sde, y = merton(), np.array([np.nan, 0.1, -0.3, -0.25, 0.0])
@@ -334,6 +335,7 @@ def test_engines_that_would_drop_the_jumps_refuse(method, message):
         numpyro.infer.util.log_density(marginal, (merton(), None, np.zeros(5)), {}, {})
 
 
+@pytest.mark.slow
 def test_reparametrisations():
     for reparam in (nsde.reparam.InnovationReparam(), nsde.reparam.GuidedReparam()):
         treated = numpyro.handlers.reparam(model, config={"x": reparam})

@@ -127,6 +127,7 @@ def test_gibbs_with_exact_draws_of_the_states():
     assert set(np.unique(samples["s"])) <= {0, 1}
 
 
+@pytest.mark.slow
 def test_plates_missing_data_and_clocks_of_their_own(x64):
     rates = jnp.array([[0.8, 1.5], [2.0, 0.5], [1.0, 1.0]])
     times = np.stack([TIMES, TIMES * 1.1, TIMES * 0.9])

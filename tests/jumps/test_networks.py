@@ -60,6 +60,7 @@ def test_normal_closure_by_moment_matching(x64):
     np.testing.assert_allclose(result.log_likelihood, SIR["normal_closure_2"], atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "reference", "error"),
     [
@@ -167,6 +168,7 @@ def test_jump_laws_of_known_marginals(x64):
         assert np.all(np.abs(counts - expected) <= 4.5 * error + 1.0)
 
 
+@pytest.mark.slow
 def test_competing_exits_and_gamma_noise(x64):
     ref = REFERENCE["euler_multinomial"]
     value = nsde.jumps.exit_log_pmf(ref["counts"], ref["n"], ref["rates"], ref["dt"])
@@ -220,6 +222,7 @@ def test_poisson_numbers_by_inversion(x64):
     assert np.isnan(binomial(0.3, jnp.nan, 0.5))
 
 
+@pytest.mark.slow
 def test_closure_of_a_dimerisation_says_where_it_fails(x64):
     for omega, end in REFERENCE["dimer_normal_closure_2"]["ode_from_zero"].items():
         omega = float(omega)
@@ -283,6 +286,7 @@ def test_engines_refuse_laws_that_they_cannot_treat(law, method, message):
         numpyro.infer.util.log_density(marginal, (law, Y), {}, {"rate": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "method"),
     [

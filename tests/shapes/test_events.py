@@ -78,6 +78,7 @@ def test_a_dose_before_or_after_the_sample(side, exact):
     assert value_of(nsde.filters.Kalman(), panel, side) == pytest.approx(2 * exact, abs=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "exact"), [("before", BEFORE), ("after", AFTER)])
 def test_float32(side, exact):
     assert value_of(nsde.filters.Kalman(), pk, side) == pytest.approx(exact, rel=1e-4)
@@ -146,6 +147,7 @@ def test_ensemble():
     assert abs(got - BEFORE) < 4 * 0.011
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "exact"), [("before", BEFORE), ("after", AFTER)])
 @pytest.mark.usefixtures("x64")
 def test_guided_log_weight_is_the_likelihood(side, exact):
@@ -171,6 +173,7 @@ def test_handlers_keep_the_events():
         value_of(kalman, nsde.handlers.drive(pk, nsde.noise.MarkovFBM(0.3)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_centred_density_and_whitening():
     doses = regimen()
@@ -187,6 +190,7 @@ def test_centred_density_and_whitening():
     np.testing.assert_allclose(path.forward(*path.inverse(x)), x, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_smooth_draws_have_the_jump():
     y = np.where(TIMES == 18.0, Y, np.nan)

@@ -55,6 +55,7 @@ def test_kalman():
     assert value_of(KALMAN, langevin, Y, max_step=0.25) == pytest.approx(EXACT, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_float32():
     assert value_of(KALMAN, panel) == pytest.approx(2 * EXACT, abs=1e-4 * 2 * EXACT)
     local = value_of(nsde.filters.Particle(4), langevin, Y, LOCAL)
@@ -68,6 +69,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ENGINES.values(), ids=ENGINES)
 @pytest.mark.usefixtures("x64")
 def test_engines_on_local_linear_steps(method):
@@ -81,6 +83,7 @@ def test_moment_matching():
     assert got == pytest.approx(EXACT, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_guided_log_weight_is_the_likelihood_and_the_path_meets_the_data():
     guided = reparam(langevin, config={"x": nsde.reparam.GuidedReparam()})
@@ -162,6 +165,7 @@ def by_quadrature():
     return np.log(belief.sum() * width)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_nonlinear_model_against_quadrature():
     """Given the positions the velocity is linear here, so that every guided weight is exact."""
@@ -175,6 +179,7 @@ def test_a_nonlinear_model_against_quadrature():
     assert float(total) == pytest.approx(exact, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_volatility_with_leverage_against_quadrature():
     """Log price seen exactly, log volatility latent, noises correlated: weights vary."""

@@ -78,6 +78,7 @@ def test_the_reference():
     assert value_of(kalman, averages, Y, max_step=0.2) == pytest.approx(EXACT, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_float32():
     assert value_of(nsde.filters.Kalman(), panel) == pytest.approx(EXACT + EXACT_LOST, rel=1e-4)
 

@@ -10,6 +10,7 @@ from numpyro_sde.smc.conditional import conditional_smc
 NUM = 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fine", "num_particles", "proposal", "scheme", "threshold", "renewal"),
     [

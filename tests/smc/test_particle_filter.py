@@ -153,6 +153,7 @@ def test_precise_data_far_away_in_float32():
     assert result.log_likelihood < -1e12
 
 
+@pytest.mark.slow
 def test_start_that_is_not_normal(x64):
     # A start of two values: the likelihood is the mean of two Kalman likelihoods.
     ends = jnp.array([-1.0, 1.5])
@@ -245,6 +246,7 @@ def wide(t, x):
     return 0.8 * jnp.sqrt(1.0 + x**2)
 
 
+@pytest.mark.slow
 def test_guided_noise_is_matched_to_the_particle(x64):
     # Precise data, noise that grows with the state; the likelihood from a table of states.
     num, size = 20, 2000

@@ -115,6 +115,7 @@ class Logistic(dist.Logistic):
     variance = mean
 
 
+@pytest.mark.slow
 def test_an_emission_without_moments_guides_by_its_curvature(x64):
     grid, y = nsde.TimeGrid(np.arange(6.0), 0.25), np.array([0.3, 0.1, -0.5, 0.2, 0.9, 0.4])
     path = nsde.SDEPath(

@@ -33,6 +33,7 @@ def moments_of(model, key, chosen, method):
     return run.log_likelihood, paths[..., 0].mean(0), (paths[..., 0] ** 2).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fine", "proposal", "method"),
     [
