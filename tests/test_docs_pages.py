@@ -12,6 +12,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Pages that fit or compile for more than ten seconds; the README's example stands for them.
 SLOW = {
     "inputs_and_doses",
+    "learned_drifts",
     "maximum_likelihood",
     "saving_and_resuming",
     *(
