@@ -86,6 +86,9 @@ CASES = {
 }
 
 
+SLOW = ("state-dependent noise", "known factor", "random features", "shared by a panel")
+
+
 def random_features():
     prior = nsde.fields.RFF(1, 3)
     f = prior.register("f", amplitude=2.0, length=0.8)
@@ -93,7 +96,10 @@ def random_features():
     numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 0.5)), obs=X[0])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
+)
 def test_density_and_draws_are_those_of_the_joint_normal_law(x64, name):
     """A joint density that is quadratic in the weights: its integral and moments in closed form."""
     model, values, size = CASES[name]

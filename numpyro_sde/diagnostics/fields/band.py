@@ -101,7 +101,8 @@ def field_band(
         prior = None
     if prior is not None:
         variables["prior_sd"] = dims, prior
-        variables["informed"] = dims, prior / variables["sd"][1]
+        with np.errstate(divide="ignore"):  # a value that all draws agree on
+            variables["informed"] = dims, prior / variables["sd"][1]
     seen = observed_states(draws, flat)
     if seen is not None and seen.shape[1:] == points.shape[1:]:
         variables["states"] = ("state", "coordinate")[: seen.ndim], seen

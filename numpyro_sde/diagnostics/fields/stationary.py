@@ -27,6 +27,13 @@ class RestPoints:
         unstable: positions where it rises through zero.
         numbers: number of zeros to the share of draws with so many.
         num_draws: number of draws.
+
+    Example:
+        >>> import numpy as np, numpyro_sde as nsde
+        >>> zero = np.zeros(2)
+        >>> print(nsde.diagnostics.RestPoints(zero, np.zeros(0), {1: 1.0}, num_draws=2))
+        1 rest points: 100 %
+        stable: 1.00 a draw, median 0, 90 % in [0, 0]
     """
 
     stable: Float[np.ndarray, " n"]
