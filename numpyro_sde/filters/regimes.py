@@ -214,7 +214,7 @@ class GPB(_MergingFilter):
             return _safe_log(weights @ P), mean[None], cov[None]
         pairs = weights.reshape(n, n)  # by the regime before and the present one
         present = jnp.sum(pairs, axis=0)
-        given = pairs / jnp.maximum(present, jnp.finfo(m.dtype).tiny)
+        given = pairs / jnp.maximum(present, jnp.finfo(m.dtype).tiny)[None]
         m, C = m.reshape(n, n, *m.shape[1:]), C.reshape(n, n, *C.shape[1:])
         means, covs = jax.vmap(_collapse, (1, 1, 1))(given, m, C)
         return (_safe_log(present)[:, None] + _safe_log(P)).reshape(-1), means, covs

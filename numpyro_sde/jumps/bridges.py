@@ -189,7 +189,7 @@ def path_totals(
     first = jnp.broadcast_to(jnp.asarray(start, times.dtype), lead)[..., None]
     last = jnp.broadcast_to(jnp.asarray(end, times.dtype), lead)[..., None]
     edges = jnp.concatenate([first, jnp.where(real, times, last), last], axis=-1)
-    state = jnp.arange(num_states)
+    state = jnp.arange(num_states).reshape(*(1,) * states.ndim, num_states)
     inside = jnp.asarray(states[..., None] == state, times.dtype)
     dwell = jnp.sum(jnp.diff(edges, axis=-1)[..., None] * inside, axis=-2)
     left = inside[..., :-1, :] * real[..., None]

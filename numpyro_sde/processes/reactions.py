@@ -247,7 +247,7 @@ def _log_population_drift(t: Any, x: Any, p: Any) -> Array:
 def _log_population_diffusion(t: Any, x: Any, p: Any) -> Array:
     prey, predators = jnp.exp(x[0]), jnp.exp(x[1])
     root = root_of_rates(_hazards(prey, predators, p))
-    scaled = jnp.asarray(_LOTKA_VOLTERRA, root.dtype) * root
+    scaled = jnp.asarray(_LOTKA_VOLTERRA, root.dtype) * root[None]
     return scaled / jnp.stack([prey, predators])[:, None]
 
 

@@ -195,7 +195,9 @@ class FractionalEuler(_IncrementScheme, GaussianScheme):
     ) -> tuple[Array, Array]:
         state, means = self.split(sde, x)
         L = noise_columns(sde, t, state)
-        mean = self.join(self.apply(sde, t, dt, state, means @ cache.loading), cache.decay * means)
+        mean = self.join(
+            self.apply(sde, t, dt, state, means @ cache.loading), cache.decay[None] * means
+        )
         gains = jnp.kron(jnp.eye(means.shape[0], dtype=L.dtype), cache.gain[:, None])
         return mean, jnp.concatenate([L, gains]) * cache.scale
 

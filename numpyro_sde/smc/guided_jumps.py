@@ -164,7 +164,7 @@ class GuidedJumps(Guided):
 
         pairs = jax.vmap(jax.vmap(of, (None, None, 0, 0)), (0, 0, None, None))
         L, half, log_Z = pairs(means, factors, parts.H, parts.e)
-        joint = (log_w[:, None] + parts.c + log_Z).reshape(-1)
+        joint = (log_w[:, None] + parts.c[None] + log_Z).reshape(-1)
         total = logsumexp(joint)
         chosen = jnp.sum(jnp.cumsum(jnp.exp(joint - total))[:-1] < jnp.exp(log_ndtr(u)))
         n, j = chosen // 2, chosen % 2

@@ -204,7 +204,7 @@ def _observed(mean: Array, cov: Array, data: Any) -> tuple[Array, Array, Array]:
 
 def _mixture(weights: Array, means: Array, covs: Array) -> tuple[Array, Array]:
     mean = weights @ means
-    centred = means - mean
+    centred = means - mean[None]
     spread = jnp.einsum("k,ki,kj->ij", weights, centred, centred)
     return mean, jnp.tensordot(weights, covs, 1) + spread
 
