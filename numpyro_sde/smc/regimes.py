@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_sde.linear.information import discount
 from numpyro_sde.linear.kalman import LinearGaussian, kalman_filter, scalar_observations
+from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.linear.small import (
     cholesky,
     congruence,
@@ -351,7 +352,8 @@ def _log_integral(m: Array, P: Array, H: Array, e: Array) -> Array:
     """Log of the integral of `exp(-x'Hx/2 + e'x)` under normal laws of x, `(M,)`."""
     S = psd_factor(P)
     d = H.shape[-1]
-    precision = jnp.eye(d, dtype=H.dtype) + matmul(transpose(S), matmul(H, S))
+    one, inner = equal_rank(jnp.eye(d, dtype=H.dtype), matmul(transpose(S), matmul(H, S)))
+    precision = one + inner
     L = cholesky(symmetrize(precision))
     rest = e - matvec(H, m)
     half = solve_lower(L, matvec(transpose(S), rest)[..., None])[..., 0]

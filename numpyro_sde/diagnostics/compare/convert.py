@@ -30,6 +30,7 @@ from numpyro_sde.diagnostics.compare.sites import (
     trace_model,
 )
 from numpyro_sde.diagnostics.compare.timing import Timing
+from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.models.stack import path_law
 from numpyro_sde.states.smoothing import smooth as smooth_paths
@@ -174,7 +175,7 @@ def _trace(draws: Draws, rng_key: PRNGKeyArray) -> dict[str, Any] | None:
     # Within a sampler all is traced; here drift and path are known, at a draw of the posterior.
     for site in trace.values():
         law = path_law(site["fn"]) if site["type"] == "sample" else None
-        if law is not None:
+        if isinstance(law, SDEPath):
             warn_coarse_step(law, site["value"])
     return trace
 
