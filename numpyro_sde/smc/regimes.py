@@ -355,7 +355,7 @@ def _log_integral(m: Array, P: Array, H: Array, e: Array) -> Array:
     one, inner = equal_rank(jnp.eye(d, dtype=H.dtype), matmul(transpose(S), matmul(H, S)))
     precision = one + inner
     L = cholesky(symmetrize(precision))
-    rest = e - matvec(H, m)
+    rest = jnp.subtract(*equal_rank(e, matvec(H, m)))
     half = solve_lower(L, matvec(transpose(S), rest)[..., None])[..., 0]
     at_mean = jnp.sum(m * (e - 0.5 * matvec(H, m)), axis=-1)
     log_det = jnp.sum(jnp.log(diagonal(L)), axis=-1)
