@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import ndtri
 
+from numpyro_sde.checks.numbers import at_least
+
 _MOST_POINTS = 20_000
 
 

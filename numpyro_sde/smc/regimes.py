@@ -357,7 +357,8 @@ def _log_integral(m: Array, P: Array, H: Array, e: Array) -> Array:
     L = cholesky(symmetrize(precision))
     rest = jnp.subtract(*equal_rank(e, matvec(H, m)))
     half = solve_lower(L, matvec(transpose(S), rest)[..., None])[..., 0]
-    at_mean = jnp.sum(m * (e - 0.5 * matvec(H, m)), axis=-1)
+    e, half_Hm = equal_rank(e, 0.5 * matvec(H, m))
+    at_mean = jnp.sum(m * (e - half_Hm), axis=-1)
     log_det = jnp.sum(jnp.log(diagonal(L)), axis=-1)
     return at_mean + 0.5 * jnp.sum(half**2, axis=-1) - log_det
 

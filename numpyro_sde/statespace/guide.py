@@ -158,7 +158,7 @@ def _independent_information(
     (C, slope), (_, variance) = jax.jacfwd(with_aux, has_aux=True)(x)
     weight = jnp.where(present, 1.0 / jnp.where(present, variance, 1.0), 0.0)
     C = jnp.where(present[:, None], C, 0.0)
-    information = matmul(transpose(C) * weight, C)
+    information = matmul(transpose(C) * weight[None], C)
     if instrument.gaussian and covariance_uses_state(instrument, inputs, x):
         slope = jnp.where(present[:, None], slope, 0.0)
         information = information + 0.5 * matmul(transpose(slope) * weight**2, slope)
