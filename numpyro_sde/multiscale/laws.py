@@ -70,7 +70,7 @@ def _nodes(law: Any, rule: AbstractRule | None) -> tuple[Array, Array]:
         return jnp.asarray(law.v)[None], jnp.ones(1, jnp.result_type(float))
     if isinstance(law, dist.Normal):
         points, weights = _standard(law.batch_shape, rule)
-        loc, scale, points = equal_rank(law.loc, law.scale, points)
+        loc, scale, points = equal_rank(jnp.asarray(law.loc), jnp.asarray(law.scale), points)
         return loc + scale * points, weights
     if isinstance(law, dist.MultivariateNormal) and not law.batch_shape:
         points, weights = _standard(law.event_shape, rule)

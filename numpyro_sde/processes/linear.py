@@ -121,7 +121,9 @@ class LinearSDE(SDE):
         """Log density of the stationary normal law at `x`."""
         mean, covariance = self.stationary_moments()
         factor = small.cholesky(covariance)
-        z = small.solve_lower(factor, jnp.subtract(*equal_rank(x, mean))[..., None])[..., 0]
+        z = small.solve_lower(factor, jnp.subtract(*equal_rank(jnp.asarray(x), mean))[..., None])[
+            ..., 0
+        ]
         size = mean.shape[-1]
         return -0.5 * (jnp.sum(z**2, axis=-1) + small.cho_logdet(factor) + size * _LOG_2PI)
 

@@ -161,7 +161,7 @@ def _independent_information(
     information = matmul(transpose(C) * weight[None], C)
     if instrument.gaussian and covariance_uses_state(instrument, inputs, x):
         slope = jnp.where(present[:, None], slope, 0.0)
-        information = information + 0.5 * matmul(transpose(slope) * weight**2, slope)
+        information = information + 0.5 * matmul(transpose(slope) * weight[None] ** 2, slope)
     score = jax.grad(lambda x: instrument.log_prob(inputs, x, y, present))(x)
     usable = jnp.all(jnp.isfinite(information)) & jnp.all(jnp.isfinite(score)) & jnp.any(present)
     return jnp.where(usable, information, 0.0), jnp.where(usable, score, 0.0)
