@@ -202,7 +202,8 @@ class RaoBlackwellResult(RegimeResult):
         key = jax.random.key(0) if key is None else typed_key(key)
         regimes = self.sample_with_regimes(key, num_draws)[1]
         n = self.linear.num_regimes
-        return jnp.mean(jnp.asarray(regimes[..., None] == jnp.arange(n), float), axis=0)
+        each = jnp.arange(n).reshape(*(1,) * regimes.ndim, n)
+        return jnp.mean(jnp.asarray(regimes[..., None] == each, float), axis=0)
 
     def smooth(
         self, key: PRNGKeyArray | None = None, num_draws: int = 1000
