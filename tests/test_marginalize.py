@@ -166,6 +166,7 @@ def test_every_way_to_run_the_model():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_panel_equals_its_series():
     clocks = np.cumsum(np.random.default_rng(0).uniform(0.1, 1.0, (3, 5)), axis=-1)
     y = np.random.default_rng(1).normal(size=(3, 5))
@@ -233,6 +234,7 @@ def test_unobserved_paths_stay_latent_and_refined_grids_agree(x64):
     assert np.isfinite(want)
 
 
+@pytest.mark.slow
 def test_a_chosen_scheme_is_honoured_and_converges(x64):
     """With Euler chosen, the filter is that of the Euler path; refined, it nears the exact one."""
     values = {"rate": 1.3}

@@ -53,6 +53,7 @@ class OffByAFactor(nsde.guides.GaussianMarkovPath):
         return super().log_prob(*args) - 0.5
 
 
+@pytest.mark.slow
 def test_a_filter_that_is_right_passes():
     check_filter(
         nsde.filters.Kalman(), ways=["plain", "two instruments", "vector, missing in part"]

@@ -132,6 +132,7 @@ def test_two_instruments_are_read_in_order():
         np.testing.assert_allclose(found.pit[site][place], expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_counts_by_quadrature():
     """At the first time the prediction is a Poisson mixture over the stationary normal law."""

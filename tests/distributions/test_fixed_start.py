@@ -98,6 +98,7 @@ def test_nuts_with_a_fixed_start(key):
     assert_moments(draws[:, 1:], mean[1:], cov[1:, 1:])
 
 
+@pytest.mark.slow
 def test_nuts_with_a_latent_start(key):
     """Each draw of the path begins at its own draw of the start."""
     mcmc = MCMC(NUTS(latent_start), num_warmup=300, num_samples=1500, progress_bar=False)

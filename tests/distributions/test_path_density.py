@@ -198,6 +198,7 @@ def test_a_panel_with_its_own_clocks_equals_a_loop(key, x64):
     np.testing.assert_allclose(refined.log_prob(value), loop(each, value), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_batch_over_two_dimensions_equals_a_loop(key, x64):
     """Parameters, clocks and first states vary over different batch dimensions."""
     a = np.stack([A, 2 * A, 0.5 * A])[:, None]  # (3, 1) + (2, 2)

@@ -127,6 +127,7 @@ def test_a_latent_path_keeps_its_density_without_the_weights(x64):
     np.testing.assert_allclose(got, log_z, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_gradient_for_the_hyperparameters_is_that_of_the_integral(x64):
     collapsed = nsde.handlers.collapse(one_path(), "f")
 

@@ -76,6 +76,7 @@ def test_error_falls_with_the_fourth_power_of_the_step():
     assert 12.0 < errors[0] / errors[1] < 20.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_stiff_drift_is_integrated_within_its_stability_or_not_at_all():
     # One step of 39 relaxation times of the fast state, one of the slow one.
@@ -128,6 +129,7 @@ def test_substeps_follow_the_stiffest_series_of_a_batch_and_differentiate():
     assert np.isnan(values[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ExtendedKalman(), UnscentedKalman(), MomentMatching()])
 @pytest.mark.usefixtures("x64")
 def test_double_well_observed_often(method):

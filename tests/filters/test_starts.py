@@ -89,6 +89,7 @@ def test_flat_start_equals_the_dense_law(form, x64):
     np.testing.assert_allclose(result.increments[5], total - shorter, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_flat_start_is_the_limit_of_wide_ones(x64):
     """Less `log(2 pi k)` for two states; the error falls with the variance k."""
     exact = run().log_likelihood

@@ -258,6 +258,7 @@ def fitted():
 
 
 class TestGuideInterface:
+    @pytest.mark.slow
     def test_draws_lie_in_the_support_with_their_shapes(self, fitted):
         guide, params = fitted
         draws = guide.sample_posterior(jax.random.key(0), params, sample_shape=(50, 2))
@@ -274,6 +275,7 @@ class TestGuideInterface:
         assert jnp.all(jnp.abs(draws["level"]) <= 2.0)
         np.testing.assert_allclose(draws["twice"], 2.0 * draws["level"], rtol=1e-6)
 
+    @pytest.mark.slow
     def test_median_and_quantiles_are_those_of_draws(self, fitted):
         guide, params = fitted
         probabilities = [0.05, 0.5, 0.95]
@@ -298,6 +300,7 @@ class TestGuideInterface:
         again = jax.jit(lambda p: guide.quantiles(p, [0.3])["scale"])(params)
         np.testing.assert_allclose(once, again, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_transform_and_posterior_give_the_density_of_draws(self, fitted):
         guide, params = fitted
         transform, posterior = guide.get_transform(params), guide.get_posterior(params)

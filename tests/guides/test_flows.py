@@ -132,6 +132,7 @@ class TestFlow:
         assert jnp.all(sign > 0)
         np.testing.assert_allclose(log_det, expected, atol=1e-8)
 
+    @pytest.mark.slow
     def test_inverse_in_float32(self, kind):
         flow, x, context = self.make(kind, 3, 0)
         y, log_det = forward(flow, x, context)
@@ -159,6 +160,7 @@ class TestFlow:
         np.testing.assert_allclose(y, x, atol=2e-6)
         np.testing.assert_allclose(log_det, jnp.zeros(4), atol=2e-6)
 
+    @pytest.mark.slow
     def test_gradients_are_finite_in_float32_for_huge_inputs(self, kind):
         flow, x, context = self.make(kind, 2, 1)
         x = x.at[0].set(1e6).at[1].set(-1e6).at[2].set(0.0)

@@ -89,6 +89,7 @@ def test_the_maximum_of_a_linear_model_and_its_profile(x64, y):
     assert "best of 6 starts" in str(fit)
 
 
+@pytest.mark.slow
 def test_resuming_goes_on(x64, y):
     short = search(num_iterations=2, num_starts=2)
     fit = short.run(jax.random.key(0), y)

@@ -125,6 +125,7 @@ def test_counts_seen_exactly():
         np.testing.assert_allclose(terms.sum(), ref["exact"], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_two_noisy_states():
     ref = REFERENCE["mjp_two_state"]
     log_emission = jax.scipy.stats.norm.logpdf(jnp.array(ref["y"])[:, None], jnp.arange(2), 0.5)

@@ -60,6 +60,7 @@ def test_whitening_through_the_mixture(x64):
     )
 
 
+@pytest.mark.slow
 def test_derivative_of_the_whitened_step_by_a_parameter(x64):
     def x_of(rate):
         sde = nsde.SDE(

@@ -70,6 +70,7 @@ def test_draws_follow_the_law():
     assert np.all(np.abs(s.mean(0) - share) < 4.0 * error)
 
 
+@pytest.mark.slow
 def test_marginal_likelihood_gradient_and_prediction(x64):
     @jax.jit
     def value(z):

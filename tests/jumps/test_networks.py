@@ -129,6 +129,7 @@ def test_immigration_and_death_linear_noise_with_noisy_data(x64):
     np.testing.assert_allclose(result.log_likelihood, ref["linear_noise_kalman"], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_incidence_by_accumulators():
     net = sir(["infection"])
     assert net.state_names == ("S", "I", "flux of infection")

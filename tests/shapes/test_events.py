@@ -159,6 +159,7 @@ def test_guided_log_weight_is_the_likelihood(side, exact):
     assert float(total) == pytest.approx(exact, abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_handlers_keep_the_events():
     kalman = nsde.filters.Kalman()
@@ -208,6 +209,7 @@ def test_smooth_draws_have_the_jump():
     assert abs(float(jnp.mean(draws[:, 1, 0])) - mean[2]) < 4 * np.sqrt(cov[2, 2] / 2000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_steady_state():
     law = nsde.steady_state(drug(), nsde.doses(0.0, 50.0, fraction=lambda p: p["F"]), interval=8.0)
@@ -222,6 +224,7 @@ def test_steady_state():
     np.testing.assert_allclose(many.mean[1], 0.5 * np.asarray(many.mean[0]), atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_steady_state_of_an_infusion_is_that_of_a_long_run():
     doses = nsde.doses([0.0, 3.0], [50.0, 30.0], duration=[0.0, 2.0])

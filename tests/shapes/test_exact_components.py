@@ -111,6 +111,7 @@ def smoothed(method, key=0, draws=2000):
     return result, result.sample(jax.random.key(key), draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [KALMAN, nsde.filters.Particle(200, history=True)], ids=["Kalman", "particles"]
 )

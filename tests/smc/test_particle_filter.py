@@ -46,6 +46,7 @@ def test_unbiased_for_every_resampling_scheme(scheme, x64):
     assert standard_scores(ratios(False, setting(10, "bootstrap", scheme, 1.0)), 1.0) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "proposal", some([p for p in PROPOSALS if p != "guided"], "residual_bridge")
 )

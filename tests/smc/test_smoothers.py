@@ -112,6 +112,7 @@ def test_result_of_a_guided_filter_smooths(x64):
     assert np.allclose(cov[:, 0, 0], variance, rtol=0.25)
 
 
+@pytest.mark.slow
 def test_smoothers_say_what_they_cannot_do():
     path, at = ou_path(True)
     result = nsde.filter_path(path, emission, Y, method=Particle(20, history=True), at=at)
