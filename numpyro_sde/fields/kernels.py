@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Kernel = Literal["se", "matern32", "matern52"]
-_HALF_INTEGER = {"matern32": 1.5, "matern52": 2.5}
+HALF_INTEGER = {"matern32": 1.5, "matern52": 2.5}
 
 
 def check_kernel(kernel: str) -> None:
@@ -30,7 +30,7 @@ def log_spectral_density(kernel: str, squared: Float[Array, " m"], dim: int) -> 
     """
     if kernel == "se":
         return 0.5 * dim * math.log(2.0 * math.pi) - 0.5 * squared
-    nu = _HALF_INTEGER[kernel]
+    nu = HALF_INTEGER[kernel]
     constant = (
         dim * math.log(2.0)
         + 0.5 * dim * math.log(math.pi)
@@ -51,7 +51,7 @@ def covariance(kernel: str, squared: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """
     if kernel == "se":
         return jnp.exp(-0.5 * squared)
-    nu = _HALF_INTEGER[kernel]
+    nu = HALF_INTEGER[kernel]
     # The root has no derivative at 0; the kernels are flat there.
     far = squared > 0
     r = math.sqrt(2.0 * nu) * jnp.where(far, jnp.sqrt(jnp.where(far, squared, 1.0)), 0.0)

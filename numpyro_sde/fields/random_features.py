@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.fields.gaussian import AbstractGaussianPrior
-from numpyro_sde.fields.kernels import _HALF_INTEGER, check_kernel
+from numpyro_sde.fields.kernels import HALF_INTEGER, check_kernel
 
 
 class RFF(AbstractGaussianPrior):
@@ -84,7 +84,7 @@ class RFF(AbstractGaussianPrior):
         phases = rng.uniform(0.0, 2.0 * np.pi, self.num)
         if self.kernel != "se":
             # A Matern kernel's spectral density is Student's t with 2 nu degrees of freedom.
-            degrees = 2.0 * _HALF_INTEGER[self.kernel]
+            degrees = 2.0 * HALF_INTEGER[self.kernel]
             waves = waves / np.sqrt(rng.chisquare(degrees, (self.num, 1)) / degrees)
         own = (
             jnp.asarray(waves, length.dtype) / length[None],

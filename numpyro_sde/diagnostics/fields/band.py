@@ -106,9 +106,9 @@ def field_band(
     seen = observed_states(draws, flat)
     if seen is not None and seen.shape[1:] == points.shape[1:]:
         variables["states"] = ("state", "coordinate")[: seen.ndim], seen
-    coords = {"x": (("point", "coordinate")[: points.ndim], points)}
+    variables["x"] = ("point", "coordinate")[: points.ndim], points
     attrs = {"name": name, "num_draws": count, "what": "field" if prior is not None else "drift"}
-    return make_dataset(variables | {"x": coords["x"]}, {}, attrs).set_coords("x")
+    return make_dataset(variables, {}, attrs).set_coords("x")
 
 
 def model_draws(
