@@ -20,6 +20,7 @@ from numpyro_sde import (
     processes,
     reparam,
     schemes,
+    snapshots,
 )
 from numpyro_sde.accumulate import accumulate
 from numpyro_sde.diagnostics.prediction.forecast import forecast
@@ -41,6 +42,7 @@ from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homoge
 from numpyro_sde.observe import observe
 from numpyro_sde.runtime import avoid_wrong_sums, configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
+from numpyro_sde.snapshots import SnapshotLaw
 from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
 from numpyro_sde.states.regime_law import RegimeLaw, regime_law
 from numpyro_sde.states.smoothing import smooth
@@ -64,6 +66,7 @@ __all__ = [
     "RegimeLaw",
     "SDEPath",
     "SlowFastSDE",
+    "SnapshotLaw",
     "SwitchingSDE",
     "TimeGrid",
     "accumulate",
@@ -96,6 +99,7 @@ __all__ = [
     "reparam",
     "schemes",
     "smooth",
+    "snapshots",
     "steady_state",
     "two_filter",
 ]

@@ -48,7 +48,7 @@ LAYERS = [
     ["distributions"],
     ["models"],
     ["observe", "accumulate", "collapse", "handlers", "reparam", "states", "effects"],
-    ["guides", "infer", "multiscale"],
+    ["guides", "infer", "multiscale", "snapshots"],
     ["diagnostics", "datasets", "testing"],
 ]
 PURE = (

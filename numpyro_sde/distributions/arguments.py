@@ -120,9 +120,18 @@ def checked_structure(sde: SDE, init: dist.Distribution) -> Structure:
 
 
 def refuse_undeclared(
-    undeclared: frozenset[int], batch_shape: tuple[int, ...], lead: tuple[int, ...]
+    undeclared: frozenset[int],
+    batch_shape: tuple[int, ...],
+    lead: tuple[int, ...],
+    what: str = "observed path",
 ) -> None:
-    """Raise where an observed path lacks a batch dimension that only parameters brought.
+    """Raise where data lack a batch dimension that only parameters brought.
+
+    Args:
+        undeclared: dimensions that only parameters brought.
+        batch_shape: batch shape of the law.
+        lead: leading dimensions of the data.
+        what: what to call the data.
 
     Raises:
         ValueError: naming `event_dims`.
@@ -131,9 +140,9 @@ def refuse_undeclared(
         if len(lead) < -dim or lead[dim] != batch_shape[dim]:
             raise ValueError(
                 f"params of the SDE have a leading dimension of size {batch_shape[dim]} that no "
-                "plate declares and the observed path does not have: it would count the path as "
-                "many times. Declare the dimensions of one process in SDE(..., event_dims=...), or "
-                "put the path into a plate"
+                f"plate declares and the {what} does not have: it would count the data as many "
+                "times. Declare the dimensions of one process in SDE(..., event_dims=...), or put "
+                "the statement into a plate"
             )
 
 
