@@ -3,7 +3,8 @@
 from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.conditional_forward import ConditionalForward
-from numpyro_sde.infer.evidence import Evidence, EvidenceRound, evidence
+from numpyro_sde.infer.evidence import evidence
+from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound
 from numpyro_sde.infer.iterated_filtering import IteratedFiltering
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
 from numpyro_sde.infer.likelihood_fit import LikelihoodFit
@@ -15,6 +16,8 @@ from numpyro_sde.infer.profile import AdjustedProfile, Profile, adjusted_profile
 from numpyro_sde.infer.racing import Contestant, ProposalRace
 from numpyro_sde.infer.score import Score, score
 from numpyro_sde.infer.split_nuts import SplitNUTS
+from numpyro_sde.infer.tempered import Tempered, TemperedState
+from numpyro_sde.infer.tempering_report import TemperingReport
 
 __all__ = [
     "PMMH",
@@ -36,6 +39,9 @@ __all__ = [
     "ProposalRace",
     "Score",
     "SplitNUTS",
+    "Tempered",
+    "TemperedState",
+    "TemperingReport",
     "UnderdampedLangevin",
     "UnderdampedLangevinState",
     "adjusted_profile",

@@ -1,142 +1,89 @@
-"""The evidence of a model with few parameters: importance sampling over particle filters.
-
-The likelihood of the parameters is estimated by a particle filter without bias, so importance
-sampling over parameters, with estimates in place of likelihoods, is unbiased for the evidence
-(Chopin, Jacob and Papaspiliopoulos 2013, "SMC^2", section 2; Tran, Scharth, Pitt and Kohn 2013,
-"Importance sampling squared"). The sampling law is a Student t, fitted anew in each round; the
-estimate is that of the last round, whose law was fixed before it.
-"""
+"""The evidence of a model, by four methods: filters, tempering, its batch form, bridge sampling."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray
-from scipy.special import gammaln, logsumexp
+from jaxtyping import PRNGKeyArray
+from numpyro.infer import MCMC
 
-from numpyro_sde.infer.pmmh import PMMH
-from numpyro_sde.infer.racing import ProposalRace, estimated_log_density
+from numpyro_sde.infer.bridge_sampling import by_bridge
+from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound, complain
+from numpyro_sde.infer.importance import by_filters
+from numpyro_sde.infer.tempered import Tempered
+from numpyro_sde.infer.tempered_smc import by_smc
+from numpyro_sde.reparam.automatic import auto
 from numpyro_sde.smc.proposals import Proposal
-from numpyro_sde.smc.tails import pareto_shape
 from numpyro_sde.statespace.checks import check_choice, check_count, typed_key
 
-_FREEDOM = 5.0
-# Scale of the first law in standard deviations of the start, and of the fitted ones' variances.
-_FIRST_WIDTH, _WIDER = 2.0, 1.2
-_ROUNDS, _MOST_ROUNDS = 3, 6
-_AGREEMENT, _LEAST_ESS, _WORST_KHAT = 3.0, 100.0, 0.7
-_MOST_PARAMETERS = 8
-
-
-class EvidenceRound(NamedTuple):
-    """One round of importance sampling.
-
-    Attributes:
-        log_evidence: its estimate.
-        error: standard error of that.
-        ess: effective number of draws.
-
-    Example:
-        >>> import numpyro_sde as nsde
-        >>> nsde.infer.EvidenceRound(-13.2, 0.05, 400.0).error
-        0.05
-    """
-
-    log_evidence: float
-    error: float
-    ess: float
-
-
-class Evidence(NamedTuple):
-    """The evidence of a model, and its posterior by weighted draws.
-
-    Attributes:
-        log_evidence: log of the unbiased estimate.
-        error: its standard error, by the spread of the weights; the particle filters' own noise is
-            in it.
-        ess: effective number of draws of the last round.
-        khat: Pareto shape of its weights: above 0.7 neither estimate nor error can be trusted.
-        samples: draws of the parameters by site, the leading axis over draws, to be weighted.
-        log_weights: their normalised log weights.
-        rounds: all rounds.
-        num_particles: particles of each filter.
-        proposals: how the candidates for proposal="auto" did; None where none were raced.
-
-    Example:
-        >>> import numpyro_sde as nsde
-        >>> nsde.infer.Evidence._fields[:3]
-        ('log_evidence', 'error', 'ess')
-    """
-
-    log_evidence: float
-    error: float
-    ess: float
-    khat: float
-    samples: dict[str, Array]
-    log_weights: Float[np.ndarray, " draws"]
-    rounds: tuple[EvidenceRound, ...]
-    num_particles: int
-    proposals: ProposalRace | None
-
-    def resampled(self, rng_key: PRNGKeyArray, num_draws: int) -> dict[str, Array]:
-        """Draws of the posterior with equal weights, for `nsde.smooth` and plots.
-
-        Args:
-            rng_key: random key.
-            num_draws: number of draws.
-        """
-        weights = jnp.asarray(self.log_weights)
-        index = jax.random.categorical(typed_key(rng_key), weights, shape=(num_draws,))
-        return {name: value[index] for name, value in self.samples.items()}
+_METHODS = ("filters", "tempered", "smc", "bridge")
+_OF_A_FIT = ("tempered", "bridge")
+_SMC_REPEATS = 4
 
 
 def evidence(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | Any,
     *args: Any,
     rng_key: PRNGKeyArray,
-    method: str = "filters",
+    method: str | None = None,
     num_draws: int = 1000,
     num_particles: int | None = None,
     proposal: str | Proposal = "auto",
+    num_levels: int = 12,
+    fit: Any = None,
     **kwargs: Any,
 ) -> Evidence:
-    """Log marginal likelihood of a model of few parameters, by importance sampling.
+    """Log marginal likelihood of a model, with an error and draws of the posterior.
 
-    Three rounds of draws from a Student t law about an approximate mode, refitted between rounds to
-    the weighted draws; more rounds where three do not agree. Not for more than 8 or so parameters.
+    | `method` | how | for |
+    | --- | --- | --- |
+    | "filters" | parameters by importance sampling, paths by particle filters | 8 parameters |
+    | "tempered" | tempering from prior or guide (`infer.Tempered`) | many, several modes |
+    | "smc" | the same in one batch, four times (adaptive tempered SMC) | the same, as a check |
+    | "bridge" | bridge sampling from draws that a fit has | a sound fit, few free directions |
+
     Estimates of two models of the same data make a Bayes factor, and go into
-    `diagnostics.compare_models(..., log_evidence={name: (e.log_evidence, e.error)})`.
+    `diagnostics.compare_models(..., log_evidence={"a": evidence_a, "b": evidence_b})`. The priors
+    enter: an evidence under a vague prior says little.
+
+    "filters" makes three rounds of draws from a Student t law about an approximate mode, refitted
+    in between, and more where three do not agree. "tempered" and "smc" treat the paths of the model
+    by `reparam.auto`, if it does not treat them itself. "bridge" sees the modes that the fit has
+    seen, and no others.
 
     Args:
-        model: the model, its path sites as they are.
+        model: the model, its paths as they are; or a fit, an `MCMC` after `run`, whose model and
+            arguments are then taken.
         *args: arguments of the model.
         rng_key: random key.
-        method: "filters", the one there is.
-        num_draws: draws in each round.
-        num_particles: particles of each filter; None for as many as make its log likelihood known
-            to 1.2 or so, as in `PMMH`.
-        proposal: how particles move, as in `PMMH`.
+        method: None for "filters"; of a fit for "tempered" where `Tempered` ran, else "bridge".
+        num_draws: draws in each round of "filters"; sweeps of "tempered" after a warm-up of half as
+            many.
+        num_particles: particles of each filter, None for as many as make its log likelihood known
+            to 1.2 or so, as in `PMMH`; of each repeat of "smc", None for 512.
+        proposal: how particles of filters move, as in `PMMH`.
+        num_levels: levels of "tempered".
+        fit: the draws for "bridge" where `model` is the model: an `MCMC`, what `refine_fit`
+            returned, or a dictionary of draws by site, leading axis the draws. They must be draws
+            of this model, as it was fitted (guided, integrated out).
         **kwargs: keyword arguments of the model.
 
     Returns:
-        The estimate with its standard error, effective size and Pareto shape, weighted draws of
-        the parameters, and all rounds.
+        The estimate with its standard error, and draws of the posterior.
 
     Raises:
-        ValueError: an unknown method, or a model that observes no latent path.
+        ValueError: an unknown method, one that does not suit what was given, a model that observes
+            no latent path ("filters"), draws that lack a site ("bridge").
         TypeError: a count that is no integer.
-        RuntimeError: no three rounds that agree within 3 of their errors, or no finite weights.
+        RuntimeError: no three rounds of "filters" that agree within 3 of their errors, no finite
+            weights.
 
     Warns:
-        RuntimeWarning: fewer than 100 effective draws, a Pareto shape above 0.7, or more than 8
-            parameters.
+        RuntimeWarning: too few effective draws, weights with a Pareto shape above 0.7, more than 8
+            parameters for "filters", halves of the draws that disagree, too few round trips.
 
     Example:
         >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
@@ -150,132 +97,78 @@ def evidence(
         >>> round(found.log_evidence, 1), found.samples["scale"].shape
         (-4.0, (400,))
     """
-    check_choice("method", method, ("filters",))
+    is_fit = isinstance(model, MCMC)
+    if method is None:
+        tempered = is_fit and isinstance(model.sampler, Tempered)
+        method = "tempered" if tempered else "bridge" if is_fit or fit is not None else "filters"
+    check_choice("method", method, _METHODS)
     check_count("num_draws", num_draws, least=50)
-    tune_key, rng_key = jax.random.split(typed_key(rng_key))
-    kernel = PMMH(model, num_particles, proposal=proposal).tune(tune_key, *args, **kwargs)
-    found = kernel.tuning
-    flat, back = ravel_pytree(found.z)
-    if flat.size > _MOST_PARAMETERS:
-        _warn(f"{flat.size} parameters are many for importance sampling: look at ess and khat")
-
-    @jax.jit
-    def log_densities(points: Array, keys: PRNGKeyArray) -> Array:
-        def one(now: tuple[Array, PRNGKeyArray]) -> Array:
-            point, key = now
-            own = found.method.with_key(key)
-            return estimated_log_density(model, own, back(point), args, kwargs)
-
-        return lax.map(one, (points, keys))
-
-    width = 2.38 / np.sqrt(flat.size)  # that of the kernel's random walk
-    law = _Student(np.asarray(flat, float), _FIRST_WIDTH / width * np.asarray(found.factor, float))
-    rounds: list[EvidenceRound] = []
-    while True:
-        draw_key, run_key, rng_key = jax.random.split(rng_key, 3)
-        points = law.draw(draw_key, num_draws)
-        # The law's density is that of the points as the filter gets them, rounding included.
-        handed = jnp.asarray(points, flat.dtype)
-        values = np.asarray(log_densities(handed, jax.random.split(run_key, num_draws)), float)
-        log_weights = values - law.log_density(np.asarray(handed, float))
-        rounds.append(_summarise(log_weights))
-        if _agree(rounds):
-            break
-        if len(rounds) == _MOST_ROUNDS:
-            told = (f"{r.log_evidence:.2f} +- {r.error:.2f} (ess {r.ess:.0f})" for r in rounds)
-            raise RuntimeError(
-                "no three rounds of importance sampling agree within 3 of their errors: "
-                f"{'; '.join(told)}. Use more draws, more particles, or a proposal that suits the "
-                "model"
+    key = typed_key(rng_key)
+    if is_fit:
+        if method not in _OF_A_FIT:
+            raise ValueError(
+                f"method={method!r} runs on a model, not on a fit: hand over the model"
             )
-        law = law.refitted(points, log_weights)
-    last = rounds[-1]
-    khat = float(pareto_shape(jnp.exp(jnp.asarray(log_weights - np.max(log_weights)))))
-    _complain(last, khat)
-    constrain = found.postprocess(*args, **kwargs)
-    return Evidence(
-        last.log_evidence,
-        last.error,
-        last.ess,
-        khat,
-        dict(jax.jit(jax.vmap(lambda p: constrain(back(p))))(handed)),
-        log_weights - logsumexp(log_weights),
-        tuple(rounds),
-        found.method.num_particles,
-        found.race,
-    )
-
-
-def _summarise(log_weights: np.ndarray) -> EvidenceRound:
-    top = np.max(log_weights)
-    if not np.isfinite(top):
-        raise RuntimeError(
-            "every draw of the parameters has an estimated likelihood of zero: give more particles "
-            "or data that the model can explain"
+        return _of_fit(model, method, key)
+    if (fit is not None) != (method == "bridge"):
+        raise ValueError("method='bridge' needs fit=, and no other method takes one")
+    if method == "bridge":
+        return by_bridge(model, args, kwargs, key, _draws_of(fit))
+    if method == "filters":
+        return by_filters(
+            model, args, kwargs, key,
+            num_draws=num_draws, num_particles=num_particles, proposal=proposal,
+        )  # fmt: skip
+    treated = auto(model)
+    if method == "smc":
+        count = 512 if num_particles is None else num_particles
+        check_count("num_particles", count, least=50)
+        return by_smc(
+            treated, args, kwargs, key, num_particles=count, num_repeats=_SMC_REPEATS, num_steps=8
         )
-    weights = np.exp(log_weights - top)
-    mean, count = np.mean(weights), weights.size
-    error = float(np.std(weights, ddof=1) / (mean * np.sqrt(count)))
-    ess = float(np.sum(weights) ** 2 / np.sum(weights**2))
-    return EvidenceRound(float(top + np.log(mean)), error, ess)
+    kernel = Tempered(treated, num_levels=num_levels)
+    mcmc = MCMC(kernel, num_warmup=num_draws // 2, num_samples=num_draws, progress_bar=False)
+    mcmc.run(key, *args, **kwargs)
+    return _of_tempering(mcmc)
 
 
-def _agree(rounds: list[EvidenceRound]) -> bool:
-    """Whether the last three rounds are within 3 of their errors of one another."""
-    if len(rounds) < _ROUNDS:
-        return False
-    last = rounds[-_ROUNDS:]
-    return all(
-        abs(a.log_evidence - b.log_evidence) <= _AGREEMENT * np.hypot(a.error, b.error)
-        for i, a in enumerate(last)
-        for b in last[:i]
+def _of_fit(mcmc: MCMC, method: str, key: PRNGKeyArray) -> Evidence:
+    if method == "tempered":
+        if not isinstance(mcmc.sampler, Tempered):
+            raise ValueError(
+                "method='tempered' of a fit needs one by infer.Tempered, got "
+                f"{type(mcmc.sampler).__name__}: use method='bridge', or hand over the model"
+            )
+        return _of_tempering(mcmc)
+    args, kwargs = mcmc._args, mcmc._kwargs
+    return by_bridge(mcmc.sampler.model, args, kwargs, key, mcmc.get_samples(group_by_chain=True))
+
+
+def _draws_of(fit: Any) -> Mapping[str, Any]:
+    """Draws `(chain, draw, ...)` of a fit or a dictionary."""
+    if hasattr(fit, "get_samples"):
+        return dict(fit.get_samples(group_by_chain=True))
+    if isinstance(fit, Mapping):
+        return {name: np.asarray(value)[None] for name, value in fit.items()}
+    raise TypeError(f"fit must be an MCMC or a dictionary of draws, got {type(fit).__name__}")
+
+
+def _of_tempering(mcmc: MCMC) -> Evidence:
+    report = mcmc.sampler.report(mcmc)
+    for text in report.complaints():
+        complain(text)
+    samples = mcmc.get_samples()
+    count = next(iter(samples.values())).shape[0]
+    rounds = tuple(EvidenceRound(v, float("nan"), float("nan")) for v in report.halves)
+    return Evidence(
+        report.log_evidence,
+        report.error,
+        float(report.round_trips),
+        float("nan"),
+        dict(jax.device_get(samples)),
+        np.full(count, -np.log(count)),
+        rounds,
+        0,
+        None,
+        "tempered",
     )
-
-
-def _complain(last: EvidenceRound, khat: float) -> None:
-    if last.ess < _LEAST_ESS:
-        _warn(f"only {last.ess:.0f} effective draws: use more draws or more particles")
-    if khat > _WORST_KHAT:
-        _warn(f"the weights have a Pareto shape of {khat:.2f}: estimate and error may be far off")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"evidence: {text}", RuntimeWarning, stacklevel=3)
-
-
-class _Student(NamedTuple):
-    """A Student t law of 5 degrees of freedom on unconstrained parameters."""
-
-    mean: Float[np.ndarray, " D"]
-    factor: Float[np.ndarray, "D D"]
-
-    def draw(self, key: PRNGKeyArray, count: int) -> Float[np.ndarray, "count D"]:
-        normal_key, scale_key = jax.random.split(key)
-        z = np.asarray(jax.random.normal(normal_key, (count, self.mean.size)), float)
-        chi2 = 2.0 * np.asarray(jax.random.gamma(scale_key, 0.5 * _FREEDOM, (count, 1)), float)
-        return self.mean + (z * np.sqrt(_FREEDOM / chi2)) @ self.factor.T
-
-    def log_density(self, points: Float[np.ndarray, "count D"]) -> Float[np.ndarray, " count"]:
-        d = self.mean.size
-        white = np.linalg.solve(self.factor, (points - self.mean).T)
-        size = gammaln(0.5 * (_FREEDOM + d)) - gammaln(0.5 * _FREEDOM)
-        size = size - 0.5 * d * np.log(_FREEDOM * np.pi)
-        size = size - np.sum(np.log(np.abs(np.diag(self.factor))))
-        return size - 0.5 * (_FREEDOM + d) * np.log1p(np.sum(white**2, axis=0) / _FREEDOM)
-
-    def refitted(self, points: np.ndarray, log_weights: np.ndarray) -> _Student:
-        """The law with the weighted moments of its draws, evened where few have all weight."""
-        d = self.mean.size
-        power = 1.0
-        while True:
-            weights = np.exp(power * (log_weights - np.max(log_weights)))
-            weights = weights / np.sum(weights)
-            if 1.0 / np.sum(weights**2) >= 10.0 * d or power < 1e-3:
-                break
-            power *= 0.7
-        mean = weights @ points
-        centred = points - mean
-        cov = _WIDER * (centred * weights[:, None]).T @ centred
-        cov = cov + 1e-8 * np.trace(cov) / d * np.eye(d)
-        # A law of 5 degrees of freedom has 5/3 of its scale matrix as covariance.
-        return _Student(mean, np.linalg.cholesky(cov))

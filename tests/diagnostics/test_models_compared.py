@@ -1,5 +1,7 @@
 """Models judged by prediction: interest rates, closed forms, what is said and what is refused."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import numpyro
@@ -101,6 +103,22 @@ def lfo_result(points, khat=0.3, origins=None):
     return LeaveFutureOut(points, origins, np.full(size, khat), np.array([0]), 1, 400)
 
 
+def test_bayes_factors_with_their_errors():
+    points = np.random.default_rng(3).normal(-1.0, 0.5, size=120)
+
+    class Found(NamedTuple):  # what nsde.evidence returns has these
+        log_evidence: float
+        error: float
+
+    fits = {"a": lfo_result(points), "b": lfo_result(points - 0.01), "c": lfo_result(points)}
+    known = {"a": Found(-50.0, 0.3), "b": Found(-50.4, 0.4), "c": (-61.0, 0.0)}
+    found = compare_models(fits, log_evidence=known)
+    assert found.models.loc["b", "log_bayes_factor"] == pytest.approx(-0.4)
+    assert found.models.loc["b", "log_bayes_factor_se"] == pytest.approx(0.5)
+    assert found.verdicts["b"].endswith("less by 0.4 (se 0.5), which is not certain")
+    assert found.verdicts["c"].endswith("less by 11.0 (se 0.3)")
+
+
 def test_verdicts_of_leave_future_out():
     base = np.random.default_rng(1).normal(-1.0, 0.5, size=120)
     noise = np.random.default_rng(2).normal(0.0, 1.0, size=120)
@@ -119,6 +137,10 @@ def test_verdicts_of_leave_future_out():
     assert found.verdicts["unsure"].endswith("which is not certain")
     assert "worse by 60 (se 0.0)" in found.verdicts["worse"]
     assert "log evidence less by 11.5" in found.verdicts["worse"]
+    factors = found.models["log_bayes_factor"]
+    assert factors["best"] == 0.0
+    assert factors["worse"] == -11.5
+    assert np.isnan(factors["alike"])
     assert "not to be trusted: 120 of 120 k-hats" in found.verdicts["worse"]
     few = compare_models({"a": lfo_result(base[:20]), "b": lfo_result(base[:20] - 1.0)})
     assert "of 20 points the error is rough" in few.verdicts["b"]

@@ -11,7 +11,8 @@ from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.filters import Kalman
-from numpyro_sde.infer.evidence import EvidenceRound, _agree, _Student
+from numpyro_sde.infer.evidence_result import EvidenceRound
+from numpyro_sde.infer.importance import _agree, _Student
 
 Y = np.random.default_rng(3).normal(size=15)
 
@@ -92,6 +93,6 @@ def test_the_sampling_law_is_a_student():
 
 def test_mistakes_are_told():
     with pytest.raises(ValueError, match="method must be one of 'filters'"):
-        nsde.evidence(model, Y, rng_key=jax.random.key(0), method="bridge")
+        nsde.evidence(model, Y, rng_key=jax.random.key(0), method="laplace")
     with pytest.raises(ValueError, match="num_draws must be at least 50"):
         nsde.evidence(model, Y, rng_key=jax.random.key(0), num_draws=10)

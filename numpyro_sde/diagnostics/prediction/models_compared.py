@@ -42,7 +42,9 @@ class ModelComparison:
             and its standard error `elpd_se`; `elpd_diff` to the best model, with `diff_se` of the
             difference; `weight` by stacking; `p_loo`, the effective number of parameters;
             `num_points`, the data points judged; `bad_khat`, how many of them cannot be trusted;
-            `log_evidence` and `log_evidence_se` where known.
+            `log_evidence` and `log_evidence_se` where known, and `log_bayes_factor` with
+            `log_bayes_factor_se`: the log of the Bayes factor against the model of the largest
+            evidence.
         by: `"loo"` (leave-one-out) or `"lfo"` (leave-future-out).
         verdicts: What to make of each model, in words.
         pointwise: For each model the log predictive density of every point.
@@ -146,8 +148,9 @@ def compare_models(
     Args:
         fits: Name to fit: results of :func:`to_arviz` with their log likelihood, fits that it
             converts, or results of :func:`lfo` (all of them, with equal `start` and `horizon`).
-        log_evidence: By name a log marginal likelihood, or a pair with its standard error; what
-            is known of a fit already (:func:`refine_fit`, tempering) need not be given.
+        log_evidence: By name a log marginal likelihood, a pair with its standard error, or what
+            `nsde.evidence` returned; what is known of a fit already (:func:`refine_fit`,
+            `infer.Tempered`) need not be given. Their differences are log Bayes factors.
         parameters: Names of parameters to list side by side, in the models that have them. They
             are not compared.
         times: As for `to_arviz`, for fits that are not converted yet; so are the next three.
@@ -256,8 +259,8 @@ def _table(judged: Mapping[str, _Judged], log_evidence: Mapping[str, Any]) -> An
         one = judged[name]
         given = log_evidence.get(name)
         if given is not None:
-            pair = tuple(np.ravel(given)) if np.ndim(given) else (given, np.nan)
-            one.row.update(log_evidence=float(pair[0]), log_evidence_se=float(pair[1]))
+            value, error = _with_error(given)
+            one.row.update(log_evidence=value, log_evidence_se=error)
         difference = one.points - best
         rows.append(
             {
@@ -273,12 +276,35 @@ def _table(judged: Mapping[str, _Judged], log_evidence: Mapping[str, Any]) -> An
         )
     columns = [
         *("elpd", "elpd_se", "elpd_diff", "diff_se", "weight", "p_loo", "num_points", "bad_khat"),
-        *("log_evidence", "log_evidence_se", "num_fits", "draws"),
+        *("log_evidence", "log_evidence_se", "log_bayes_factor", "log_bayes_factor_se"),
+        *("num_fits", "draws"),
     ]
     table = pd.DataFrame(rows, index=pd.Index(order, name="model"), columns=columns)
+    _add_bayes_factors(table)
     counts = ["num_points", "bad_khat", "draws", "num_fits"]
     floats = [name for name in columns if name not in counts]
     return table.astype({**dict.fromkeys(counts, "Int64"), **dict.fromkeys(floats, float)})
+
+
+def _with_error(given: Any) -> tuple[float, float]:
+    """A log evidence and its standard error, from what a user may hand over."""
+    if hasattr(given, "log_evidence"):
+        error = getattr(given, "error", getattr(given, "log_evidence_se", np.nan))
+        return float(given.log_evidence), float(error)
+    pair = tuple(np.ravel(given)) if np.ndim(given) else (given, np.nan)
+    return float(pair[0]), float(pair[1])
+
+
+def _add_bayes_factors(table: Any) -> None:
+    """Log Bayes factors against the model of the largest evidence, where two or more are known."""
+    known = table["log_evidence"].astype(float)
+    if known.notna().sum() < 2:
+        return
+    best = known.idxmax()
+    errors = table["log_evidence_se"].astype(float)
+    table["log_bayes_factor"] = known - known[best]
+    table["log_bayes_factor_se"] = np.hypot(errors, errors[best])
+    table.loc[best, "log_bayes_factor_se"] = 0.0
 
 
 def _verdict(table: Any, name: str, judged: Mapping[str, _Judged], by_future: bool) -> str:
@@ -299,8 +325,12 @@ def _verdict(table: Any, name: str, judged: Mapping[str, _Judged], by_future: bo
             parts.append(f"of {one.points.size} points the error is rough")
     evidence = table["log_evidence"]
     if evidence.notna().sum() > 1 and np.isfinite(evidence[name]):
-        behind = evidence.max() - evidence[name]
-        parts.append("largest evidence" if behind == 0 else f"log evidence less by {behind:.1f}")
+        behind = -float(table["log_bayes_factor"][name])
+        error = float(table["log_bayes_factor_se"][name])
+        told = f" (se {error:.1f})" if np.isfinite(error) else ""
+        sure = "" if not behind < _MANY_ERRORS * error else ", which is not certain"
+        text = f"log evidence less by {behind:.1f}{told}{sure}"
+        parts.append("largest evidence" if behind == 0 else text)
     if bad := int(row["bad_khat"]):
         remedy = "a smaller khat_threshold" if by_future else "lfo says more"
         parts.append(
