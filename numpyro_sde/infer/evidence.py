@@ -99,7 +99,7 @@ def evidence(
     """
     is_fit = isinstance(model, MCMC)
     if method is None:
-        tempered = is_fit and isinstance(model.sampler, Tempered)
+        tempered = isinstance(model, MCMC) and isinstance(model.sampler, Tempered)
         method = "tempered" if tempered else "bridge" if is_fit or fit is not None else "filters"
     check_choice("method", method, _METHODS)
     check_count("num_draws", num_draws, least=50)

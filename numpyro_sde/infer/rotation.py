@@ -184,12 +184,12 @@ def rotate(
     angle = step * scale
     cos, sin, half = jnp.cos(angle), jnp.sin(angle), 0.5 * beta * angle
 
-    def one(now: tuple[Place, Array], _: None) -> tuple[tuple[Place, Array], None]:
+    def one(now: tuple[Place, Array], none: None) -> tuple[tuple[Place, Array], None]:
         (x, _, slope), q = now
         q = q + half * slope
         x, q = cos * x + sin * q, cos * q - sin * x
         value, slope = target(x)
-        return (Place(x, value, slope), q + half * slope), None
+        return (Place(x, value, slope), q + half * slope), none
 
     (end, q), _ = jax.lax.scan(one, (place, momentum), None, length=num_steps)
     gain = beta * (end.log_ratio - place.log_ratio)

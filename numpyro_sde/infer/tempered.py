@@ -58,7 +58,7 @@ _PSEUDO_DRAWS = 20.0
 class Spread(NamedTuple):
     """Running moments of the places of all levels in a round of warm-up."""
 
-    count: Int[Array, ""]
+    size: Int[Array, ""]
     mean: Float[Array, "K D"]
     squares: Float[Array, "K D"]
     rejected: Float[Array, " K-1"]
@@ -169,7 +169,7 @@ class Tempered(UnconstrainedKernel):
 
     def get_diagnostics_str(self, state: TemperedState) -> str:
         barrier = float(jnp.mean(jnp.sum(state.spread.rejected, axis=-1)))
-        barrier /= max(int(jnp.max(state.spread.count)), 1)
+        barrier /= max(int(jnp.max(state.spread.size)), 1)
         trips = int(jnp.sum(state.round_trips))
         return f"{trips} round trips, barrier {barrier:.1f}"
 
@@ -194,6 +194,7 @@ class Tempered(UnconstrainedKernel):
     ) -> TemperedState:
         self._num_warmup = num_warmup
         kwargs = {} if model_kwargs is None else model_kwargs
+        assert self._model is not None
         keys = typed_key(rng_key)
         shown = progress_is_shown(sys._getframe(1))
         with told("looking at the model and its prior", shown):
@@ -244,6 +245,7 @@ class Tempered(UnconstrainedKernel):
         raise NotImplementedError  # `init` needs no first values
 
     def _step(self, state: TemperedState, args: Any, kwargs: Any) -> TemperedState:
+        assert self._model is not None
         _, back = ravel_pytree(state.z)
         rng_key, move_key, jitter_key, swap_key = jax.random.split(state.rng_key, 4)
         target = log_ratio(self._model, args, kwargs, back, state.reference)
@@ -283,7 +285,7 @@ class Tempered(UnconstrainedKernel):
     def _adapt(self, state: TemperedState) -> TemperedState:
         """Step sizes after each sweep; levels and scales at the end of a round."""
         # A gain that falls within a round: cold levels need many halvings at once.
-        gain = 1.0 / jnp.sqrt(state.spread.count.astype(state.log_step.dtype))
+        gain = 1.0 / jnp.sqrt(state.spread.size.astype(state.log_step.dtype))
         most = jnp.log(_MOST_TURN * quarter_turn(self.num_steps))
         log_step = state.log_step + gain * (state.acceptance - _TARGET_ACCEPT)
         state = state._replace(log_step=jnp.minimum(log_step, most))
@@ -305,7 +307,7 @@ def _no_spread(levels: int, dim: int, dtype: Any) -> Spread:
 
 
 def _gathered(spread: Spread, x: Float[Array, "K D"], rejection: Float[Array, " K-1"]) -> Spread:
-    count = spread.count + 1
+    count = spread.size + 1
     away = x - spread.mean
     mean = spread.mean + away / count.astype(x.dtype)
     squares = spread.squares + away * (x - mean)
