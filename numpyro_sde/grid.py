@@ -187,12 +187,18 @@ def _cut(
     return joined(0), joined(1), np.asarray(counts, np.int64)
 
 
+@jax.tree_util.register_pytree_node_class
 class TimeGrid:
     """Observation times refined so that no step exceeds `max_step`.
 
     Each interval between two times is cut into equal steps. In a panel (times of shape
     `(*batch, T)`) every series gets the same number of steps in its k-th interval, the number
     that the longest of them needs, so that `index` serves all series.
+
+    A grid is checked when it is made, on the host, and may then be an argument of a compiled
+    function: its times and steps are data (a pytree), its `index` decides the program. That is the
+    way for panels of many series: clocks of the same shape share one program, the steps keep the
+    digits that they had in float64, and nothing is checked again.
 
     Args:
         times: strictly increasing times, shape `(*batch, T)`, in the user's unit.
@@ -220,10 +226,14 @@ class TimeGrid:
         [0, 4, 6]
         >>> TimeGrid([0.0, 1.0, 1.5], include=[0.4]).times.tolist()
         [0.0, 0.4, 1.0, 1.5]
+        >>> import jax
+        >>> steps = jax.jit(lambda grid: grid.dt.sum())  # one program for all grids of this shape
+        >>> float(steps(grid))
+        1.5
     """
 
-    times: NDArray[np.float64]
-    dt: NDArray[np.float64]
+    times: Any  # NDArray[np.float64]; an array of JAX where the grid is an argument
+    dt: Any
     index: NDArray[np.int64]
 
     def __init__(self, times: Any, max_step: float | None = None, *, include: Any = None) -> None:
@@ -254,8 +264,30 @@ class TimeGrid:
         for array in (self.times, self.dt, self.index):
             array.setflags(write=False)
 
+    @classmethod
+    def of_arrays(cls, times: Any, dt: Any, index: Any = None) -> TimeGrid:
+        """A grid of arrays that were checked before; `index` None for all of its times."""
+        grid = object.__new__(cls)
+        grid.times, grid.dt = times, dt
+        grid.index = np.arange(np.shape(times)[-1]) if index is None else index
+        return grid
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], bytes]:
+        """Times and steps as data, the index as what decides a program."""
+        return (self.times, self.dt), self.index.tobytes()
+
+    @classmethod
+    def tree_unflatten(cls, index: bytes, arrays: tuple[Any, Any]) -> TimeGrid:
+        """The grid of `tree_flatten`, with other data perhaps."""
+        return cls.of_arrays(*arrays, np.frombuffer(index, np.int64))
+
     @property
-    def observation_times(self) -> NDArray[np.float64]:
+    def on_host(self) -> bool:
+        """Whether its times are known before tracing."""
+        return isinstance(self.times, np.ndarray)
+
+    @property
+    def observation_times(self) -> Any:
         """The times that the grid was made from, shape `(*batch, T)`."""
         return self.times[..., self.index]
 
@@ -265,16 +297,30 @@ class TimeGrid:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, TimeGrid)
-            and np.array_equal(self.times, other.times)
             and np.array_equal(self.index, other.index)
+            and _same(self.times, other.times)
+            and _same(self.dt, other.dt)
         )
 
     def __hash__(self) -> int:
-        return hash((self.times.tobytes(), self.index.tobytes()))
+        # Arrays of JAX are not hashable, and so neither is a grid of them.
+        times = self.times.tobytes() if self.on_host else self.times
+        return hash((times, self.index.tobytes()))
 
     def __repr__(self) -> str:
+        counts = f"{self.index.size} observation times, {np.shape(self.times)[-1]} grid times"
+        if not self.on_host:
+            return f"TimeGrid({counts}, as an argument)"
         longest = self.dt.max() if self.dt.size else 0.0
-        return (
-            f"TimeGrid({self.index.size} observation times, {self.times.shape[-1]} grid times, "
-            f"longest step {longest:.4g})"
-        )
+        return f"TimeGrid({counts}, longest step {longest:.4g})"
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two leaves of grids hold the same; those of placeholders as these say."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return a is b
+    if isinstance(a, np.ndarray | jax.Array) and isinstance(b, np.ndarray | jax.Array):
+        return np.array_equal(a, b)
+    return bool(a == b)

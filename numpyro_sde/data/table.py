@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numpyro_sde.data.calendar import check_unit, read_times, to_array, to_dates
+from numpyro_sde.data.ragged import fill_up
 
 _MAX_NAMED = 6  # rows or values to name in an error
 
@@ -304,31 +305,25 @@ def _clock(
     if not (isinstance(origin, str) and origin == "first"):
         times = read_times(array, zoned, unit, origin)
         return times.values, None if times.origin is None else np.repeat(times.origin, count)
-    numbers, starts = np.empty(len(array)), []
-    for one in range(count):
-        rows = series == one
-        first = array[rows].min()
-        starts.append(first)
-        numbers[rows] = read_times(array[rows] - first, zoned, unit, None).values
-    return numbers, np.array(starts) if array.dtype.kind == "M" else None
+    order = np.lexsort((array, series))
+    starts = array[order[np.searchsorted(series[order], np.arange(count))]]
+    numbers = read_times(array - starts[series], zoned, unit, None).values
+    return numbers, starts if array.dtype.kind == "M" else None
 
 
 def _union(
     series: np.ndarray, numbers: NDArray[np.float64], count: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
     """Sorted times of each series, filled up; the place of each row; the real lengths."""
-    own = [np.unique(numbers[series == one], return_inverse=True) for one in range(count)]
-    lengths = np.array([len(times) for times, _ in own])
-    filled = np.empty((count, lengths.max()))
+    order = np.lexsort((numbers, series))
+    own, sorted_times = series[order], numbers[order]
+    new = np.ones(len(order), bool)  # the first row of each time of each series
+    new[1:] = (np.diff(own) != 0) | (np.diff(sorted_times) != 0)
+    lengths = np.bincount(own[new], minlength=count)
+    first = np.cumsum(lengths) - lengths
     place = np.empty(len(series), np.int64)
-    gaps = np.concatenate([np.diff(times) for times, _ in own])
-    usual = float(np.median(gaps)) if gaps.size else 1.0
-    for one, (times, inverse) in enumerate(own):
-        place[series == one] = inverse.ravel()
-        gap = float(np.median(np.diff(times))) if len(times) > 1 else usual
-        beyond = times[-1] + gap * np.arange(1, filled.shape[1] - len(times) + 1)
-        filled[one] = np.concatenate([times, beyond])
-    return filled, place, lengths
+    place[order] = np.cumsum(new) - 1 - first[own]
+    return fill_up(sorted_times[new], lengths), place, lengths
 
 
 def _turns(keys: NDArray[np.int64], data: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -389,7 +384,7 @@ def _named_slots(
 def _static(columns: _Columns, name: str, series: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """One value a series of a column that does not change in it."""
     column = np.asarray(columns[name])
-    first = np.array([np.flatnonzero(series == one)[0] for one in range(len(ids))])
+    first = np.unique(series, return_index=True)[1]
     differs = (column != column[first][series]) & ~_both_missing(column, column[first][series])
     if differs.any():
         row = int(np.flatnonzero(differs)[0])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import _PYRO_STACK, plate
+
+from numpyro_sde.distributions.parts import (
+    as_constant,
+    elements_in_part,
+    map_in_parts,
+    number_of_groups,
+)
 
 
 def map_batch(
@@ -19,6 +27,7 @@ def map_batch(
     args: Sequence[Any],
     event_dims: Sequence[Any],
     at: Any = None,
+    num_bytes: int | None = None,
 ) -> Any:
     """Map `fn`, written for unbatched arguments, over a batch shape.
 
@@ -31,6 +40,8 @@ def map_batch(
         args: pytrees, one for each argument of `fn`.
         event_dims: for each argument an int, or a list of ints for its leaves in order.
         at: indices, one for each batch dimension, of the one element to treat; None for all.
+        num_bytes: what `fn` needs for one element, roughly; a long batch is then treated in parts
+            (`distributions.parts`), so that memory does not grow with it. None: all at once.
 
     Returns:
         The result of `fn`, each leaf with `batch_shape` in front; without it for one element.
@@ -63,22 +74,27 @@ def map_batch(
             varies = jnp.ndim(leaf) - dim == len(shape)
             if varies and jnp.shape(leaf)[0] != shape[0]:
                 leaf, varies = leaf[0], False  # broadcast from size 1
-            if varies and isinstance(leaf, np.ndarray):
-                # A batched array of NumPy as a constant of a root finder in a loop is an assertion
-                # error of JAX 0.10.
-                with jax.ensure_compile_time_eval():
-                    leaf = jnp.asarray(leaf)
+            if varies and not isinstance(leaf, jax.core.Tracer):
+                leaf = as_constant(leaf)
             axes.append(0 if varies else None)
             reduced.append(leaf)
         if all(axis is None for axis in axes):
             inner = recurse(shape[1:], reduced)
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (shape[0], *jnp.shape(a))), inner)
-        mapped = jax.vmap(lambda *inner: recurse(shape[1:], list(inner)), in_axes=tuple(axes))
-        return mapped(*reduced)
+        inside = partial(_listed, recurse, shape[1:])
+        most = elements_in_part(num_bytes, math.prod(shape[1:]))
+        over_devices = num_bytes is not None and number_of_groups(shape[0]) > 1
+        if shape[0] > most or over_devices:
+            return map_in_parts(inside, shape[0], most, reduced, axes)
+        return jax.vmap(inside, in_axes=tuple(axes))(*reduced)
 
     if at is not None:
         return call([_element(leaf, dim, at) for leaf, dim in zip(leaves, dims, strict=True)])
     return recurse(tuple(batch_shape), leaves)
+
+
+def _listed(fn: Callable[..., Any], shape: tuple[int, ...], *flat: Any) -> Any:
+    return fn(shape, list(flat))
 
 
 def _element(leaf: Any, event_dim: int, at: Sequence[Any]) -> Any:

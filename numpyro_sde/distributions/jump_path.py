@@ -153,7 +153,7 @@ class JumpPath(AbstractPathLaw):
                 f"the law of a Markov jump process has no {names} to replace: its transitions are "
                 "exact. Change its rates, or take another start or other times"
             )
-        times = (self.grid or self.times) if times is None else times
+        times = self.given_times if times is None else times
         if init is not None:
             return JumpPath(self.chain, times, init)
         return JumpPath.of_equation(self.equation, times)

@@ -160,7 +160,7 @@ class SDEPath(AbstractPathLaw):
             scheme = self.scheme
         return SDEPath(
             self.sde if sde is None else sde,
-            (self.grid or self.times) if times is None else times,
+            self.given_times if times is None else times,
             self.init if init is None else init,
             scheme=scheme,
             events=self.events if events is None else events,

@@ -132,8 +132,8 @@ class AbstractPathLaw(dist.Distribution):
         remember_clock(self.clock)
 
     def _set_clock(self, times: Any) -> None:
-        self.grid = times if isinstance(times, TimeGrid) else None
-        if isinstance(times, TimeGrid):
+        self.grid = times if isinstance(times, TimeGrid) and times.on_host else None
+        if isinstance(times, TimeGrid):  # checked when it was made
             self.times, self.dt = times.times, times.dt
         elif isinstance(times, jax.core.Tracer):
             if times.ndim == 0:
@@ -147,6 +147,16 @@ class AbstractPathLaw(dist.Distribution):
     @property
     def _leaves(self) -> tuple[AbstractDynamics, AbstractScheme, Any, Any, Forcing | None]:
         return self.sde, self.scheme, self.times, self.dt, self.forcing
+
+    @property
+    def given_times(self) -> Any:
+        """What a law on the same clock takes for its `times`."""
+        if self.grid is not None:
+            return self.grid
+        if isinstance(self.times, np.ndarray):
+            return self.times
+        # Differences of traced times would have lost digits that these steps have.
+        return TimeGrid.of_arrays(self.times, self.dt)
 
     @property
     def num_times(self) -> int:
@@ -198,6 +208,7 @@ class AbstractPathLaw(dist.Distribution):
         arrays: tuple[Any, ...] = (),
         dims: tuple[Any, ...] = (),
         at: Any = None,
+        num_bytes: int | None = None,
     ) -> Any:
         """Map `fn(sde, scheme, times, dt, cache, *arrays)`, unbatched, over `lead`, or at one."""
         clock_is_shared = jnp.ndim(self.times) == 1
@@ -222,6 +233,7 @@ class AbstractPathLaw(dist.Distribution):
             (self.sde, self.scheme, *clock, self.forcing, *arrays),
             (self.leaf_dims[:num_sde], inside, 1, 1, forced, *dims),
             at,
+            num_bytes,
         )
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002

@@ -44,7 +44,7 @@ def _projected(path: AbstractPathLaw, bounds: tuple[int, ...]) -> JumpPath:
     chain, states = project(net, bounds, None if start is None else start.round().astype(int))
     return JumpPath.of_equation(
         ChainEquation(chain, _start(path, states), _with_sink(states), sink=True),
-        path.grid or path.times,
+        path.given_times,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ class ObservedPath(eqx.Module):
         arrays: tuple[Any, ...] = (),
         dims: tuple[int, ...] = (),
         at: Any = None,
+        num_bytes: int | None = None,
     ) -> Any:
         """Map `fn(model, *arrays)` of the unbatched state-space model over the batch.
 
@@ -65,6 +67,8 @@ class ObservedPath(eqx.Module):
             arrays: further arguments, leading dimensions the batch.
             dims: event dimensions of each.
             at: indices of the one element to treat; None for all.
+            num_bytes: what `fn` needs for one element, roughly, so that a long batch is treated
+                in parts; None for all at once.
         """
         path = self.path
         kind = path.start_kind
@@ -115,7 +119,7 @@ class ObservedPath(eqx.Module):
             return fn(with_memory(model, state_shape), *others)
 
         every = (1, 2, *flat_dims, *dims)
-        return path._map(one, self.lead, (mean, cov, *flat, *arrays), every, at)
+        return path._map(one, self.lead, (mean, cov, *flat, *arrays), every, at, num_bytes)
 
     def run(
         self, method: AbstractFilter, fn: Callable[[AbstractFilter, StateSpaceModel], Any]
@@ -130,12 +134,26 @@ class ObservedPath(eqx.Module):
             return with_missing_terms(method, model, fn(method, model))
 
         if key is None:
-            return observed.map(lambda model: checked(method, model))
+            return observed.map(
+                lambda model: checked(method, model), num_bytes=observed.bytes_of_one()
+            )
 
         def seeded(model: StateSpaceModel, key: PRNGKeyArray) -> Any:
             return checked(method.with_key(key), model)
 
         return observed.map_seeded(seeded, key, method.num_starts)
+
+    def bytes_of_one(self) -> int:
+        """Memory of a filter's gradient over one element of the batch, roughly.
+
+        For each time some ten matrices of the state's size, and as many vectors of it for each
+        number observed.
+        """
+        size = max(1, math.prod(self.path.state_shape))
+        seen = sum(math.prod(statement.event_shape) for statement, _ in self.data)
+        times = self.path.num_times
+        width = np.dtype(jnp.result_type(float)).itemsize
+        return 10 * width * (times * size * (size + 1) + seen * (size + 1))
 
     def treated_by(self, method: AbstractFilter) -> ObservedPath:
         """The same with the path as a method takes it."""

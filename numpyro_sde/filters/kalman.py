@@ -321,8 +321,9 @@ def _transitions(
         dt = model.dt
     elif isinstance(model.times, np.ndarray):
         dt = np.diff(model.times[rows])
-    else:
-        dt = jnp.diff(model.times[rows])
+    else:  # sums of the steps: differences of traced times would have lost digits
+        own = np.searchsorted(rows, np.arange(model.num_times - 1), side="right") - 1
+        dt = jax.ops.segment_sum(jnp.asarray(model.dt), own, len(rows))[: len(rows) - 1]
     if shared and len(rows) > 2 and isinstance(dt, np.ndarray):
         lengths, _ = discretize.distinct_steps(dt)
         dt = lengths if len(lengths) == 1 else dt

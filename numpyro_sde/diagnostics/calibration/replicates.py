@@ -6,9 +6,7 @@ one :class:`Replicator` from it, so that whatever compiles does so once for each
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +20,7 @@ from numpyro.infer.util import log_density
 
 from numpyro_sde.diagnostics.compare.draws import complete_draws, flatten_draws, read_fit
 from numpyro_sde.diagnostics.compare.sites import is_latent, is_observation, law_times
+from numpyro_sde.runtime.executors import unpacked_once
 
 LOG_JOINT = "log_joint"
 _NO_LAG = 4  # fewer draws in a chain have no autocorrelation to speak of
@@ -150,6 +149,10 @@ class Replicator:
                 nothing = np.full(len(self.labels), np.nan)
                 text = f"{type(error).__name__}: {error}"
                 return Outcome(index, nothing, nothing, nothing, nothing, nothing, text)
+
+    def run_all(self, indices: Sequence[int]) -> list[Outcome]:
+        """Several replicates, one after the other."""
+        return [self.run(index) for index in indices]
 
     def simulate(self, index: int) -> tuple[dict[str, Array], dict[str, Array]]:
         """True values of the sites and simulated data of a replicate."""
@@ -340,39 +343,6 @@ def _rank(
     return pit, truth, float(flat.mean()), float(flat.std(ddof=1)), float(kept)
 
 
-def pack(recipe: Recipe) -> bytes:
-    """Pickle a recipe, by cloudpickle where installed, which also takes notebooks' functions.
-
-    Raises:
-        ValueError: If a function cannot be pickled.
-
-    Example:
-        >>> key = np.zeros(2, np.uint32)
-        >>> recipe = Recipe(
-        ...     len, (), {}, len, {}, None, {}, False, 50, 3, 20, True, 9, key, "", True)
-        >>> pickle.loads(pack(recipe)).num_path_times
-        3
-    """
-    try:
-        import cloudpickle as pickler
-    except ImportError:
-        pickler = pickle
-    try:
-        return pickler.dumps(recipe)
-    except Exception as error:
-        raise ValueError(
-            "model, fit and their arguments must be picklable to run in other processes: define "
-            "the functions at the top of a module (or install cloudpickle), or use executor=None. "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-@lru_cache(maxsize=2)
-def _unpack(packed: bytes) -> Replicator:
-    """One replicator for each process and recipe: its compiled functions live on."""
-    return Replicator(pickle.loads(packed))
-
-
 def run_packed(packed: bytes, indices: Sequence[int]) -> list[Outcome]:
     """Run replicates of a pickled recipe; what another process is handed.
 
@@ -380,4 +350,4 @@ def run_packed(packed: bytes, indices: Sequence[int]) -> list[Outcome]:
         >>> run_packed(b"", [])
         []
     """
-    return [_unpack(packed).run(index) for index in indices]
+    return unpacked_once(Replicator, packed).run_all(indices) if indices else []

@@ -10,15 +10,11 @@ Huurre, Faltejskova, Gelman and Vehtari (2025), Bayesian Analysis 20, 461-488; b
 from __future__ import annotations
 
 import os
-import sys
-import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +27,10 @@ from numpyro_sde.diagnostics.calibration.replicates import (
     Outcome,
     Recipe,
     Replicator,
-    pack,
     run_packed,
 )
 from numpyro_sde.diagnostics.calibration.uniformity import uniformity_p_value
+from numpyro_sde.runtime.executors import ExecutorLike, Progress, in_batches, pack, running
 
 _COLUMNS = ("pit", "truth", "mean", "sd", "num_kept")
 _HOPELESS = 5  # so many failures and no success: the function is wrong, not the replicate
@@ -193,7 +189,7 @@ def sbc(
     independent: bool = False,
     num_samples: int = 1000,
     rng_key: PRNGKeyArray | None = None,
-    executor: Executor | int | str | None = None,
+    executor: ExecutorLike = None,
     batch_size: int = 10,
     path: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -302,12 +298,17 @@ def sbc(
     replicator = Replicator(recipe)
     store = _Store(path, recipe, replicator.labels)
     todo = [i for i in range(num_replicates) if i not in store.done]
-    batches = [todo[k : k + batch_size] for k in range(0, len(todo), batch_size)]
+    told = Progress("sbc", num_replicates, len(store.done), progress)
+    elsewhere = partial(_elsewhere, recipe)
     # Closing cancels what is pending, also on an error or an interrupt.
-    with _submitter(executor, recipe, replicator) as submit, closing(submit(batches)) as results:
-        for outcomes in _reported(results, store, num_replicates, progress):
+    with (
+        running(executor, replicator.run_all, elsewhere) as submit,
+        closing(submit(in_batches(todo, batch_size))) as results,
+    ):
+        for outcomes in results:
             store.add(outcomes)
             store.refuse_hopeless(min(_HOPELESS, num_replicates))
+            told.tell(len(store.done), len(store.failures))
     return _result(store, num_replicates, recipe)
 
 
@@ -365,67 +366,8 @@ def _stack(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {name: np.stack([getattr(one, name) for one in outcomes]) for name in _COLUMNS}
 
 
-@contextmanager
-def _submitter(
-    executor: Executor | int | str | None, recipe: Recipe, replicator: Replicator
-) -> Iterator[Callable[[list[list[int]]], Generator[list[Outcome]]]]:
-    """What turns batches of indices into batches of outcomes, as they come."""
-
-    def here(indices: Sequence[int]) -> list[Outcome]:
-        return [replicator.run(index) for index in indices]
-
-    if executor is None:
-        yield lambda batches: (here(batch) for batch in batches)
-    elif isinstance(executor, ThreadPoolExecutor):
-        yield partial(_submit, executor, here)
-    elif isinstance(executor, str | int):
-        if isinstance(executor, bool) or (isinstance(executor, int) and executor < 1):
-            raise ValueError(f"executor must be a positive number of processes, got {executor}")
-        if isinstance(executor, str) and executor != "processes":
-            raise ValueError(f"executor must be 'processes' where it is a string, got {executor!r}")
-        # A forked copy of a process in which JAX has threads running may hang.
-        workers = executor if isinstance(executor, int) else os.cpu_count()
-        packed = pack(recipe)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield partial(_submit, pool, partial(run_packed, packed))
-    elif hasattr(executor, "submit"):
-        yield partial(_submit, executor, partial(run_packed, pack(recipe)))
-    else:
-        raise TypeError(
-            "executor must be None, 'processes', a number of processes or a "
-            f"concurrent.futures.Executor, got {type(executor).__name__}"
-        )
-
-
-def _submit(
-    pool: Executor,
-    run: Callable[[Sequence[int]], list[Outcome]],
-    batches: list[list[int]],
-) -> Generator[list[Outcome]]:
-    futures = {pool.submit(run, batch): batch for batch in batches}
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _reported(
-    batches: Iterable[list[Outcome]], store: _Store, total: int, progress: bool
-) -> Iterator[list[Outcome]]:
-    start, first = time.perf_counter(), len(store.done)
-    for outcomes in batches:
-        yield outcomes
-        if progress:
-            done, failed = len(store.done), len(store.failures)
-            rate = (time.perf_counter() - start) / max(done + failed - first, 1)
-            left = rate * max(total - done - failed, 0)
-            text = f"\rsbc: {done} of {total} done, {failed} failed, {left:.0f} s left  "
-            sys.stderr.write(text)
-            sys.stderr.flush()
-    if progress:
-        sys.stderr.write("\n")
+def _elsewhere(recipe: Recipe) -> Callable[[Sequence[int]], list[Outcome]]:
+    return partial(run_packed, pack(recipe, "model, fit and their arguments"))
 
 
 def _result(store: _Store, num_replicates: int, recipe: Recipe) -> SBCResult:
