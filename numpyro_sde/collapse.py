@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, PRNGKeyArray
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
@@ -16,10 +18,14 @@ from numpyro_sde.distributions.collapsed import (
     CollapsedPath,
     WeightPrior,
     draw_weights,
+    is_gaussian,
     require_linear,
+    steps,
 )
 from numpyro_sde.distributions.path import SDEPath
+from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.fields.field import LinearField, recorded_fields
+from numpyro_sde.models.reading import parameters, run_aside
 from numpyro_sde.models.stack import outside_all_handlers, path_law, peel, power_of
 from numpyro_sde.schemes.dependence import reachable
 
@@ -95,6 +101,7 @@ class collapse(Messenger):  # noqa: N801
         self.site: str | None = None
         self.prior: WeightPrior | None = None
         self.path: str | None = None
+        self.users: set[str] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._begin()
@@ -115,37 +122,20 @@ class collapse(Messenger):  # noqa: N801
             self.site, self.prior = msg["name"], _normal_weights(msg)
             # Known inside, and not seen outside.
             msg["value"], msg["stop"] = self.prior.loc, True
-        elif self.prior is not None and self._uses_weights(msg):
+        elif self.prior is not None and msg["name"] in self._users():
             self._take(msg)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] in ("sample", "param") and msg["name"] != self.site:
             self.values[msg["name"]] = msg["value"]
 
-    def _law_at(self, name: str) -> Callable[[Array], Any]:
-        """The law of a site as a function of the weights, all else as in this run."""
-        values, (args, kwargs), site, fn = dict(self.values), self.call, self.site, self.fn
-
-        def law(z: Array) -> Any:
-            until = _Until(name)
-            known = substitute(data=values | {str(site): z})
-            with outside_all_handlers(), until, seed(rng_seed=0), known:
-                try:
-                    fn(*args, **kwargs)
-                except _Stop:
-                    return until.law
-            # A site that a handler outside makes, such as the Jacobian of a prior's transform.
-            return ()
-
-        return law
-
-    def _uses_weights(self, msg: dict[str, Any]) -> bool:
-        assert self.prior is not None
-        law = self._law_at(msg["name"])
-        closed = jax.make_jaxpr(
-            lambda z: [a for a in jax.tree_util.tree_leaves(law(z)) if isinstance(a, jax.Array)]
-        )(self.prior.loc)
-        return any(reachable(closed.jaxpr, closed.jaxpr.invars))
+    def _users(self) -> set[str]:
+        """Names of the sites that use the weights, by one trace of the model."""
+        if self.users is None:
+            assert self.prior is not None
+            assert self.site is not None
+            self.users = _sites_that_use(self.fn, self.call, self.values, self.site, self.prior.loc)
+        return self.users
 
     def _take(self, msg: dict[str, Any]) -> None:
         """Put the collapsed law in the place of a path's."""
@@ -163,28 +153,137 @@ class collapse(Messenger):  # noqa: N801
             raise ValueError(
                 f"collapse needs path {name!r} whole: without mask, scale or subsample"
             )
-        at = self._law_at(name)
-
-        def law_of(z: Array) -> SDEPath:
-            found = path_law(at(z))
-            assert found is not None
-            return found
-
         self.path = name
-        require_linear(law_of, prior, jnp.zeros(law.shape()))
-        name_of_field = self.name
+        traced = self._traced(name, law)
+        require_linear(traced.law, prior, jnp.zeros(law.shape()))
+        msg["fn"] = CollapsedPath(traced.law, prior, traced.law_and_weights)
 
-        def weights_of(z: Array) -> tuple[SDEPath, Array]:
-            with recorded_fields() as fields:
-                law = law_of(z)
-            field = fields[name_of_field]
-            assert isinstance(field, LinearField)
-            return law, field.weights
+    def _traced(self, name: str, law: SDEPath) -> _LawOfWeights:
+        """The law of a path as a function of the weights, all else as in this run."""
+        values, (args, kwargs), site, fn = dict(self.values), self.call, self.site, self.fn
+        found: dict[str, Any] = {}
 
-        with recorded_fields() as fields:
-            at(prior.loc)
-        linear = isinstance(fields.get(self.name), LinearField)
-        msg["fn"] = CollapsedPath(law_of, prior, weights_of if linear else None)
+        def leaves_of(z: Array) -> tuple[list[Any], list[Any]]:
+            until = _Until(name)
+            known = substitute(data=values | {str(site): z})
+            with (
+                recorded_fields() as fields,
+                outside_all_handlers(),
+                until,
+                seed(rng_seed=0),
+                known,
+                suppress(_Stop),
+            ):
+                fn(*args, **kwargs)
+            leaves, treedef = jax.tree_util.tree_flatten(path_law(until.law))
+            field = fields.get(self.name)
+            found["arrays"] = [i for i, a in enumerate(leaves) if isinstance(a, jax.Array)]
+            found["weights"] = [
+                i
+                for i, a in enumerate(leaves)
+                if isinstance(field, LinearField) and a is field.weights
+            ]
+            return [leaves[i] for i in found["arrays"]], _closed_over(treedef, leaves)
+
+        assert self.prior is not None
+        closed = jax.make_jaxpr(leaves_of)(self.prior.loc)
+        used = reachable(closed.jaxpr, closed.jaxpr.invars)
+        arrays = found["arrays"]
+        if any(used[len(arrays) :]):
+            raise ValueError(
+                f"the drift of path {name!r} closes over what is made of {self.site!r}: hand it "
+                "over in params"
+            )
+        varying = [(i, place) for i, place in enumerate(arrays) if used[i]]
+        place = found["weights"][0] if len(found["weights"]) == 1 else None
+        return _LawOfWeights(law, closed, varying, place)
+
+
+class _LawOfWeights(NamedTuple):
+    """The law of a path as a function of the weights: a trace of the model, played again.
+
+    Attributes:
+        here: the law at the weights' means.
+        closed: the trace, from weights to arrays of the law.
+        varying: which of its outputs change with the weights, and their places among the law's
+            leaves.
+        place: the place of a field's weights among them; None where it has none.
+    """
+
+    here: SDEPath
+    closed: Any
+    varying: list[tuple[int, int]]
+    place: int | None
+
+    def law(self, z: Array) -> SDEPath:
+        """The law at given weights."""
+        law: SDEPath = jax.tree_util.tree_unflatten(*self._flat(z))
+        return law
+
+    @property
+    def law_and_weights(self) -> Callable[[Array], tuple[SDEPath, Array]] | None:
+        """The same with its field's weights; None where it is not a field linear in them."""
+        place = self.place
+        if place is None:
+            return None
+
+        def law_and_weights(z: Array) -> tuple[SDEPath, Array]:
+            treedef, leaves = self._flat(z)
+            return jax.tree_util.tree_unflatten(treedef, leaves), leaves[place]
+
+        return law_and_weights
+
+    def _flat(self, z: Array) -> tuple[Any, list[Any]]:
+        leaves, treedef = jax.tree_util.tree_flatten(self.here)
+        outputs = jaxpr_as_fun(self.closed)(z)
+        for i, place in self.varying:
+            leaves[place] = outputs[i]
+        return treedef, leaves
+
+
+def _closed_over(treedef: Any, leaves: list[Any]) -> list[Any]:
+    """What the steps of a law use that is not among its arrays."""
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def moments(arrays: list[Array]) -> Any:
+        own = list(leaves)
+        for i, array in zip(places, arrays, strict=True):
+            own[i] = array
+        law = jax.tree_util.tree_unflatten(treedef, own)
+        return steps(law, jnp.zeros(law.shape())) if is_gaussian(law) else ()
+
+    inner = jax.make_jaxpr(moments)([leaves[i] for i in places])
+    return [a for a in inner.consts if isinstance(a, jax.core.Tracer)]
+
+
+def _sites_that_use(
+    fn: Callable[..., Any], call: tuple[Any, Any], values: Any, site: str, at: Array
+) -> set[str]:
+    """Names of the sites whose law or value is made of the weights."""
+    names: list[str] = []
+
+    def outputs(z: Array) -> list[Any]:
+        reader = run_aside(fn, *call, {**values, site: z}, {}, marked=True)
+        trees: dict[str, Any] = {name: path.law for name, path in reader.paths.items()}
+        trees |= {
+            name: (seen.law.observed_path, parameters(seen))
+            for name, seen in reader.observations.items()
+        }
+        trees |= {
+            name: other[0] if isinstance(other, tuple) else other
+            for name, other in reader.others.items()
+            if name != site
+        }
+        found: list[Any] = []
+        for name, tree in trees.items():
+            arrays = [a for a in jax.tree_util.tree_leaves(tree) if isinstance(a, jax.Array)]
+            names.extend([name] * len(arrays))
+            found.extend(arrays)
+        return found
+
+    jaxpr = jax.make_jaxpr(outputs)(at).jaxpr
+    used = reachable(jaxpr, jaxpr.invars)
+    return {name for name, one in zip(names, used, strict=True) if one}
 
 
 def _normal_weights(msg: dict[str, Any]) -> WeightPrior:
@@ -235,4 +334,16 @@ def smooth_weights(
         return draw_weights(law.weights_given(site["value"]), law.prior, own_key)
 
     draws = jax.lax.map(one, (kept, keys), batch_size=batch_size)
+    if not isinstance(draws, jax.core.Tracer):
+        first = {name: value[-1] for name, value in {**kept, names[0]: draws}.items()}
+        _warn_coarse(model, first, args, kwargs)
     return {names[0]: draws}
+
+
+def _warn_coarse(model: collapse, draw: Mapping[str, Array], args: Any, kwargs: Any) -> None:
+    """Say where Euler's steps are too long for the drift at a draw."""
+    run = trace(substitute(seed(model.fn, 0), data=dict(draw)))
+    site = run.get_trace(*args, **kwargs)[str(model.path)]
+    law = path_law(site["fn"])
+    if law is not None and not isinstance(site["value"], jax.core.Tracer):
+        warn_coarse_step(law, site["value"])

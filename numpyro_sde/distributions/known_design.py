@@ -5,12 +5,14 @@ Under Euler's scheme with constant noise D and a known path, the weights see the
     G_ij = sum_k h_k phi_ki phi_kj'   and   sum_k phi_k' D^-1 (x_{k+1} - x_k - h_k f0(x_k)),
 
 for a field whose functions phi depend on no hyperparameter (sines on a box). G is a constant of
-the model: a gradient costs the cube of the number of weights, whatever the number of data.
+the model: a gradient costs the cube of the number of weights, whatever the number of data. So is
+the second sum where f0 has no parameters to be learned.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,34 +27,62 @@ from numpyro_sde.sde import SDE
 
 
 class KnownDesign(NamedTuple):
-    """A regression on the weights of a field whose regressors are known.
+    """A regression on the weights of a field, in sums over the data.
 
     Attributes:
-        features: slope of the drift in the weights at each step, `(n, d, m)`.
         gram: `sum_k h_k phi_ki phi_kj'`, shape `(d, d, m, m)`.
-        steps: h, shape `(n,)`.
-        increments: `x_{k+1} - x_k`, shape `(n, d)`.
-        drift: the drift without the field, `(n, d)`.
+        cross: `sum_k phi_ki r_kj`, shape `(d, d, m)`, of residuals r without the field.
+        square: `sum_k r_ki r_kj / h_k`, shape `(d, d)`.
+        log_steps: `sum_k log h_k`.
+        count: the number of steps n.
     """
 
-    features: Float[Array, "n d m"]
     gram: Float[Array, "d d m m"]
-    steps: Float[Array, " n"]
-    increments: Float[Array, "n d"]
-    drift: Float[Array, "n d"]
+    cross: Float[Array, "d d m"]
+    square: Float[Array, "d d"]
+    log_steps: Any
+    count: Any
 
     def regression(self, noise: Float[Array, "d d"]) -> tuple[Array, Array, Array]:
         """Gram matrix, `b` and log density at zero weights, for the noise D per unit of time."""
         d = noise.shape[0]
-        inverse = jnp.linalg.inv(noise)
-        rest = self.increments - self.steps[:, None] * self.drift
-        scaled = rest @ inverse
+        if d == 1:
+            inverse, log_noise = 1.0 / noise, jnp.log(noise[0, 0])
+        else:
+            inverse, log_noise = jnp.linalg.inv(noise), jnp.linalg.slogdet(noise)[1]
         gram = jnp.tensordot(inverse, self.gram, axes=2)
-        b = jnp.einsum("kdm,kd->m", self.features, scaled)
-        log_det = jnp.linalg.slogdet(noise)[1] * len(self.steps) + d * jnp.log(self.steps).sum()
-        quadratic = ((scaled * rest).sum(-1) / self.steps).sum()
-        log_density = -0.5 * (quadratic + log_det + rest.size * math.log(2.0 * math.pi))
-        return gram, b, log_density
+        b = jnp.tensordot(inverse, self.cross, axes=2)
+        log_det = log_noise * self.count + d * self.log_steps
+        constant = self.count * d * math.log(2.0 * math.pi)
+        return gram, b, -0.5 * ((inverse * self.square).sum() + log_det + constant)
+
+
+def _slope_and_drift(
+    treedef: Any, place: int, leaves: list[Any], t: Any, start: Any
+) -> tuple[Array, Array]:
+    """Slope of the drift in the weights, `(n, d, m)`, and the drift without them, `(n, d)`.
+
+    Args:
+        treedef: the equation's structure.
+        place: the place of the weights among its leaves.
+        leaves: its leaves.
+        t: times at the beginning of the steps, `(n,)`.
+        start: states there.
+    """
+    weights = leaves[place]
+
+    def drift(w: Array) -> Array:
+        own = [w if i == place else leaf for i, leaf in enumerate(leaves)]
+        one: SDE = jax.tree_util.tree_unflatten(treedef, own)
+        return jax.vmap(one.ito_drift_at)(t, start).reshape(len(t), -1)
+
+    zero = jnp.zeros(jnp.shape(weights), jnp.result_type(weights))
+    slope = jax.jacfwd(drift)(zero)
+    return slope.reshape(*slope.shape[:2], -1), drift(zero)
+
+
+# Compiled once for equations of one form, whatever their parameters.
+_compiled_slope_and_drift = jax.jit(_slope_and_drift, static_argnums=(0, 1))
 
 
 def known_design(law: SDEPath, weights: Array, x: Any) -> KnownDesign | None:
@@ -78,24 +108,14 @@ def known_design(law: SDEPath, weights: Array, x: Any) -> KnownDesign | None:
     t = np.tile(np.asarray(law.times)[:-1], len(states)).astype(real)
     start = states[:, :-1].reshape(-1, *law.state_shape).astype(real)
 
-    def slope_and_drift(leaves: list[Any]) -> tuple[Array, Array]:
-        def drift(w: Array) -> Array:
-            own = [w if i == place[0] else leaf for i, leaf in enumerate(leaves)]
-            one: SDE = jax.tree_util.tree_unflatten(treedef, own)
-            return jax.vmap(one.ito_drift_at)(t, start).reshape(len(t), -1)
-
-        zero = jnp.zeros(weights.shape, weights.dtype)
-        slope = jax.jacfwd(drift)(zero)
-        return slope.reshape(*slope.shape[:2], -1), drift(zero)
-
     shapes = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in leaves]
-    jaxpr = jax.make_jaxpr(slope_and_drift)(shapes).jaxpr
+    jaxpr = jax.make_jaxpr(partial(_slope_and_drift, treedef, place[0]))(shapes, t, start).jaxpr
     unknown = [isinstance(leaf, traced) for leaf in leaves]
     changed = reachable(
         jaxpr,
         [
             v
-            for i, (v, u) in enumerate(zip(jaxpr.invars, unknown, strict=True))
+            for i, (v, u) in enumerate(zip(jaxpr.invars, unknown, strict=False))
             if u and i != place[0]
         ],
     )
@@ -106,12 +126,22 @@ def known_design(law: SDEPath, weights: Array, x: Any) -> KnownDesign | None:
             np.zeros(jnp.shape(leaf), jnp.result_type(leaf)) if isinstance(leaf, traced) else leaf
             for leaf in leaves
         ]
-        features, drift = jax.jit(slope_and_drift)(held)
-        phi, drift = np.asarray(features), np.asarray(drift)
+        found = _compiled_slope_and_drift(treedef, place[0], held, t, start)
+        phi, drift = (np.asarray(a, float) for a in found)
     steps = np.tile(np.diff(np.asarray(law.times)), len(states))
     increments = np.diff(states, axis=1).reshape(len(t), -1)
-    wide = phi.astype(float)
-    gram = np.einsum("k,kim,kjn->ijmn", steps, wide, wide, optimize=True)
-    if changed[1]:
-        drift = slope_and_drift(leaves)[1]
-    return KnownDesign(*(jnp.asarray(a, real) for a in (phi, gram, steps, increments, drift)))
+    gram = np.einsum("k,kim,kjn->ijmn", steps, phi, phi, optimize=True)
+    log_steps = np.log(steps).sum()
+    xp: Any = np
+    h: Any = steps[:, None]
+    rest: Any = increments - h * drift
+    if changed[1]:  # by parameters, so within the trace
+        xp, h = jnp, jnp.asarray(h, real)
+        rest = (
+            jnp.asarray(increments, real)
+            - h * (_slope_and_drift(treedef, place[0], leaves, t, start)[1])
+        )
+    cross = xp.einsum("kim,kj->ijm", phi if xp is np else jnp.asarray(phi, real), rest)
+    square = xp.einsum("ki,kj->ij", rest, rest / h)
+    sums = (gram, cross, square, log_steps, float(len(t)))
+    return KnownDesign(*(jnp.asarray(a, real) for a in sums))

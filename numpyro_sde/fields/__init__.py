@@ -1,5 +1,6 @@
 """Unknown functions of a state: drifts, diffusions, potentials and read-outs to be learned."""
 
+from numpyro_sde.fields.bounded import Bounded
 from numpyro_sde.fields.field import AbstractField, LinearField, Product, Sum
 from numpyro_sde.fields.hilbert import HSGP
 from numpyro_sde.fields.inducing import InducingGP
@@ -11,6 +12,7 @@ __all__ = [
     "HSGP",
     "RFF",
     "AbstractField",
+    "Bounded",
     "InducingGP",
     "LinearField",
     "MonotoneField",

@@ -75,6 +75,13 @@ class AbstractField(OwnRanks):
     def __call__(self, x: Float[ArrayLike, "*state"]) -> Array:
         """The value at one state, shape `()` or `(outputs,)`."""
 
+    def bound(self) -> Array | None:
+        """Largest absolute value at any state, shape of the value; None where none is known.
+
+        For one process: of a field without leading dimensions.
+        """
+        return None
+
     def on(self, points: Float[ArrayLike, "n *state"]) -> Array:
         """Values at many states, shape `(n,)` or `(n, outputs)`."""
         return jax.vmap(self)(jnp.asarray(points))
@@ -124,6 +131,9 @@ class Constant(AbstractField):
     def __call__(self, x: Float[ArrayLike, "*state"]) -> Array:  # noqa: ARG002
         return self.value
 
+    def bound(self) -> Array:
+        return jnp.abs(self.value)
+
 
 def _as_part(other: Any) -> AbstractField:
     if isinstance(other, AbstractField):
@@ -152,12 +162,18 @@ class Sum(_Several):
     def __call__(self, x: Float[ArrayLike, "*state"]) -> Array:
         return _joined(jnp.add, self.parts, x)
 
+    def bound(self) -> Array | None:
+        return _joined_bounds(jnp.add, self.parts)
+
 
 class Product(_Several):
     """The product of its parts."""
 
     def __call__(self, x: Float[ArrayLike, "*state"]) -> Array:
         return _joined(jnp.multiply, self.parts, x)
+
+    def bound(self) -> Array | None:
+        return _joined_bounds(jnp.multiply, self.parts)
 
 
 def _joined(
@@ -172,6 +188,18 @@ def _joined(
                 "must be equal, or scalars"
             )
         total = operation(total, value)
+    return total
+
+
+def _joined_bounds(
+    operation: Callable[[Array, Array], Array], parts: Sequence[AbstractField]
+) -> Array | None:
+    total = parts[0].bound()
+    for part in parts[1:]:
+        bound = part.bound()
+        if total is None or bound is None:
+            return None
+        total = operation(total, bound)
     return total
 
 
@@ -190,6 +218,14 @@ class AbstractBasis(eqx.Module):
     @abc.abstractmethod
     def vector_features(self) -> bool:
         """Whether a feature is itself a vector of `outputs`, with one weight for all of it."""
+
+    def largest_features(self, own: Any) -> Array | None:  # noqa: ARG002
+        """Largest absolute values of the features, of their shape; None where none is known.
+
+        Args:
+            own: as for `features`.
+        """
+        return None
 
     @abc.abstractmethod
     def features(self, x: Array, own: Any) -> Array:
@@ -227,6 +263,15 @@ class LinearField(AbstractField):
         if self.basis.vector_features or self.weights.ndim == 1:
             return phi @ self.weights
         return self.weights @ phi
+
+    def bound(self) -> Array | None:
+        largest = self.basis.largest_features(self.own)
+        if largest is None:
+            return None
+        weights = jnp.abs(self.weights)
+        if self.basis.vector_features or weights.ndim == 1:
+            return largest @ weights
+        return weights @ largest
 
     def prior_sd(self, x: Float[ArrayLike, "*state"]) -> Array:
         """Standard deviation of the value at one state before any data, shape of the value."""

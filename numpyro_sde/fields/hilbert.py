@@ -169,6 +169,22 @@ class HSGP(AbstractGaussianPrior):
         rows = [[none, -c, b], [c, none, -a], [-b, a, none]]
         return inside * jnp.stack([jnp.concatenate(row) for row in rows])
 
+    def largest_features(self, own: tuple[Array, ...]) -> Array:  # noqa: ARG002
+        waves = jnp.asarray(self.frequencies * (np.pi / 2.0 / np.array(self.half)))
+        sine = 1.0 / math.sqrt(math.prod(self.half))
+        if not self.vector_features:
+            return jnp.full(len(waves), sine)
+        slopes = sine * waves.T  # of each sine along each coordinate
+        if self.constraint == "gradient":
+            return slopes[0] if self.outputs is None else slopes
+        if self.dim == 2:
+            return slopes[::-1]
+        a, b, c = slopes
+        none = jnp.zeros_like(a)
+        return jnp.stack(
+            [jnp.concatenate(row) for row in ([none, c, b], [c, none, a], [b, a, none])]
+        )
+
     def margin(self, x: Array) -> Array:
         """Distance of a state `(dim,)` to the edge of the box, in half-widths; negative outside."""
         half = jnp.asarray(self.half, x.dtype)

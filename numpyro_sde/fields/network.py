@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_sde.checks.numbers import at_least
+from numpyro_sde.fields.bounded import network_bound
 from numpyro_sde.fields.field import AbstractField, as_point, record_field
 
 Prior = str | dist.Distribution | Callable[[str, tuple[int, ...]], dist.Distribution] | None
@@ -42,6 +43,10 @@ class NetworkField(AbstractField):
         value = jnp.asarray(self.module(point[0] if self.scalar_input else point))
         shape = () if self.outputs is None else (self.outputs,)
         return value.reshape(shape)
+
+    def bound(self) -> Array | None:
+        largest = network_bound(self.module)
+        return largest if largest is None or self.outputs is not None else largest.reshape(())
 
 
 class Network:

@@ -95,3 +95,6 @@ class RFF(AbstractGaussianPrior):
     def features(self, x: Array, own: tuple[Array, ...]) -> Array:
         waves, phases = own
         return math.sqrt(2.0 / self.num) * jnp.cos(waves @ x + phases)
+
+    def largest_features(self, own: tuple[Array, ...]) -> Array:
+        return jnp.full(self.num, math.sqrt(2.0 / self.num), own[0].dtype)

@@ -15,7 +15,9 @@ from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.initialization import init_to_value
 
+from numpyro_sde.fields.field import recorded_fields
 from numpyro_sde.guides.auto import AutoFlow
+from numpyro_sde.guides.matched import MatchedPath
 from numpyro_sde.guides.path_laws import GaussianMarkovPath, PathLaw
 from numpyro_sde.guides.path_posterior import PathPosterior, Plan
 from numpyro_sde.guides.path_sites import (
@@ -30,6 +32,7 @@ from numpyro_sde.guides.path_sites import (
     without_paths,
 )
 from numpyro_sde.guides.score import ConditionalScorePath
+from numpyro_sde.guides.split import AutoSplit, weight_sites
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.models.reading import latent_paths
 from numpyro_sde.models.stack import outside_all_handlers
@@ -39,6 +42,8 @@ from numpyro_sde.runtime.entry import Held, entry_point
 _MAX_THETA = 16
 # Draws made together, and draws behind a quantile.
 _BATCH = 64
+# Weights of fields up to which a flow is over them too.
+_MAX_FLOW_WEIGHTS = 50
 _QUANTILE_DRAWS = 4000
 
 
@@ -55,9 +60,10 @@ class AutoPathGuide(AutoGuide):
 
     Args:
         model: the model, its paths neither reparametrised nor integrated out.
-        parameters: makes a guide of the parameters from a model without its paths: `AutoFlow`,
-            a guide of NumPyro (`AutoNormal`, for parameters in a subsampled plate), or any
-            function of a model that returns a guide.
+        parameters: makes a guide of the parameters from a model without its paths: `AutoFlow`
+            (the default; with more than 50 weights of fields `AutoSplit`), a guide of NumPyro
+            (`AutoNormal`, for parameters in a subsampled plate), or any function of a model that
+            returns a guide.
         path: the law of the paths.
         prefix: put before the names of the parameters of the path laws, `{site}_{prefix}_...`.
         init: "mode" starts the parameters at the mode of the model with its paths integrated out
@@ -93,12 +99,14 @@ class AutoPathGuide(AutoGuide):
         self,
         model: Callable[..., Any],
         *,
-        parameters: Callable[..., Any] = AutoFlow,
+        parameters: Callable[..., Any] | None = None,
         path: PathLaw | None = None,
         prefix: str = "auto",
         init: str = "mode",
         gradient: str = "landing",
     ) -> None:
+        self._default = parameters is None
+        parameters = AutoFlow if parameters is None else parameters
         if not callable(parameters):
             raise TypeError(
                 f"parameters must make a guide from a model, got {type(parameters).__name__}"
@@ -106,8 +114,8 @@ class AutoPathGuide(AutoGuide):
         path = GaussianMarkovPath() if path is None else path
         if not isinstance(path, PathLaw):
             raise TypeError(
-                "path must be GaussianMarkovPath(), ControlledPath() or ConditionalScorePath(), "
-                f"got {path!r}"
+                "path must be GaussianMarkovPath(), ControlledPath(), ConditionalScorePath() or "
+                f"MatchedPath(), got {path!r}"
             )
         if init not in ("mode", "median"):
             raise ValueError(f"init must be 'mode' or 'median', got {init!r}")
@@ -132,6 +140,11 @@ class AutoPathGuide(AutoGuide):
     def __repr__(self) -> str:
         return f"AutoPathGuide(parameters={self.parameters!r}, path={type(self.path).__name__})"
 
+    @property
+    def has_parameters(self) -> bool:
+        """Whether the model has unknowns besides its paths; known after the first call."""
+        return bool(self._sites)
+
     def path_sites(self) -> tuple[str, ...]:
         """Names of the model's paths; known after the first call."""
         return tuple(self._plans)
@@ -155,10 +168,47 @@ class AutoPathGuide(AutoGuide):
             total = total + posterior.residual(law, values[name], numpyro.prng_key())
         return total
 
+    def path_bound(self, num_times: int, args: Any, kwargs: Any) -> Float[Array, ""]:
+        """Bound of the path's part of the evidence, without a path, for `MatchedPath`.
+
+        A statement of a guide, which samples the parameters; see `MatchedELBO`.
+        """
+        assert isinstance(self.path, MatchedPath)
+        return self._only_law(args, kwargs).bound(self.path, numpyro.prng_key(), num_times)
+
+    def natural_update(
+        self, num_steps: int, args: Any, kwargs: Any
+    ) -> tuple[dict[str, Array], Float[Array, " steps"]]:
+        """Parameters of the path's law after natural-gradient steps, for `GaussianMarkovPath`.
+
+        A statement of a guide, which samples the parameters; see `fit_natural`.
+        """
+        assert isinstance(self.path, GaussianMarkovPath)
+        return self._only_law(args, kwargs).natural(self.path, num_steps)
+
+    def _only_law(self, args: Any, kwargs: Any) -> PathPosterior:
+        """Sample the parameters; the law of the only path."""
+        laws = list(self._laws(args, kwargs, {}))
+        if len(laws) > 1:
+            raise ValueError(
+                f"{type(self.path).__name__} is trained so in a model of one path, got "
+                f"{[name for name, _ in laws]}: write them as one path with a vector state"
+            )
+        return laws[0][1]
+
     def _posteriors(
         self, args: Any, kwargs: Any, values: dict[str, Array]
     ) -> Iterator[tuple[str, PathPosterior]]:
         """Sample the parameters and then the paths into `values`; hand out the paths' laws."""
+        for name, posterior in self._laws(args, kwargs, values):
+            with posterior.plates():
+                values[name] = numpyro.sample(name, posterior.law())
+            yield name, posterior
+
+    def _laws(
+        self, args: Any, kwargs: Any, values: dict[str, Array]
+    ) -> Iterator[tuple[str, PathPosterior]]:
+        """Sample the parameters into `values`; hand out the law of each path given `values`."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._open = plates = self._create_plates(*args, **kwargs)
@@ -175,12 +225,12 @@ class AutoPathGuide(AutoGuide):
             posterior = PathPosterior(
                 self.path, name, self.prefix, self.gradient, site, plan, plates, theta
             )
-            with posterior.plates():
-                values[name] = numpyro.sample(name, posterior.law())
             yield name, posterior
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        recorded = trace_at_median(self.model, args, kwargs)
+        with recorded_fields() as fields:
+            recorded = trace_at_median(self.model, args, kwargs)
+        recorded_names = list(fields)
         names = latent_paths(recorded)
         for name, site in recorded.items():
             if site["type"] == "plate":
@@ -194,11 +244,15 @@ class AutoPathGuide(AutoGuide):
             if site["type"] == "sample" and not site["is_observed"]
         }
         start = {name: site["value"] for name, site in self._sites.items()}
+        self._split_weights(recorded_names)
         if start and self.init == "mode":
             mode, covariance = self._find_mode(full, args, kwargs)
             start |= mode
             if mode and isinstance(self.parameters, AutoFlow):
                 self.parameters.init_scale = covariance
+            if mode and isinstance(self.parameters, AutoSplit):
+                ((names, block),) = covariance.items()
+                self.parameters.start_at(mode, names, block, self._free_sizes(mode))
             if mode and isinstance(self.parameters, AutoGuide):
                 # Sites in a subsampled plate begin at the median: their guide sees a batch.
                 self.parameters.init_loc_fn = init_to_value(
@@ -222,6 +276,23 @@ class AutoPathGuide(AutoGuide):
         if not is_traced((args, kwargs)):
             self._data = (args, kwargs)
         self.prototype_trace = recorded
+
+    def _split_weights(self, fields: list[str]) -> None:
+        """Where many weights of fields are unknown, keep the flow for the rest."""
+        weights = weight_sites(fields, list(self._sites))
+        count = sum(jnp.size(self._sites[name]["value"]) for name in weights)
+        plated = any(self._sites[name]["cond_indep_stack"] for name in self._sites)
+        if not self._default or count <= _MAX_FLOW_WEIGHTS or plated:
+            return
+        self.parameters = AutoSplit(without_paths(self.model), weights)
+        self.parameters.create_plates = lambda *_, **__: list(self._open.values())
+
+    def _free_sizes(self, values: Mapping[str, Array]) -> dict[str, int]:
+        """Numbers of unconstrained coordinates of sites."""
+        return {
+            name: jnp.size(biject_to(self._sites[name]["fn"].support).inv(jnp.asarray(value)))
+            for name, value in values.items()
+        }
 
     def _find_mode(
         self, full: Callable[..., Any], args: Any, kwargs: Any

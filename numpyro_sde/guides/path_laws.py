@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.guides.flows import Conditioner, bounded_input, bounded_log_scale
+from numpyro_sde.guides.starts import StartKind, StartLaw
 from numpyro_sde.guides.steps import (
     Along,
     Control,
@@ -43,6 +44,7 @@ class Sizes(NamedTuple):
         num_free: those of the user's state.
         num_data: numbers observed at one time, over all instruments.
         num_theta: length of the vector of shared parameters.
+        num_gaps: intervals between times at which anything is observed, both ends counted as such.
     """
 
     num_steps: int
@@ -51,6 +53,7 @@ class Sizes(NamedTuple):
     num_free: int
     num_data: int
     num_theta: int
+    num_gaps: int
 
 
 class Place(NamedTuple):
@@ -61,12 +64,14 @@ class Place(NamedTuple):
         center: typical state, `(d,)`.
         spread: typical deviation from it, `(d,)`.
         theta: shared parameters, unconstrained, less their initial values.
+        start: how the path begins, "fixed", "normal" or "general".
     """
 
     along: Along
     center: Array
     spread: Array
     theta: Array
+    start: StartKind
 
 
 class PathLaw(eqx.Module):
@@ -79,6 +84,22 @@ class PathLaw(eqx.Module):
     """
 
     amortized: ClassVar[bool] = False
+    owns_start: ClassVar[bool] = False
+
+    def start(
+        self, init: Any, model: StateSpaceModel, place: Place, params: Any, local: Any
+    ) -> Any:
+        """The first state's law.
+
+        Args:
+            init: its law in the model.
+            model: the path and its instruments.
+            place: where it stands.
+            params: from `starts.start_params`; None with `owns_start`, or for a fixed start.
+            local: the law's own parameters.
+        """
+        del local
+        return StartLaw(place.start, init, model, place.along, params)
 
     @abstractmethod
     def shared_params(self, prefix: str, sizes: Sizes) -> Any:
@@ -148,7 +169,13 @@ class GaussianMarkovPath(PathLaw):
             for name, shape in shapes.items()
         }
 
-    def _control(self, place: Place) -> Control:
+    def state_of(self, model: StateSpaceModel, d: Array, reference: Array) -> Array:
+        """The state of a deviation at one time, vectors `(d,)`."""
+        return _from_deviation(model, d[None], reference[None])[0][0]
+
+    def control(self, place: Place) -> Control:
+        """What is learned, as a map of the guide's pull."""
+
         def control(local: dict[str, Array], pull: Pull) -> tuple[Array, Array]:
             return local["shift"] + matvec(local["gain"], pull.x / place.spread), local["factor"]
 
@@ -165,7 +192,7 @@ class GaussianMarkovPath(PathLaw):
         if model.num_times == 1:
             return model.visible(x0[None]), jnp.zeros((), x0.dtype)
         z = jnp.reshape(z, (z.shape[0], -1))
-        drawn = draw_gaussian(place.along, self._control(place), local, d0, z, free)
+        drawn = draw_gaussian(place.along, self.control(place), local, d0, z, free)
         path, log_det = _from_deviation(model, drawn.deviations[:, :free], reference[:, :free])
         # The first state is handed on as it is, so that no rounding separates the two.
         path = path.at[0].set(x0[:free])
@@ -188,7 +215,7 @@ class GaussianMarkovPath(PathLaw):
         free = _num_free(model)
         d = _to_deviation(model, x, reference[:, :free])
         _, log_det = _from_deviation(model, d, reference[:, :free])
-        return weigh_gaussian(place.along, self._control(place), local, d, normals) - log_det
+        return weigh_gaussian(place.along, self.control(place), local, d, normals) - log_det
 
 
 class SteeredPath(PathLaw):
@@ -345,6 +372,11 @@ def observed_rows(model: StateSpaceModel) -> np.ndarray:
     """Grid indices at which anything may be observed, increasing."""
     rows = [np.asarray(i.rows, int) for i in model.instruments]
     return np.unique(np.concatenate(rows)) if rows else np.zeros(0, int)
+
+
+def gap_rows(model: StateSpaceModel) -> np.ndarray:
+    """Grid indices of the ends of the intervals between observations, both ends of the path too."""
+    return np.union1d(observed_rows(model), [0, model.num_times - 1])
 
 
 def observation_spacing(model: StateSpaceModel) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from numpyro.distributions import constraints
 from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath
-from numpyro_sde.guides.path_laws import PathLaw, Sizes
+from numpyro_sde.guides.matched import MatchedPath
+from numpyro_sde.guides.natural import natural_steps
+from numpyro_sde.guides.path_laws import GaussianMarkovPath, PathLaw, Sizes
 from numpyro_sde.guides.path_sites import place_of, reference_from_data
 from numpyro_sde.guides.score import ConditionalScorePath
-from numpyro_sde.guides.starts import StartLaw, start_kind, start_params
+from numpyro_sde.guides.starts import start_kind, start_params
 from numpyro_sde.statespace.model import StateSpaceModel
 
 
@@ -128,6 +131,7 @@ class PathPosterior:
         self.family, self.site, self.plan, self.theta = law, site, plan, theta
         self._plates, self._gradient = plates, gradient
         path, sizes, prefix = site.path, plan.sizes, f"{name}_{prefix}"
+        self._prefix = prefix
         if path.num_times - 1 != sizes.num_steps:
             raise ValueError(
                 f"AutoPathGuide: path {name!r} has {path.num_times} times, but had "
@@ -139,10 +143,10 @@ class PathPosterior:
         # Parameters of one series each; an amortised law has one start for all.
         own: dict[str, tuple[Array, int]] = {}
         self.start: Any = None
-        if self.kind != "fixed" and law.amortized:
+        if self.kind != "fixed" and law.amortized and not law.owns_start:
             self.start = start_params(prefix, sizes.num_free, ())
         with self.plates():
-            if self.kind != "fixed" and not law.amortized:
+            if self.kind != "fixed" and not law.amortized and not law.owns_start:
                 first = start_params(prefix, sizes.num_free, full)
                 own |= {"start_shift": (first["shift"], 1), "start_factor": (first["factor"], 2)}
             dims = law.local_dims()
@@ -200,8 +204,8 @@ class PathPosterior:
             if reference is None:
                 reference = reference_from_data(model)
             reference = jnp.asarray(reference, jnp.result_type(float))
-            place = place_of(model, reference, self.theta)
-            law = StartLaw(self.kind, self.site.path.init, model, place.along, start)
+            place = place_of(model, reference, self.theta, self.kind)
+            law = self.family.start(self.site.path.init, model, place, start, local)
             return action(model, place, law, local, *flat[:count])
 
         own, every = tuple(self._own.values()), (*dims, *(dim for _, dim in self._own.values()))
@@ -228,6 +232,39 @@ class PathPosterior:
             return law.residual(model, place, self.shared, value, key)
 
         return jnp.mean(self.map(one, (value, keys), (path.event_dim, 0)))
+
+    def natural(
+        self, law: GaussianMarkovPath, num_steps: int
+    ) -> tuple[dict[str, Array], Float[Array, " steps"]]:
+        """Parameters of all series after natural-gradient steps, and their bounds before each."""
+        dims = law.local_dims()
+
+        def one(model: Any, place: Any, start: Any, local: Any) -> Any:
+            own = {key: local[key] for key in dims}
+            return natural_steps(law, model, place, start, own, num_steps)
+
+        new, first, bounds = self.map(one)
+        found = {**new, **{f"start_{key}": value for key, value in first.items()}}
+        values = {f"{self._prefix}_{key}": value for key, value in found.items()}
+        return values, jnp.sum(bounds, axis=tuple(range(bounds.ndim - 1)))
+
+    def bound(self, law: MatchedPath, key: PRNGKeyArray, num_times: int) -> Float[Array, ""]:
+        """The bound of all series, without simulating them."""
+        keys = jax.random.split(key, self.site.lead)
+
+        def one(
+            model: Any, place: Any, start: Any, local: Any, key: PRNGKeyArray
+        ) -> tuple[Array, Array]:
+            del start
+            first, bound = law.bound(model, place, local, key, num_times)
+            return model.visible(first), bound
+
+        first, bound = self.map(one, (keys,), (0,))
+        if self.kind != "fixed":
+            bound = bound + self.site.path.init.log_prob(first)
+        ratios = [self._plates[f.name] for f in self.plan.frames]
+        scale = math.prod(p.size / p.subsample_size for p in ratios)
+        return scale * jnp.sum(bound)
 
     def _draw(self, key: PRNGKeyArray) -> tuple[Array, Array]:
         key_start, key_path = jax.random.split(key)

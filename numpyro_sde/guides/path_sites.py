@@ -17,7 +17,8 @@ from numpyro_sde.distributions.clocks import remember_value
 from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import ObservedPath, data_under_law
-from numpyro_sde.guides.path_laws import Place, Sizes, observed_rows
+from numpyro_sde.guides.path_laws import Place, Sizes, gap_rows, observed_rows
+from numpyro_sde.guides.starts import StartKind
 from numpyro_sde.guides.steps import guide_along
 from numpyro_sde.models.reading import read_model, stand_in
 from numpyro_sde.models.stack import outside_all_handlers, path_law, peel
@@ -155,6 +156,7 @@ def sizes_of(site: ObservedPath, num_theta: int) -> Sizes:
                 num_free=int(np.prod(path.state_shape, dtype=int)),
                 num_data=sum(i.values.shape[1] for i in model.instruments),
                 num_theta=num_theta,
+                num_gaps=len(gap_rows(model)) - 1,
             )
         )
         return jnp.zeros(())
@@ -177,7 +179,7 @@ def reference_from_data(model: StateSpaceModel) -> Array:
     return carried(model, data_reference(model))
 
 
-def place_of(model: StateSpaceModel, reference: Array, theta: Array) -> Place:
+def place_of(model: StateSpaceModel, reference: Array, theta: Array, start: StartKind) -> Place:
     """The guide along a reference and the scales on which a law sees states.
 
     States are seen from their mean along the reference, in units of how far they go: along it,
@@ -191,7 +193,7 @@ def place_of(model: StateSpaceModel, reference: Array, theta: Array) -> Place:
         noise = jnp.sum(B**2, axis=0) if B.ndim == 2 else jnp.sum(B**2, axis=(0, 2))
         variance = variance + noise / max(len(observed_rows(model)), 1)
     spread = jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
-    return Place(along, center, spread, theta)
+    return Place(along, center, spread, theta, start)
 
 
 def is_traced(tree: Any) -> bool:

@@ -115,6 +115,11 @@ class StartLaw:
         z = hold_value(solve_lower(self.factor, v[:, None])[:, 0], normals)
         return jnp.sum(log_normal(z)) - self.log_det - self._jacobian(y)
 
+    def whitened(self, mean: Array, factor: Array) -> tuple[Array, Array]:
+        """Mean and factor of a normal first state in the guide's whitened coordinates."""
+        shift = self._whitened(mean - self.mean)
+        return shift, jax.vmap(self._whitened, in_axes=1, out_axes=1)(factor)
+
     def _spread(self, v: Array) -> Array:
         if self.kind == "general":
             return matvec(self.T, v)

@@ -1,6 +1,7 @@
 """MCMC kernels, with paths in them or for any model; they run under `numpyro.infer.MCMC`."""
 
 from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
+from numpyro_sde.infer.collapsed_field import CollapsedField, CollapsedFieldState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.conditional_forward import ConditionalForward
 from numpyro_sde.infer.evidence import evidence
@@ -24,6 +25,8 @@ __all__ = [
     "AdjustedProfile",
     "BlackJAX",
     "BlackJAXState",
+    "CollapsedField",
+    "CollapsedFieldState",
     "ConditionalForward",
     "ConditionalSMC",
     "ConditionalSMCState",

@@ -11,9 +11,11 @@ from numpyro_sde.processes.gaussian import (
     OrnsteinUhlenbeck,
 )
 from numpyro_sde.processes.langevin import DoubleWell, OverdampedLangevin, UnderdampedLangevin
+from numpyro_sde.processes.learned import Geometric, LinearNoise, NeuralLangevin
 from numpyro_sde.processes.linear import LinearSDE
 from numpyro_sde.processes.lorenz import Lorenz63, Lorenz96TwoScale
 from numpyro_sde.processes.neuron import FitzHughNagumo
+from numpyro_sde.processes.oscillators import CoupledOscillators
 from numpyro_sde.processes.reactions import ChemicalLangevin, LotkaVolterra, mass_action
 from numpyro_sde.processes.square_root import CKLS, CoxIngersollRoss
 from numpyro_sde.processes.subordinated import GammaOU, InverseGaussianOU
@@ -23,17 +25,21 @@ __all__ = [
     "CKLS",
     "BrownianMotion",
     "ChemicalLangevin",
+    "CoupledOscillators",
     "CoxIngersollRoss",
     "DoubleWell",
     "FitzHughNagumo",
     "GammaOU",
+    "Geometric",
     "GeometricBrownianMotion",
     "Heston",
     "InverseGaussianOU",
+    "LinearNoise",
     "LinearSDE",
     "Lorenz63",
     "Lorenz96TwoScale",
     "LotkaVolterra",
+    "NeuralLangevin",
     "OrnsteinUhlenbeck",
     "OverdampedLangevin",
     "StochasticVolatility",

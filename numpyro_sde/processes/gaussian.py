@@ -22,6 +22,7 @@ from numpyro_sde.processes.linear import rounding_of
 from numpyro_sde.processes.special import expm1_ratio
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
 from numpyro_sde.schemes.euler import Euler
+from numpyro_sde.schemes.log_euler import grown, log_ratio
 from numpyro_sde.sde import SDE
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -164,10 +165,7 @@ class LogNormalTransition(AbstractScheme):
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
         slope, scale = _log_coefficients(sde)
         root = jnp.sqrt(dt) if cache is None else cache[0]
-        value = x * jnp.exp(slope * dt + scale * root * z)
-        # what underflows is the smallest number, not 0, which the process never reaches
-        tiny = jnp.finfo(value.dtype).tiny
-        return jnp.where((x > 0.0) & (value < tiny), tiny, value)
+        return grown(x, slope * dt + scale * root * z)
 
     def invert(
         self,
@@ -180,12 +178,7 @@ class LogNormalTransition(AbstractScheme):
     ) -> Array:
         slope, scale = _log_coefficients(sde)
         root = jnp.sqrt(dt) if cache is None else cache[0]
-        # log1p of the relative change keeps the digits of short steps, and has none of a crash.
-        change = (x_next - x) / x
-        small = jnp.abs(change) < 0.5
-        far = jnp.log(jnp.where(small, 1.0, x_next)) - jnp.log(jnp.where(small, 1.0, x))
-        moved = jnp.where(small, jnp.log1p(jnp.where(small, change, 0.0)), far)
-        return (moved - slope * dt) / (scale * root)
+        return (log_ratio(x, x_next) - slope * dt) / (scale * root)
 
 
 def _log_coefficients(sde: SDE) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from numpyro_sde.schemes.kessler import Kessler
 from numpyro_sde.schemes.langevin_steps import LangevinSteps
 from numpyro_sde.schemes.linear_noise import LinearNoise
 from numpyro_sde.schemes.local_linear import LocalLinear
+from numpyro_sde.schemes.log_euler import LogEuler
 from numpyro_sde.schemes.matched_jumps import MatchedJumps
 from numpyro_sde.schemes.milstein import Milstein
 from numpyro_sde.schemes.moment_closure import MomentClosure
@@ -36,6 +37,7 @@ __all__ = [
     "LangevinSteps",
     "LinearNoise",
     "LocalLinear",
+    "LogEuler",
     "MatchedJumps",
     "Milstein",
     "MomentClosure",

@@ -10,6 +10,7 @@ from numpyro import handlers
 from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
+from numpyro_sde.distributions.step_check import CoarseStepWarning
 
 HSGP = nsde.fields.HSGP
 TIMES = np.array([0.0, 0.1, 0.25, 0.3, 0.5, 0.6, 0.8])
@@ -193,3 +194,19 @@ def twice():
 def test_what_cannot_be_collapsed_is_refused_by_name(model, name, message):
     with pytest.raises(ValueError, match=message):
         handlers.seed(nsde.handlers.collapse(model, name), 0)()
+
+
+def test_weights_drawn_back_say_that_steps_are_too_long():
+    """A drift that relaxes at 20 per unit of time, steps of 0.1 and more."""
+    times = np.arange(30) * 0.1
+    x = 0.1 * np.random.default_rng(1).normal(size=30)
+    prior = HSGP(1, 2.5, 3)
+
+    def model():
+        f = prior.register("f", amplitude=dist.HalfNormal(3.0), length=0.8)
+        sde = nsde.SDE(lambda t, x, p: p(x) - 20.0 * x, lambda t, x, p: 0.5, params=f)
+        numpyro.sample("x", nsde.SDEPath(sde, times, 0.0), obs=x)
+
+    collapsed = nsde.handlers.collapse(model, "f")
+    with pytest.warns(CoarseStepWarning, match="LocalLinear"):
+        nsde.smooth(collapsed, {"f/amplitude": np.ones(2)}, rng_key=jax.random.key(0))

@@ -25,6 +25,7 @@ from numpyro_sde.schemes import (
     HermiteExpansion,
     Kessler,
     LocalLinear,
+    LogEuler,
     Milstein,
     Strang,
 )
@@ -226,6 +227,7 @@ def solver(name):
     [
         pytest.param(Euler, 0.5, id="Euler"),
         pytest.param(Milstein, 1.0, id="Milstein"),
+        pytest.param(LogEuler, 1.0, id="LogEuler"),
         pytest.param(lambda: solver("ItoMilstein"), 1.0, id="diffrax.ItoMilstein"),
         pytest.param(lambda: solver("Heun"), 1.0, id="diffrax.Heun"),
         pytest.param(lambda: solver("SlowRK"), 1.5, id="diffrax.SlowRK"),
@@ -239,7 +241,8 @@ def solver(name):
 def test_strong_order_with_multiplicative_noise(make, order):
     """Root mean square error at time 1 on stochastic logistic growth, solved path by path.
 
-    Euler 1/2, Milstein 1 (Kloeden and Platen 1992, theorems 10.2.2 and 10.3.5); Heun's and the
+    Euler 1/2, Milstein 1 (Kloeden and Platen 1992, theorems 10.2.2 and 10.3.5); LogEuler 1, as
+    Euler with the additive noise that the logarithm has; Heun's and the
     midpoint rule 1 with one Brownian motion (Ruemelin 1982); SlowRK 3/2, GeneralShARK and SPaRK 1
     with commutative noise (Foster, dos Reis and Strange 2024; Diffrax's own statement).
     SlowRK's error is of order 2 until the steps are short, so it has shorter ones.
