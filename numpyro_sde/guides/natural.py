@@ -7,9 +7,10 @@ Bonnet and Price,
     J*_kk = -E d_k d_k log p,  J*_{k,k+1} = -E d_k d_{k+1} log p,  h*_k = E d_k log p + (J* m)_k,
 
 so that a step of natural gradient of size r is `(1 - r) (h, J) + r (h*, J*)` (Khan and Lin 2017,
-"Conjugate-computation variational inference"; for paths of SDEs Hu et al. 2025, "SING"). A step of
-size one ends at the smoothing law where the model is linear and Gaussian; elsewhere the best of
-several sizes is taken, by the bound itself. Expectations are over pairs of states, by quadrature.
+"Conjugate-computation variational inference"; for paths of SDEs Hu, Smith and Linderman 2025,
+"SING: SDE inference via natural gradients"). A step of size one ends at the smoothing law where the
+model is linear and Gaussian; elsewhere the best of several sizes is taken, by the bound itself.
+Expectations are over pairs of states, by quadrature.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def fit_natural(
         ValueError: a count out of range. In use: a first state that is neither known nor normal,
             noise with a memory, several paths, a subsampled plate.
 
-    Source: Khan and Lin (2017); Hu, Nassar, Linderman and others (2025), "SING: SDE inference via
-    natural gradients".
+    Source: Khan and Lin (2017), "Conjugate-computation variational inference"; Hu, Smith and
+    Linderman (2025), "SING: SDE inference via natural gradients".
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
