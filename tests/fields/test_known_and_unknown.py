@@ -10,12 +10,12 @@ from numpyro.infer import MCMC, NUTS
 import numpyro_sde as nsde
 
 PRIOR = nsde.fields.HSGP(dim=1, box=2.5, num=16)
-TIMES = np.arange(2001) * 0.01
+TIMES = np.arange(5001) * 0.02
 
 
 def data(cubic):
     sde = nsde.SDE(lambda t, x: x - cubic * x**3 if cubic else -x, lambda t, x: 0.8)
-    fine = nsde.SDEPath(sde, np.arange(20_001) * 0.001, init=0.5)
+    fine = nsde.SDEPath(sde, np.arange(50_001) * 0.002, init=0.5)
     return np.asarray(fine.sample(jax.random.key(0)), float)[::10]
 
 
@@ -52,7 +52,7 @@ def log_evidence(model, x):
 @pytest.mark.slow
 @pytest.mark.parametrize(("cubic", "more"), [(1.0, True), (0.0, False)])
 def test_evidence_tells_whether_a_part_is_missing(cubic, more):
-    """A double well taken for a linear pull, and a linear pull (seeds 0 and 1)."""
+    """A double well taken for a linear pull, and a linear pull (100 units of time, seed 0)."""
     x = data(cubic)
     (alone, e1), (both, e2) = (
         log_evidence(known, x),
