@@ -23,6 +23,7 @@ from numpyro_sde.grid import TimeGrid
 from numpyro_sde.models.reading import stand_in, view_of
 from numpyro_sde.models.stack import (
     conditions_on,
+    explicit_scale,
     handlers_outside,
     intervenes_on,
     path_law,
@@ -185,7 +186,7 @@ class marginalize(Messenger):  # noqa: N801
                 "outside the handler; leave it out of the values, or use the model itself"
             )
         plates = plates_around(msg)
-        if power_of(msg["scale"], plates, plates) is not None:
+        if power_of(msg["scale"], plates, plates) is not None or explicit_scale(self):
             raise ValueError(
                 f"marginalize: path {name!r} stands inside handlers.scale: the power of its law is "
                 "no law of a path. Scale the observe statements alone, or leave the path latent "

@@ -149,7 +149,7 @@ def spread_points(start: Start, key: PRNGKeyArray, count: int) -> Float[np.ndarr
     normal_key, scale_key = jax.random.split(key)
     z = jax.random.normal(normal_key, (count - 1, flat.size), flat.dtype)
     chi2 = 2.0 * jax.random.gamma(scale_key, 0.5 * _FREEDOM, (count - 1, 1), flat.dtype)
-    draws = flat + _WIDTH * (z * jnp.sqrt(_FREEDOM / chi2)) @ jnp.asarray(start.factor).T
+    draws = flat[None] + _WIDTH * (z * jnp.sqrt(_FREEDOM / chi2)) @ jnp.asarray(start.factor).T
     return np.concatenate([np.asarray(flat)[None], np.asarray(draws)])
 
 

@@ -96,9 +96,12 @@ class Reader(Messenger):
         self.paths: dict[str, PathSite] = {}
         self.observations: dict[str, _Observation] = {}
         self.others: dict[str, Any] = {}
+        self.substituted: set[str] = set()
         self.returned: Any = None
 
     def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
+            self.substituted.add(msg["name"])
         if msg["type"] != "sample" or msg["is_observed"] or msg["value"] is not None:
             return
         path = path_law(msg["fn"])
@@ -194,7 +197,7 @@ def read_model(
 
     Raises:
         ValueError: a statement on what mixes the times of a path, or is made of several paths;
-            parameters of an emission that depend on the path.
+            parameters of an emission that depend on the path; data by `substitute`.
     """
     hidden = {*(values or {}), *([] if only is None else [only])}
     known = {k: v for k, v in (known or {}).items() if k not in hidden}
@@ -209,6 +212,11 @@ def read_model(
         if name in views and seen.has_data:
             owner, view = views[name]
             data[owner].append(_statement(reader.paths[owner], seen, view))
+        elif name in views and name in reader.substituted - known.keys():
+            raise ValueError(
+                f"observe({name!r}) has no data, and handlers.substitute gives it a value all the "
+                "same: a value that is no datum. Use handlers.condition"
+            )
     observed = {
         name: ObservedPath(site.law, site.lead, tuple(data[name]), name, site.mask)
         for name, site in reader.paths.items()

@@ -138,11 +138,11 @@ def power_of(total: Any, plates: Mapping[str, float], shared: Iterable[str]) -> 
     return power
 
 
-def explicit_scale() -> bool:
-    """Whether a `scale` handler other than of 1 stands around the present statement."""
+def explicit_scale(handler: Messenger | None = None) -> bool:
+    """Whether a `scale` handler other than of 1 stands around the statement, or a handler."""
     return any(
         isinstance(h, scale) and not (isinstance(h.scale, int | float) and h.scale == 1)
-        for h in _PYRO_STACK
+        for h in handlers_outside(handler)
     )
 
 

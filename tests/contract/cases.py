@@ -319,6 +319,14 @@ def _at_zero(b):
     return q
 
 
+class _ScaleSites(handlers.scale):
+    """`handlers.scale`, of all but the level, whose prior the engines' answers count once."""
+
+    def process_message(self, msg):
+        if msg.get("name") != "b":
+            super().process_message(msg)
+
+
 class _MaskSite(handlers.block):
     """Mask one site out, whatever made it: as a handler of a user's own would."""
 
@@ -373,6 +381,20 @@ CASES += [
         refusal=r"\bdo\b|interv|no data|observes",
         leaves_latent=True,
         outside=partial(handlers.do, data={"x": np.zeros(3)}),
+    ),
+    # `substitute` gives values; unlike `condition` it leaves the sites among the latent ones.
+    Way(
+        "substitute data",
+        handlers.substitute(lambda: seen(ou(level()), None), {"y": Y}),
+        ou_truth({"y": Y}),
+        refusal="substitute|no data|observ|latent",
+    ),
+    Way(
+        "scale, outside",
+        CASES[0].model,
+        ou_truth({"y": Y, "weight": 2.0}, weight=2.0),
+        refusal="scale",
+        outside=lambda model: _ScaleSites(model, scale=2.0),
     ),
     Way(
         "mask around observe, outside",

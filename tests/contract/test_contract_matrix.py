@@ -1,15 +1,10 @@
 """Every engine against every way to say a model: the right number, or a refusal that says why."""
 
-import re
-
-import jax
-import numpy as np
 import pytest
 from cases import CASES
-from engines import CASES_OF, ENGINES, NotAskedError
+from engines import CASES_OF, ENGINES
 from known_failures import KNOWN_FAILURES
-
-REFUSALS = (ValueError, TypeError, NotImplementedError)
+from matrix import right_or_refused
 
 
 def cells():
@@ -24,24 +19,7 @@ def cells():
 
 @pytest.mark.parametrize(("engine", "case"), list(cells()))
 def test_the_number_is_right_or_refused(engine, case):
-    answers, refusal = [], None
-    with jax.enable_x64(True):
-        try:
-            answers = list(ENGINES[engine](case))
-        except NotAskedError:
-            return
-        except REFUSALS as error:
-            refusal = str(error)
-    if refusal is not None:
-        assert case.refusal is not None, f"refused without need: {refusal}"
-        assert re.search(case.refusal, refusal), f"refused without the reason: {refusal}"
-        return
-    assert not case.must_refuse, f"must be refused, gives {answers}"
-    for what, got, want, tolerance in answers:
-        got, want = np.asarray(got, float), np.asarray(want, float)
-        assert got.shape == want.shape, f"{what}: shape {got.shape} for {want.shape}"
-        near = np.abs(got - want) <= tolerance
-        assert np.all(near), f"{what}: {got} for {want}, tolerance {tolerance}"
+    right_or_refused(engine, case)
 
 
 def test_the_table_of_failures_names_cells():
