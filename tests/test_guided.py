@@ -452,6 +452,30 @@ def test_auto_treats_each_path_by_its_structure():
     assert auto(several, integrate=False).treatments(y, y)["linear"] == "guided"
 
 
+def test_auto_names_the_engine():
+    y = np.linspace(-1.0, 1.0, 12)
+    told = auto(several).engine(y, y)
+    assert told.startswith("infer.SplitNUTS; where the guide covers little")
+    assert "infer.PMMH and nsde.evidence" in told
+
+    def many(y=None):
+        level = numpyro.sample("level", dist.Normal(0.0, 1.0).expand([9]).to_event(1))
+        well = nsde.processes.DoubleWell(1.0, 1.0, 0.5)
+        x = numpyro.sample("x", nsde.SDEPath(well, TIMES, dist.Normal(level.sum(), 1.0)))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+
+    assert "infer.Tempered" in auto(many).engine(y)
+    assert "PMMH" not in auto(many).engine(y)
+    assert auto(many).engine() == "infer.SplitNUTS"  # nothing seen: whitened
+
+    def linear(y=None):
+        ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 0.5)
+        x = numpyro.sample("x", nsde.SDEPath(ou, TIMES, dist.Normal(0.0, 1.0)))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+
+    assert auto(linear).engine(y) == "numpyro.infer.NUTS"
+
+
 def test_auto_needs_a_model():
     with pytest.raises(TypeError, match="auto needs the model, a function, got dict"):
         auto({"x": GuidedReparam()})

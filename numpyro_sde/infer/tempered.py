@@ -1,4 +1,4 @@
-"""Parallel tempering between a reference (prior or guide) and the posterior, as one kernel.
+"""Parallel tempering between a reference, the prior, and the posterior, as one kernel.
 
 Levels of inverse temperature from 0 to 1 run side by side in one program; neighbours exchange
 places, even pairs and odd ones in turn, so that draws of the reference travel to the posterior and
@@ -29,20 +29,19 @@ from numpyro_sde.infer.ladder import (
     respaced,
 )
 from numpyro_sde.infer.rotation import (
-    Place,
+    Level,
     Reference,
-    log_ratio,
+    TemperedModel,
     prior_reference,
     prior_values,
     quarter_turn,
     rotate,
-    unknown_place,
 )
 from numpyro_sde.infer.tempering_report import TemperingReport, report_on
 from numpyro_sde.infer.unconstrained import UnconstrainedKernel
 from numpyro_sde.models.stack import progress_is_shown
 from numpyro_sde.runtime.progress import told
-from numpyro_sde.statespace.checks import check_count, typed_key
+from numpyro_sde.statespace.checks import check_choice, check_count, typed_key
 
 # Ends of the rounds of warm-up, as shares of it, after which levels and scales are set anew.
 _ROUNDS = (0.05, 0.12, 0.25, 0.45, 0.7)
@@ -70,8 +69,8 @@ class TemperedState(NamedTuple):
     Attributes:
         i: number of sweeps so far.
         z: unconstrained values by site at the last level: the draw.
-        places: where each level is, its log ratio of joint density to reference, the gradient.
-        log_ratio: that log ratio at each level, `(K,)`.
+        positions: where each level is, in its own coordinates, `(K, D)`.
+        log_ratio: log ratio of joint density to reference of path and parameters there, `(K,)`.
         betas: inverse temperatures, `(K,)`.
         log_step: log angle of a step at each level, `(K,)`.
         scale: standard deviations that moves take each coordinate to have, `(K, D)`.
@@ -87,12 +86,12 @@ class TemperedState(NamedTuple):
     Example:
         >>> import numpyro_sde as nsde
         >>> nsde.infer.TemperedState._fields[:3]
-        ('i', 'z', 'places')
+        ('i', 'z', 'positions')
     """
 
     i: Int[Array, ""]
     z: dict[str, Array]
-    places: Place
+    positions: Float[Array, "K D"]
     log_ratio: Float[Array, " K"]
     betas: Float[Array, " K"]
     log_step: Float[Array, " K"]
@@ -110,12 +109,12 @@ class TemperedState(NamedTuple):
 class Tempered(UnconstrainedKernel):
     """Parallel tempering for posteriors with several modes, with the evidence.
 
-    The reference is the model's own randomness: standard normal innovations as they are (along
-    guided paths the guide, along whitened ones the prior path) and other sites as a normal law with
-    the quantiles of their prior. Level k has the law `reference x (posterior / reference)^beta_k`.
-    Each sweep moves every level by a short Hamiltonian trajectory and exchanges neighbours. Warm-up
-    places the levels so that all exchanges are rejected equally often, and finds step sizes and
-    scales of the moves.
+    Level k has the law `reference x (posterior / reference)^beta_k`. The reference is the prior:
+    paths drawn without a look at the data, and other sites as a normal law with the quantiles of
+    their prior. Along guided paths every level moves in the coordinates of a guide that pulls with
+    strength beta_k; what the guide does not reach is reached all the same. Each sweep moves every
+    level by a short Hamiltonian trajectory and exchanges neighbours. Warm-up places the levels so
+    that all exchanges are rejected equally often, and finds step sizes and scales of the moves.
 
     Run it under `numpyro.infer.MCMC`: the draws are those of the posterior. Then look at
     `kernel.report(mcmc)`: round trips from the reference to the posterior, and the log evidence
@@ -132,14 +131,18 @@ class Tempered(UnconstrainedKernel):
         num_levels: number K of levels, at least 2; about twice the barrier and two more. The report
             says where more are needed.
         num_steps: steps of a trajectory.
+        reference: "prior"; or "guide", prior times guide along guided paths. That is nearer to the
+            posterior, so that fewer levels do, but a mode that the guide does not reach is missed
+            without a sign: only where `diagnostics.guide_quality` finds a guide that covers, as for
+            long series whose modes lie in the parameters.
 
     Raises:
-        ValueError: `num_levels` below 2; at the start of the run, a latent site that is discrete or
-            cannot be drawn from its law.
+        ValueError: `num_levels` below 2, an unknown reference; at the start of the run, a latent
+            site that is discrete or cannot be drawn from its law.
         TypeError: `model` is no function; a count that is no integer.
 
-    A draw takes `num_levels * num_steps` gradients, those of one step side by side. The states are
-    trees of arrays: a run goes on from `mcmc.last_state`, in another process too.
+    A draw takes `num_levels * (num_steps + 1)` gradients, those of one step side by side. The
+    states are trees of arrays: a run goes on from `mcmc.last_state`, in another process too.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
@@ -156,12 +159,19 @@ class Tempered(UnconstrainedKernel):
     """
 
     def __init__(
-        self, model: Callable[..., Any], *, num_levels: int = 12, num_steps: int = 8
+        self,
+        model: Callable[..., Any],
+        *,
+        num_levels: int = 12,
+        num_steps: int = 8,
+        reference: str = "prior",
     ) -> None:
         super().__init__(model, None, init_to_median)
         check_count("num_levels", num_levels, least=2)
         check_count("num_steps", num_steps)
+        check_choice("reference", reference, ("prior", "guide"))
         self.num_levels, self.num_steps = num_levels, num_steps
+        self.reference = reference
 
     @property
     def default_fields(self) -> tuple[str, ...]:
@@ -222,12 +232,11 @@ class Tempered(UnconstrainedKernel):
             x = jnp.broadcast_to((given - reference.loc) / reference.spread, x.shape)
         betas = jnp.asarray(first_ladder(levels), flat.dtype)
         zeros = jnp.zeros(levels, flat.dtype)
-        places = unknown_place(x)
         return TemperedState(
             i=jnp.zeros((), int),
             z=back(reference.place(x[-1])),
-            places=places,
-            log_ratio=places.log_ratio,
+            positions=x,
+            log_ratio=zeros,
             betas=betas,
             log_step=jnp.log(quarter_turn(self.num_steps)) + zeros,
             scale=jnp.ones_like(x),
@@ -248,36 +257,43 @@ class Tempered(UnconstrainedKernel):
         assert self._model is not None
         _, back = ravel_pytree(state.z)
         rng_key, move_key, jitter_key, swap_key = jax.random.split(state.rng_key, 4)
-        target = log_ratio(self._model, args, kwargs, back, state.reference)
-        levels = state.betas.shape[0]
-        dtype = state.betas.dtype
+        tempered = TemperedModel(
+            self._model, args, kwargs, back, state.reference, self.reference == "prior"
+        )
+        levels, dtype = state.betas.shape[0], state.betas.dtype
         jitter = jax.random.uniform(jitter_key, (levels,), dtype, _SHORTEST_JITTER, 1.0)
         # The reference itself is drawn anew: a quarter turn ends at the momentum.
         step = jnp.exp(state.log_step) * jitter
         step = step.at[0].set(quarter_turn(self.num_steps))
         scale = state.scale.at[0].set(1.0)
+
+        def move(x: Array, level: Level, step: Array, scale: Array, key: PRNGKeyArray) -> Any:
+            look = partial(tempered.look, level=level)
+            return rotate(look, self.num_steps, look(x), level.beta, step, scale, key)
+
+        at = tempered.level(state.betas)
         keys = jax.random.split(move_key, levels)
-        move = jax.vmap(partial(rotate, target, self.num_steps))
-        places, acceptance = move(state.places, state.betas, step, scale, keys)
+        places, acceptance = jax.vmap(move)(state.positions, at, step, scale, keys)
         rejection = exchange_rejections(state.betas, places.log_ratio)
         uniforms = jax.random.uniform(swap_key, rejection.shape, dtype)
         order = exchange_order(rejection, uniforms, state.i % 2)
-        places = jax.tree.map(lambda a: a[order], places)
+        before = jax.tree.map(lambda a: a[order], at)
+        positions = jax.vmap(tempered.carry)(places.x[order], before, at)
         replica = state.replica[order]
         renewed = state.renewed.at[replica[0]].set(True)
         arrived = renewed[replica[-1]]
         warming = state.i < self._num_warmup
         new = state._replace(
             i=state.i + 1,
-            z=back(state.reference.place(places.x[-1])),
-            places=places,
-            log_ratio=places.log_ratio,
+            z=back(state.reference.place(positions[-1])),
+            positions=positions,
+            log_ratio=places.log_ratio[order],
             acceptance=acceptance,
             rejection=rejection,
             replica=replica,
             renewed=renewed.at[replica[-1]].set(False),
             round_trips=jnp.where(warming, 0, state.round_trips + arrived),
-            spread=_gathered(state.spread, places.x, rejection),
+            spread=_gathered(state.spread, positions, rejection),
             rng_key=rng_key,
         )
         return jax.lax.cond(warming, self._adapt, lambda state: state, new)

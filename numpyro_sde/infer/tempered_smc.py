@@ -25,7 +25,7 @@ from numpyro.infer.util import constrain_fn
 from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound, complain
 from numpyro_sde.infer.rotation import (
     Place,
-    log_ratio,
+    TemperedModel,
     prior_reference,
     prior_values,
     quarter_turn,
@@ -71,8 +71,8 @@ def by_smc(
     prior_key, run_key = jax.random.split(rng_key)
     centre, reference = prior_reference(prior_values(model, args, kwargs), prior_key)
     _, back = ravel_pytree(centre)
-    target = log_ratio(model, args, kwargs, back, reference)
-    run = jax.jit(partial(_run, target, num_particles, num_steps, reference.loc))
+    tempered = TemperedModel(model, args, kwargs, back, reference, from_prior=True)
+    run = jax.jit(partial(_run, tempered, num_particles, num_steps))
     batches = [run(key) for key in jax.random.split(run_key, num_repeats)]
     if any(batch.beta < 1.0 for batch in batches):
         raise RuntimeError(
@@ -109,15 +109,15 @@ def by_smc(
     )
 
 
-def _run(
-    target: Callable[[Array], Any], count: int, num_steps: int, like: Array, key: PRNGKeyArray
-) -> _Batch:
+def _run(tempered: TemperedModel, count: int, num_steps: int, key: PRNGKeyArray) -> _Batch:
     """One repeat; compiled once for a model."""
+    like = tempered.reference.loc
     key, start_key = jax.random.split(key)
     x = jax.random.normal(start_key, (count, like.size), like.dtype)
     zero = jnp.zeros((), like.dtype)
+    look = partial(tempered.look, level=tempered.level(zero))
     first = _Batch(
-        Place(x, *jax.vmap(target)(x)),
+        jax.vmap(look)(x),
         zero,
         zero,
         jnp.log(quarter_turn(num_steps)) + zero,
@@ -129,18 +129,21 @@ def _run(
     def goes_on(batch: _Batch) -> Array:
         return (batch.beta < 1.0) & (batch.stage < _MOST_STAGES)
 
-    return jax.lax.while_loop(goes_on, partial(_stage, target, num_steps), first)
+    return jax.lax.while_loop(goes_on, partial(_stage, tempered, num_steps), first)
 
 
-def _stage(target: Callable[[Array], Any], num_steps: int, batch: _Batch) -> _Batch:
-    """Weigh, resample, move."""
+def _stage(tempered: TemperedModel, num_steps: int, batch: _Batch) -> _Batch:
+    """Weigh, resample, carry to the coordinates of the next level, move there."""
     ratios, count = batch.places.log_ratio, batch.places.x.shape[0]
     gained = _increment(ratios, batch.beta)
     beta = jnp.where(gained >= 1.0 - batch.beta, 1.0, batch.beta + gained)
     logs = (beta - batch.beta) * ratios
     key, pick_key, move_key = jax.random.split(batch.key, 3)
     index = systematic(pick_key, jax.nn.softmax(logs))
-    places = jax.tree.map(lambda a: a[index], batch.places)
+    now, new = tempered.level(batch.beta), tempered.level(beta)
+    target = partial(tempered.look, level=new)
+    x = jax.vmap(lambda x: tempered.carry(x, now, new))(batch.places.x[index])
+    places = jax.vmap(target)(x)
     spread = jnp.std(places.x, axis=0)
     scale = jnp.clip(spread, _NARROWEST, 1.0)
     most = jnp.log(_MOST_TURN * quarter_turn(num_steps))

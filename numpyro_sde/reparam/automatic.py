@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpyro
 from numpyro.handlers import block, seed, trace
 from numpyro.infer.util import log_density
@@ -16,6 +18,9 @@ from numpyro_sde.handlers import marginalize, observed_paths
 from numpyro_sde.models.stack import path_law
 from numpyro_sde.reparam.guided import GuidedReparam
 from numpyro_sde.reparam.path import InnovationReparam
+
+# Up to so many, importance sampling and random walks over particle filters do.
+_FEW_PARAMETERS = 8
 
 Treatment = Literal["observed", "integrated out", "guided", "whitened", "centred"]
 
@@ -33,7 +38,8 @@ class auto:  # noqa: N801
     | of a scheme that is no map of normal innovations | left centred |
 
     The choice is made at each run from the arguments, by tracing alone: a model without data has
-    nothing to be guided by. A path that is integrated out is not among the posterior draws;
+    nothing to be guided by. `engine(*args)` names the sampler that goes with it. A path that is
+    integrated out is not among the posterior draws;
     `nsde.smooth(model, draws, ..., method=nsde.filters.Kalman())` draws it, or `Forward()`.
 
     Args:
@@ -97,6 +103,44 @@ class auto:  # noqa: N801
             elif name in seen:
                 found[name] = "guided"
         return found
+
+    def engine(self, *args: Any, **kwargs: Any) -> str:
+        """Which sampler to begin with for these arguments, and which to check it by, in words.
+
+        From the structure alone, nothing is run: whether the guide of a guided path covers its
+        posterior is found by `diagnostics.guide_quality`, and in the verdicts of `compare_fits`.
+
+        Example:
+            >>> import numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+            >>> def model(y=None):
+            ...     v = nsde.processes.DoubleWell(1.0, 1.0, numpyro.sample("s", dist.Exponential()))
+            ...     x = numpyro.sample("x", nsde.SDEPath(v, np.arange(4.0), dist.Normal(0.0, 1.0)))
+            ...     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+            >>> nsde.reparam.auto(model).engine(np.zeros(4))[:37]
+            'infer.SplitNUTS; where the guide cove'
+        """
+        chosen = self.treatments(*args, **kwargs)
+        if "guided" not in chosen.values():
+            whitened = "whitened" in chosen.values()
+            return "infer.SplitNUTS" if whitened else "numpyro.infer.NUTS"
+        sizes: list[int] = []
+
+        def run() -> int:
+            with block(), trace() as sites, seed(rng_seed=0):
+                self.fn(*args, **kwargs)
+            for name, site in sites.items():
+                if site["type"] == "sample" and not site["is_observed"] and name not in chosen:
+                    sizes.append(math.prod(jnp.shape(site["value"])))
+            return 0
+
+        jax.eval_shape(run)
+        few = sum(sizes) <= _FEW_PARAMETERS
+        other = "infer.PMMH and nsde.evidence" if few else "infer.Tempered"
+        return (
+            "infer.SplitNUTS; where the guide covers little of a path's posterior (several modes, "
+            f"strong nonlinearity), {other} on the model"
+            + (" itself, or infer.Tempered on this one" if few else ", believed by its round trips")
+        )
 
     def _method(self, whole: bool) -> AbstractFilter:
         return Forward() if whole else Kalman()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 from numpyro.infer.reparam import Reparam
 
@@ -18,6 +20,7 @@ from numpyro_sde.distributions.moments import is_gaussian, mean_and_cov
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.distributions.statement import Statement
+from numpyro_sde.linear.information import log_weight
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.models.reading import read_model
 from numpyro_sde.models.stack import (
@@ -44,9 +47,18 @@ from numpyro_sde.reparam.planning import (
     note,
     search,
 )
+from numpyro_sde.reparam.strength import present_pull
 from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.statespace.exact import check_conditioning
-from numpyro_sde.statespace.guide import Guide, guided_path, guided_start, make_guide
+from numpyro_sde.statespace.guide import (
+    Guide,
+    guided_innovations_along,
+    guided_path,
+    guided_start,
+    make_guide,
+    restarted,
+    retraced,
+)
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import believed_guide, data_reference, seen_reference
 
@@ -259,9 +271,21 @@ def _guided_site(
 
     known = [(statement, jnp.asarray(y)) for statement, y in data]
     kind = "frozen" if frozen is not None else reference if isinstance(reference, str) else "along"
-    value, log_weight, guide, states = _guided_states(
-        path, site.lead, known, arrays, dims, kind, normal
+    pull = present_pull()
+    if pull is not None:
+        strengths = (jnp.asarray(s, z.dtype) for s in (pull.strength, pull.to))
+        arrays = (*arrays, *(jnp.broadcast_to(s, site.lead) for s in strengths))
+        dims = (*dims, 0, 0)
+    value, log_weight, guide, states, moved = _guided_states(
+        path, site.lead, known, arrays, dims, kind, normal, pull is not None
     )
+    if pull is not None:
+        mask = True if site.mask is None else site.mask
+        pull.log_weights.append(jnp.sum(jnp.where(mask, log_weight, 0.0)))
+        pull.largest.append(jnp.max(moved[2], initial=0.0))
+        pull.moved[f"{name}_innov"] = jnp.reshape(moved[1], jnp.shape(z))
+        if normal:
+            pull.moved[f"{name}_init_innov"] = jnp.reshape(moved[0], jnp.shape(start))
     with numpyro.handlers.mask(mask=site.mask):
         numpyro.factor(f"{name}_guide", log_weight)
     remember_value(value, path.clock, mask=site.mask)
@@ -277,11 +301,19 @@ def _guided_states(
     dims: tuple[int, ...],
     kind: str,
     normal: bool,
-) -> tuple[Array, Array, Guide, Array]:
-    """The path, its log weight, the guide, and the states that were drawn."""
+    pulled: bool,
+) -> tuple[Array, Array, Guide, Array, Any]:
+    """The path, its log weight, the guide, and the states that were drawn.
+
+    Where guides are `pulled`, the last two arrays are strengths, and the normals of the same path
+    under a guide of the second come last, with the largest innovation.
+    """
 
     def one(model: StateSpaceModel, start: Array, z: Array, *given: Array) -> Any:
         check_conditioning(model, "GuidedReparam")
+        strengths: tuple[Array, ...] = ()
+        if pulled:
+            given, strengths = given[:-2], given[-2:]
         if kind == "frozen":
             guide = Guide(*(jnp.asarray(a, z.dtype) for a in given))
         elif kind == "along":
@@ -290,14 +322,38 @@ def _guided_states(
             guide = believed_guide(model).guide
         else:
             guide = make_guide(model, data_reference(model))
+        pulls = [guide._replace(H=s * guide.H, e=s * guide.e) for s in strengths]
+        guide = pulls[0] if pulls else guide
+        filled = _filled(model, start)
         if normal:
-            x0, weight = guided_start(model, guide, _filled(model, start))
+            x0, weight = guided_start(model, guide, filled)
         else:
-            x0, weight = _filled(model, start), jnp.zeros((), z.dtype)
-        states, more = guided_path(model, guide, x0, z)
-        return model.visible(states), weight + more, guide, states
+            x0, weight = filled, jnp.zeros((), z.dtype)
+        if not pulls:
+            states, more = guided_path(model, guide, x0, z)
+            return model.visible(states), weight + more, guide, states, None
+        states, more, moved = _pulled_path(model, (pulls[0], pulls[1]), x0, z)
+        size = model.dim if model.state_shape is None else math.prod(model.state_shape)
+        again = restarted(model, pulls[0], pulls[1], filled)[:size] if normal else start
+        return model.visible(states), weight + more, guide, states, (again, *moved)
 
     return ObservedPath(path, lead, tuple(data)).map(one, arrays, dims)
+
+
+def _pulled_path(
+    model: StateSpaceModel, guides: tuple[Guide, Guide], x0: Array, z: Array
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """A path and its log weight under one guide, its normals under another.
+
+    The largest innovation of the model along it comes last.
+    """
+    if model.num_times == 1:
+        none = jnp.zeros((), x0.dtype)
+        return x0[None], none, (z, none)
+    states, w, log_det = guided_innovations_along(model, guides[0], x0, z)
+    weight = jnp.sum(log_weight(w, jnp.reshape(z, w.shape), log_det))
+    normals = jnp.reshape(retraced(model, guides[1], states, w), jnp.shape(z))
+    return states, weight, (normals, lax.stop_gradient(jnp.max(jnp.abs(w))))
 
 
 def _start_sites(name: str, site: Unwrapped) -> tuple[Array, bool]:

@@ -27,6 +27,7 @@ from numpyro_sde.linear.information import (
     backward_information,
     guided_innovations,
     log_weight,
+    whiten_innovations,
 )
 from numpyro_sde.linear.small import (
     cholesky,
@@ -311,6 +312,40 @@ def start_given_readings(
         return model.init_mean, S, jnp.zeros((), S.dtype)
     given = condition(model.init_mean, S, readings(model).at(0))
     return given.mean, given.factor, given.log_density
+
+
+def restarted(
+    model: StateSpaceModel, guide: Guide, other: Guide, z: Float[Array, " d"]
+) -> Float[Array, " d"]:
+    """Standard normals of the same first state under another guide: see `guided_start`."""
+    mean, S, _ = start_given_readings(model)
+    w, _ = guided_innovations(guide.H[0], guide.e[0], mean - guide.reference[0], S, z)
+    return whiten_innovations(other.H[0], other.e[0], mean - other.reference[0], S, w)[0]
+
+
+def retraced(
+    model: StateSpaceModel, guide: Guide, path: Float[Array, "N d"], w: Float[Array, "N-1 m"]
+) -> Float[Array, "N-1 m"]:
+    """Standard normals that a guide turns into given innovations: see `guided_path`.
+
+    Args:
+        model: the path and its instruments.
+        guide: the guide.
+        path: the states, `(N, d)`.
+        w: the model's innovations along them, as `guided_innovations_along` gives them.
+    """
+
+    def one(x: Array, w: Array, inputs: Any) -> Array:
+        (t, dt, cache), H, e, following, seen = inputs
+        mean, B = affine_step(model, t, dt, x, cache)
+        if seen is not None:
+            given = condition(mean, B, seen)
+            mean, B = given.mean, given.factor
+        return whiten_innovations(H, e, mean - following, B, w)[0]
+
+    exact = jax.tree.map(lambda a: a[1:], readings(model)) if has_exact(model) else None
+    inputs = (model.step_inputs(), guide.H[1:], guide.e[1:], guide.reference[1:], exact)
+    return jax.vmap(one)(path[:-1], w, inputs)
 
 
 def guided_path(

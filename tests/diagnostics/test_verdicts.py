@@ -57,6 +57,56 @@ def test_chains_that_diverge():
     assert text.startswith("do not trust these parameters: rate, scale; 50 of 2000")
 
 
+def path_chains(x, **attrs):
+    """An ArviZ object of one path, `(chain, draw, time)`."""
+    dims = ("chain", "draw", "time")
+    attrs = {"method": "mcmc", **attrs}
+    return make_tree({"posterior": make_dataset({"x": (dims, x)}, {}, attrs)})
+
+
+def test_the_side_of_a_path_is_judged():
+    rng = np.random.default_rng(5)
+    x = 0.1 * rng.normal(size=(4, 500, 6))
+    free = x.copy()
+    free[..., 2] += np.where(rng.random((4, 500)) < 0.5, 1.0, -1.0)
+    assert verdicts(NUTS=path_chains(free)) == {"NUTS": "use it"}
+    # Changes of side every fifty draws: R-hat of the states is 1.1 or so, the side has 40 changes.
+    slow = x.copy()
+    slow[..., 2] += np.repeat(np.where(rng.random((4, 10)) < 0.5, 1.0, -1.0), 50, axis=1)
+    text = verdicts(NUTS=path_chains(slow))["NUTS"]
+    assert text.startswith("do not trust these parameters: ")
+    assert "which side x is on (R-hat" in text
+    # A heavy tail is no side.
+    assert verdicts(NUTS=path_chains(x**3)) == {"NUTS": "use it"}
+
+
+def test_a_guide_that_covers_little_is_told():
+    x = 0.1 * np.random.default_rng(6).normal(size=(4, 500, 6))
+    poor = {"engine": "SplitNUTS", "guide_efficiency": 0.01, "guide_khat": 0.9}
+    found = compare_fits({"NUTS": path_chains(x, **poor)})
+    assert found.verdicts["NUTS"].startswith("check it by another engine: the guide covers little")
+    assert found.fits.loc["NUTS", "guide_efficiency"] == 0.01
+    good = {**poor, "guide_efficiency": 0.3, "guide_khat": 0.4}
+    assert verdicts(NUTS=path_chains(x, **good)) == {"NUTS": "use it"}
+    # A sound fit by another engine agrees, or does not.
+    other = path_chains(0.1 * np.random.default_rng(7).normal(size=(4, 500, 6)))
+    both = verdicts(PMMH=other, NUTS=path_chains(x, **poor))
+    assert both == {"PMMH": "use it", "NUTS": "use it"}
+    apart = verdicts(PMMH=other, NUTS=path_chains(x + 0.2, **poor))
+    assert apart["NUTS"].startswith("do not trust these parameters: x")
+
+
+def test_a_tempered_run_is_judged_by_its_report():
+    x = 0.1 * np.random.default_rng(8).normal(size=(1, 2000, 6))
+    told = {"engine": "Tempered", "log_evidence": -3.0, "round_trips": 9}
+    bad = path_chains(x, tempering_complaints="9 round trips, 50 are needed", **told)
+    found = compare_fits({"tempered": bad})
+    assert found.verdicts["tempered"] == "do not trust its modes: 9 round trips, 50 are needed"
+    assert found.fits.loc["tempered", "log_evidence"] == -3.0
+    sound = path_chains(x, tempering_complaints="", **told)
+    assert verdicts(tempered=sound) == {"tempered": "use it"}
+
+
 def test_short_chains():
     text = verdicts(NUTS=chains({k: v[:, :60] for k, v in GOOD.items()}))["NUTS"]
     assert text.startswith("use it; run it longer for more than means: rate")

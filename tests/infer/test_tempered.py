@@ -123,10 +123,11 @@ def test_the_reference_has_the_quantiles_of_the_prior():
 
 def test_the_reference_alone_is_a_quarter_turn():
     steps = 5
-    start = rotation.unknown_place(jnp.ones(3))
 
     def flat(x):
-        return jnp.zeros(()), jnp.zeros_like(x)
+        return rotation.Place(x, jnp.zeros(()), jnp.zeros(()), jnp.zeros_like(x))
+
+    start = flat(jnp.ones(3))
 
     angle = rotation.quarter_turn(steps)
     end, accept = rotation.rotate(
@@ -142,11 +143,11 @@ def test_moves_keep_a_normal_law():
 
     def target(x):
         value = -0.5 * jnp.sum(x**2) + 2.0 * jnp.sum(x)
-        return value, -x + 2.0
+        return rotation.Place(x, value, jnp.zeros(()), -x + 2.0)
 
     keys = jax.random.split(jax.random.key(3), 2)
     x = 1.0 + np.sqrt(0.5) * jax.random.normal(keys[0], (4000, 2))
-    start = rotation.Place(x, *jax.vmap(target)(x))
+    start = jax.vmap(target)(x)
 
     def move(place, key):
         scale = jnp.array([0.5, 1.0])
@@ -157,6 +158,54 @@ def test_moves_keep_a_normal_law():
     assert 0.5 < accept.mean() < 0.999
     assert np.all(np.abs(moved.mean(0) - 1.0) < 4.0 * np.sqrt(0.5 / 4000))
     assert np.all(np.abs(moved.var(0) - 0.5) < 4.0 * 0.5 * np.sqrt(2.0 / 4000))
+
+
+def test_levels_hold_the_same_path_in_their_own_coordinates(x64):
+    """A path carried from a weak guide to a strong one keeps states and log ratio."""
+    y = jnp.array([1.0, 0.2, 0.9])
+
+    def model():
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        well = nsde.processes.DoubleWell(2.0, 2.0, scale)
+        path = nsde.SDEPath(well, [0.0, 0.3, 0.6, 0.9, 1.2], dist.Normal(0.0, 1.0))
+        x = numpyro.sample("x", path)
+        nsde.observe("y", x, multimodal.absolute, obs=y, at=np.array([0, 2, 4]))
+
+    guided = numpyro.handlers.reparam(model, config={"x": nsde.reparam.GuidedReparam()})
+    centre, reference = rotation.prior_reference(
+        rotation.prior_values(guided, (), {}), jax.random.key(0)
+    )
+    back = jax.flatten_util.ravel_pytree(centre)[1]
+    tempered = rotation.TemperedModel(guided, (), {}, back, reference, from_prior=True)
+    start, weak, strong = (tempered.level(jnp.asarray(b)) for b in (0.0, 0.3, 1.0))
+    x = jax.random.normal(jax.random.key(1), reference.loc.shape)
+
+    carry, look = jax.jit(tempered.carry), jax.jit(tempered.look)
+    there = carry(x, start, weak)
+    further = carry(there, weak, strong)
+    again = carry(further, strong, start)
+    prior, middle, posterior = look(x, start), look(there, weak), look(further, strong)
+    np.testing.assert_allclose(again, x, atol=1e-8)
+    np.testing.assert_allclose(prior.pull, 0.0, atol=1e-10)
+    np.testing.assert_allclose([middle.log_ratio, posterior.log_ratio], prior.log_ratio, rtol=1e-9)
+    assert np.abs(posterior.x - x).max() > 1.0
+    # The prior is drawn as it is, so that the ratio is the likelihood and what the parameters add.
+    values = {**back(reference.place(x))}
+    path = numpyro.handlers.substitute(guided, data={
+        name: jnp.exp(v) if name == "scale" else v
+        for name, v in back(reference.place(posterior.x)).items()
+    })  # fmt: skip
+    states = numpyro.handlers.trace(path).get_trace()["x"]["value"]
+    likelihood = dist.Normal(jnp.abs(states[::2]), 0.1).log_prob(y).sum()
+    u = values["scale"]
+    prior_ratio = dist.Normal(0.0, 0.5).log_prob(u) - dist.Normal(
+        reference.loc[0], reference.spread[0]
+    ).log_prob(u)
+    np.testing.assert_allclose(prior.log_ratio, likelihood + prior_ratio, rtol=1e-7)
+    # The posterior's own density is that of the model.
+    own = -numpyro.infer.util.potential_energy(guided, (), {}, back(reference.place(posterior.x)))
+    against = dist.Normal(reference.loc, reference.spread).log_prob(reference.place(posterior.x))
+    np.testing.assert_allclose(posterior.log_ratio + posterior.pull, own - against.sum(), rtol=1e-9)
 
 
 def test_bennett_is_exact_for_normal_tilts():

@@ -19,6 +19,7 @@ from numpyro_sde.diagnostics.compare.draws import (
     flatten_draws,
     read_fit,
 )
+from numpyro_sde.diagnostics.compare.guide_quality import guide_of_chains
 from numpyro_sde.diagnostics.compare.model_names import describe_model
 from numpyro_sde.diagnostics.compare.parameter_weights import NUM_PATHS
 from numpyro_sde.diagnostics.compare.path_places import find_paths
@@ -33,6 +34,7 @@ from numpyro_sde.diagnostics.compare.timing import Timing
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.models.stack import path_law
+from numpyro_sde.reparam.path import is_innovation
 from numpyro_sde.states.smoothing import smooth as smooth_paths
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -53,6 +55,7 @@ def to_arviz(
     posterior_predictive: bool | int = False,
     log_likelihood: bool = True,
     smooth: bool | AbstractFilter = False,
+    guide_draws: int = 400,
     exclude: Iterable[str] = (),
     group_by_chain: bool = False,
     coords: Mapping[str, Any] | None = None,
@@ -98,6 +101,10 @@ def to_arviz(
         smooth: For a model fitted with `handlers.marginalize`: draw its paths given each
             posterior draw (`nsde.smooth`) and add them to `posterior`. Give the filter where
             the model is not that handler itself.
+        guide_draws: For chains along paths under `GuidedReparam`: paths drawn from the guide at
+            each of five posterior draws, to say how much of the path's posterior it covers
+            (attributes `guide_efficiency` and `guide_khat`, which verdicts look at). 0 leaves that
+            out.
         exclude: Sites to leave out of the result, such as a very long path.
         group_by_chain: Whether a dictionary of draws has a leading chain dimension.
         coords: Coordinates for dimensions by name.
@@ -117,9 +124,8 @@ def to_arviz(
         >>> tree["posterior"]["x"].dims
         ('chain', 'draw', 'time')
     """
-    key_trace, key_draws, key_prior, key_predict, key_smooth = jax.random.split(
-        jax.random.key(0) if rng_key is None else rng_key, 5
-    )
+    keys = jax.random.split(jax.random.key(0) if rng_key is None else rng_key, 6)
+    key_trace, key_draws, key_prior, key_predict, key_smooth, key_guide = keys
     draws = read_fit(
         fit,
         model=model,
@@ -139,6 +145,16 @@ def to_arviz(
         num_times=layout.num_times,
         deterministic=[n for n, site in layout.trace.items() if site["type"] == "deterministic"],
     )
+    if guide_draws and draws.model is not None and _is_guided(draws, trace):
+        known = guide_of_chains(
+            draws.model,
+            draws.model_args,
+            draws.model_kwargs,
+            draws.posterior,
+            rng_key=key_guide,
+            num_draws=guide_draws,
+        )
+        draws = draws._replace(attributes={**draws.attributes, **known})
     builder = _Builder(layout, frozenset(exclude), _attributes(draws, timing or draws.timing))
     posterior = draws.posterior
     if smooth is not False:
@@ -178,6 +194,14 @@ def _trace(draws: Draws, rng_key: PRNGKeyArray) -> dict[str, Any] | None:
         if isinstance(law, SDEPath):
             warn_coarse_step(law, site["value"])
     return trace
+
+
+def _is_guided(draws: Draws, trace: Mapping[str, Any] | None) -> bool:
+    """Whether draws are those of chains along guided paths, which see what the guide sees."""
+    if draws.method != "mcmc" or draws.engine == "Tempered" or trace is None:
+        return False
+    innovations = (name.removesuffix("_innov") for name in draws.posterior if is_innovation(name))
+    return any(f"{path}_guide" in trace for path in innovations)
 
 
 def _smoothed(

@@ -37,6 +37,7 @@ from numpyro_sde.diagnostics.compare.sites import (
 )
 from numpyro_sde.diagnostics.compare.timing import Timing
 from numpyro_sde.infer.likelihood_fit import LikelihoodFit
+from numpyro_sde.infer.tempered import Tempered
 
 _BATCH = 64  # draws evaluated together: enough to fill a CPU, little memory for long paths
 _STATISTICS = {
@@ -280,7 +281,21 @@ def _from_mcmc(
         model_args=model_args or getattr(mcmc, "_args", ()),
         model_kwargs=model_kwargs if model_kwargs is not None else getattr(mcmc, "_kwargs", {}),
         params={},
+        attributes=_tempering(mcmc),
     )
+
+
+def _tempering(mcmc: MCMC) -> dict[str, Any]:
+    """What a run of `infer.Tempered` says of itself."""
+    if not isinstance(mcmc.sampler, Tempered):
+        return {}
+    report = mcmc.sampler.report(mcmc)
+    return {
+        "log_evidence": report.log_evidence,
+        "log_evidence_se": report.error,
+        "round_trips": report.round_trips,
+        "tempering_complaints": "; ".join(report.complaints()),
+    }
 
 
 def _from_refined(

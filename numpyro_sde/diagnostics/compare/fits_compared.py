@@ -28,8 +28,10 @@ from numpyro_sde.diagnostics.compare.verdicts import (
     Evidence,
     chain_verdict,
     disagreement,
+    guide_verdict,
     point_verdict,
     resampled_verdict,
+    tempering_verdict,
     variational_verdict,
 )
 
@@ -59,14 +61,17 @@ class FitComparison:
         paths: One row for each path or large site and fit: the largest `distance` over its
             elements, the `mean_distance`, and `where` the largest is; the largest
             `mean_difference` and `sd_difference`, in sds of the reference, and `in_errors`; for
-            draws of a Markov chain the largest `rhat` and the smallest `ess`.
+            draws of a Markov chain the largest `rhat` and the smallest `ess`, and where draws lie
+            on two sides `side_rhat` and `side_ess` of the side that they are on.
         fits: One row for each fit: `method`, `draws`; `elpd`, `elpd_se`, `p_loo` by PSIS-LOO
             with `num_points` data points, `bad_khat` of which are above the threshold, and the
             difference `elpd_diff`, `diff_se` to the reference; for a variational fit `elbo`,
             `elbo_se`, its importance-weighted `log_evidence` with `efficiency` (effective share
             of the draws), and `khat` of the fit; for a maximum likelihood fit `log_likelihood`
             with its Monte Carlo error; `khat_parameters` and `efficiency_parameters`
-            with the path integrated out, for a guide that offers `path_sites()`; `divergences`;
+            with the path integrated out, for a guide that offers `path_sites()`;
+            `guide_efficiency` and `guide_khat` of the guide behind chains along guided paths;
+            `round_trips` of `infer.Tempered`; `divergences`;
             `run_time` and the other seconds of :class:`Timing`.
         reference: Name of the fit that distances and differences are taken to.
         verdicts: What to make of each fit, in words.
@@ -160,11 +165,14 @@ def compare_fits(
 
     Every fit gets a verdict in words: "use it", "use it as a proposal" or "do not trust these
     parameters", with their names. Chains are judged by R-hat (1.01; above 1.05 not to be
-    trusted), effective sizes (400; 100) and divergences (1 %); guides by `khat` and
-    efficiency; and all by differences from the reference of more than 0.1 posterior sds and
-    more than four Monte Carlo errors, where the reference can be trusted itself. Bad k-hats of LOO
-    are told in every verdict. Of fits of different models (as `to_arviz` knew them) like-named
-    parameters are not set against each other, unless `var_names` asks for it:
+    trusted), effective sizes (400; 100) and divergences (1 %), of a path with two modes also of the
+    side that it is on; chains along guided paths by how much of the path's posterior the guide
+    covers (efficiency 0.05, k-hat 0.7), since they miss what it misses without another sign, unless
+    a sound fit by another engine agrees; runs of `infer.Tempered` by what their report says;
+    guides by `khat` and efficiency; and all by differences from the reference of more than 0.1
+    posterior sds and more than four Monte Carlo errors, where the reference can be trusted itself.
+    Bad k-hats of LOO are told in every verdict. Of fits of different models (as `to_arviz` knew
+    them) like-named parameters are not set against each other, unless `var_names` asks for it:
     :func:`compare_models` is for those.
 
     Args:
@@ -322,8 +330,13 @@ def _verdicts(
             lost = row["divergences"]
             divergences = 0 if str(lost) == "<NA>" else int(lost)
             text, usable = chain_verdict(known, divergences, summary.num_draws)
+            if usable and (why := tempering_verdict(summary.attrs)):
+                text, usable = why, False
         if usable and against is not None:
             text = disagreement(known, against) or text
+        elif usable and (why := guide_verdict(row)):
+            # No sound fit by another engine to hold it against: it may have missed a mode.
+            text, usable = why, False
         sound = sound or (usable and name == table.reference)
         verdicts[name] = _with_notes(text, row, table.reference if other else None)
     return {name: verdicts[name] for name in summaries}
@@ -377,6 +390,9 @@ def _evidence(table: FitComparison, name: str) -> dict[str, Evidence]:
         size = np.fmax(row["mean_difference"], row["sd_difference"])
         number = int(row["num_elements"])
         known[str(label)] = Evidence(row["rhat"], row["ess"], size, row["in_errors"], number)
+        if not np.isnan(row["side_rhat"]):
+            found = Evidence(row["side_rhat"], row["side_ess"], np.nan, np.nan, 0)
+            known[f"which side {label} is on"] = found
     return known
 
 

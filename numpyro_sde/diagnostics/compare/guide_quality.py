@@ -13,6 +13,8 @@ from jaxtyping import ArrayLike, Float, PRNGKeyArray
 from numpyro_sde.diagnostics.compare.sites import is_latent, trace_model
 from numpyro_sde.diagnostics.compare.statistics import fit_weights
 
+_POINTS = 5
+
 
 class GuideQuality(NamedTuple):
     """Importance weights of guided paths, one entry for each parameter draw looked at.
@@ -114,3 +116,32 @@ def guide_quality(
         np.array([f.efficiency for f in fits]),
         np.array([f.log_evidence for f in fits]),
     )
+
+
+def guide_of_chains(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    posterior: Mapping[str, np.ndarray],
+    *,
+    rng_key: PRNGKeyArray,
+    num_draws: int,
+) -> dict[str, float]:
+    """Efficiency and k-hat of the guide behind chains, the middle one of some of their draws.
+
+    Args:
+        model: the model with `GuidedReparam` around it.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        posterior: draws of all sites, `(chain, draw, ...)`.
+        rng_key: random key.
+        num_draws: paths of the guide at each of the draws.
+    """
+    samples = {name: v.reshape(-1, *v.shape[2:]) for name, v in posterior.items()}
+    quality = guide_quality(
+        model, samples, *args, rng_key=rng_key, num_points=_POINTS, num_draws=num_draws, **kwargs
+    )
+    return {
+        "guide_efficiency": float(np.median(np.nan_to_num(quality.efficiency))),
+        "guide_khat": float(np.median(quality.khat)),
+    }

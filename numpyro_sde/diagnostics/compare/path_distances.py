@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
+_OUTER = 0.02  # tails that a side may not lie in
+_FEW_BETWEEN = 0.2
 _FEWEST = 4  # draws of a chain for which an autocorrelation is estimated
 
 
@@ -103,6 +105,62 @@ def largest_rhat(values: Float[np.ndarray, "chain draw *shape"]) -> float:
         rhat = np.asarray(split_gelman_rubin(np.asarray(values, np.float64)))
     rhat = rhat[np.isfinite(rhat)]
     return float(rhat.max()) if rhat.size else float("nan")
+
+
+class Sides(NamedTuple):
+    """How chains change sides where draws of a path lie on two.
+
+    Attributes:
+        rhat: Largest split R-hat of the side over the elements that have two; NaN where none has.
+        ess: Smallest effective sample size of the side.
+
+    Example:
+        >>> Sides(1.0, 800.0).ess
+        800.0
+    """
+
+    rhat: float
+    ess: float
+
+
+def sides(values: Float[np.ndarray, "chain draw *shape"]) -> Sides:
+    """Mixing between two sides of a path, element by element.
+
+    Means and R-hats of the states see little of a rare change between two wells. An element has two
+    sides where few draws lie in the middle third between its outer quantiles (42 % of a normal law
+    would, 33 % of a uniform one); which side a draw is on is then judged for itself.
+
+    Args:
+        values: Draws.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> stuck = rng.normal(size=(4, 500, 2)) * 0.1
+        >>> stuck[:2, :, 1] += 1.0
+        >>> sides(stuck).rhat > 1.5, bool(np.isnan(sides(rng.normal(size=(4, 500))).rhat))
+        (True, True)
+    """
+    none = Sides(float("nan"), float("nan"))
+    if values.shape[1] < _FEWEST:
+        return none
+    flat = np.asarray(values, np.float64).reshape(*values.shape[:2], -1)
+    low, high = np.quantile(flat, [_OUTER, 1.0 - _OUTER], axis=(0, 1))
+    third = (high - low) / 3.0
+    middle = ((flat > low + third) & (flat < high - third)).mean(axis=(0, 1))
+    upper = flat > low + 1.5 * third
+    share = upper.mean(axis=(0, 1))
+    two = (middle < _FEW_BETWEEN) & (third > 0.0) & (share > _OUTER) & (share < 1.0 - _OUTER)
+    if not two.any():
+        return none
+    chosen = upper[..., two].astype(float)
+    ess = _sizes(chosen, chosen.shape[0] * chosen.shape[1])
+    # A chain that never changes sides has an R-hat that is not finite.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rhat = np.asarray(split_gelman_rubin(chosen))
+    rhat = np.where(np.isnan(rhat), np.inf, rhat)
+    changes = np.abs(np.diff(chosen, axis=1)).sum(axis=(0, 1))
+    # Fewer changes of side than this many cannot be worth more draws than they are.
+    return Sides(float(rhat.max()), float(np.minimum(ess, 1.0 + changes).min()))
 
 
 class Difference(NamedTuple):

@@ -23,6 +23,7 @@ from numpyro_sde.diagnostics.compare.path_distances import (
     largest_rhat,
     moments,
     point_moments,
+    sides,
 )
 from numpyro_sde.diagnostics.compare.statistics import fit_weights, leave_one_out, wasserstein
 
@@ -33,6 +34,7 @@ _FIT_COLUMNS = (
     *("elpd_diff", "diff_se", "log_likelihood", "log_likelihood_se"),
     *("elbo", "elbo_se", "log_evidence", "efficiency", "khat"),
     *("khat_parameters", "efficiency_parameters"),
+    *("guide_efficiency", "guide_khat", "round_trips"),
     *("divergences", "run_time", *_TIMES),
 )
 
@@ -287,11 +289,13 @@ def path_table(
             if summary.is_chain:
                 row["rhat"] = largest_rhat(summary.posterior[var].values)
                 row["ess"] = float(known[name].ess.min())
+                found_sides = sides(summary.posterior[var].values)
+                row["side_rhat"], row["side_ess"] = found_sides
             rows.append(row)
             index.append((var, name))
     columns = [
         *("distance", "mean_distance", "where", "mean_difference", "sd_difference", "in_errors"),
-        *("rhat", "ess", "num_elements"),
+        *("rhat", "ess", "side_rhat", "side_ess", "num_elements"),
     ]
     names = ["path", "fit"]
     return pd.DataFrame(rows, columns=columns, index=pd.MultiIndex.from_tuples(index, names=names))
@@ -352,6 +356,9 @@ def _fit_row(summary: Summary) -> tuple[dict[str, Any], Float[np.ndarray, " n"] 
         row["efficiency_parameters"] = weights.efficiency
     if summary.is_point:
         row |= {k: float(summary.attrs[k]) for k in ("log_likelihood", "log_likelihood_se")}
+    for known in ("guide_efficiency", "guide_khat", "round_trips", "log_evidence"):
+        if known in summary.attrs:
+            row[known] = float(summary.attrs[known])
     if "importance_ess" in summary.attrs:
         attrs = summary.attrs
         row["khat"], row["log_evidence"] = attrs["khat"], attrs["log_evidence"]

@@ -2,7 +2,8 @@
 
 Markov chains are judged by R-hat, effective sample sizes and divergences (Vehtari, Gelman,
 Simpson, Carpenter and Buerkner 2021), variational fits by the k-hat of their weights and their
-efficiency (Yao et al. 2018; Vehtari et al. 2024), and both by how far they are from the reference
+efficiency (Yao et al. 2018; Vehtari et al. 2024), chains along guided paths also by those of their
+guide, and all by how far they are from the reference
 fit in Monte Carlo errors, where the reference itself can be trusted.
 """
 
@@ -19,6 +20,8 @@ from numpyro_sde.diagnostics.compare.statistics import khat_threshold
 GOOD_RHAT, BAD_RHAT = 1.01, 1.05
 GOOD_ESS, BAD_ESS = 400.0, 100.0
 GOOD_KHAT, GOOD_EFFICIENCY = 0.5, 0.5
+# Of the guide behind chains along guided paths.
+LEAST_GUIDE_EFFICIENCY, BAD_KHAT = 0.05, 0.7
 _MATERIAL = 0.1  # posterior sds: a smaller difference is of no account, however certain
 _LEAST_ERRORS = 4.0
 _FAR = 2.0  # posterior sds between a posterior mean and a maximum of the likelihood
@@ -81,6 +84,36 @@ def chain_verdict(
     if divergences > 0:
         notes.append(f"look where its {int(divergences)} divergences are")
     return "; ".join(["use it", *notes]), True
+
+
+def guide_verdict(row: Mapping[str, Any]) -> str:
+    """What to say of chains along guided paths whose guide covers little; empty if it does.
+
+    Example:
+        >>> guide_verdict({"guide_efficiency": 0.02, "guide_khat": 0.9})[:56]
+        'check it by another engine: the guide covers little of t'
+        >>> guide_verdict({"guide_efficiency": 0.4, "guide_khat": 0.3})
+        ''
+    """
+    efficiency, khat = row["guide_efficiency"], row["guide_khat"]
+    if not (efficiency < LEAST_GUIDE_EFFICIENCY or khat > BAD_KHAT):
+        return ""
+    return (
+        "check it by another engine: the guide covers little of the path's posterior (efficiency "
+        f"{efficiency:.2g}, k-hat {khat:.2f}), and chains along it may stay in one mode without a "
+        "sign; PMMH (few parameters) or infer.Tempered see the others"
+    )
+
+
+def tempering_verdict(attrs: Mapping[str, Any]) -> str:
+    """What to say of a run of `infer.Tempered` that its own report complains of; else empty.
+
+    Example:
+        >>> tempering_verdict({"tempering_complaints": "3 round trips, 50 are needed"})
+        'do not trust its modes: 3 round trips, 50 are needed'
+    """
+    told = str(attrs.get("tempering_complaints", ""))
+    return f"do not trust its modes: {told}" if told else ""
 
 
 def variational_verdict(
