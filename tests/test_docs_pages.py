@@ -15,6 +15,7 @@ SLOW = {
     "learned_drifts",
     "maximum_likelihood",
     "saving_and_resuming",
+    "several_modes",
     *(
         "batching",
         "first_model",

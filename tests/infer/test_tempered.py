@@ -86,24 +86,6 @@ def test_levels_and_steps_chose_themselves(ran):
     assert "round trips" in str(report)
 
 
-def test_a_run_goes_on_in_another_process(ran):
-    state = pickle.loads(pickle.dumps(jax.device_get(ran.last_state)))
-    kernel = pickle.loads(pickle.dumps(nsde.infer.Tempered(two_modes, num_levels=8)))
-    later = MCMC(
-        kernel, num_warmup=400, num_samples=50, num_chains=2, chain_method="vectorized",
-        progress_bar=False,
-    )  # fmt: skip
-    later.post_warmup_state = state
-    later.run(state.rng_key)
-    np.testing.assert_array_equal(later.last_state.betas, state.betas)
-    assert later.last_state.i.tolist() == [3450, 3450]
-    ran_on = later.sampler.report(later)
-    assert np.isfinite(ran_on.log_evidence)
-    assert ran_on.complaints()[0].endswith("50 are needed")
-    x = np.asarray(later.get_samples()["x"])
-    assert np.all(np.abs(np.abs(x) - APART) < 6.0 * NARROW)
-
-
 def test_the_reference_has_the_quantiles_of_the_prior():
     def model():
         tau = numpyro.sample("tau", dist.HalfCauchy(1.0))
@@ -160,6 +142,7 @@ def test_moves_keep_a_normal_law():
     assert np.all(np.abs(moved.var(0) - 0.5) < 4.0 * 0.5 * np.sqrt(2.0 / 4000))
 
 
+@pytest.mark.slow
 def test_levels_hold_the_same_path_in_their_own_coordinates(x64):
     """A path carried from a weak guide to a strong one keeps states and log ratio."""
     y = jnp.array([1.0, 0.2, 0.9])
@@ -271,6 +254,17 @@ def test_mistakes_are_told():
         kernel.refresh(None, (), {})
     with pytest.raises(ValueError, match="needs an MCMC"):
         kernel.report(MCMC(kernel, num_warmup=1, num_samples=1))
+
+
+def test_a_run_goes_on_from_its_last_state(ran):
+    state = pickle.loads(pickle.dumps(jax.device_get(ran.last_state)))
+    assert isinstance(pickle.loads(pickle.dumps(ran.sampler)), nsde.infer.Tempered)
+    ran.post_warmup_state = state
+    ran.run(state.rng_key[0])
+    np.testing.assert_array_equal(ran.last_state.betas, state.betas)
+    assert ran.last_state.i.tolist() == [6400, 6400]
+    report = ran.sampler.report(ran)
+    assert abs(report.log_evidence - exact_log_evidence()) < 4.0 * report.error
 
 
 @pytest.mark.slow
