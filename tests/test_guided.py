@@ -466,7 +466,12 @@ def test_auto_names_the_engine():
 
     assert "infer.Tempered" in auto(many).engine(y)
     assert "PMMH" not in auto(many).engine(y)
-    assert auto(many).engine() == "infer.SplitNUTS"  # nothing seen: whitened
+
+    def unseen():
+        well = nsde.processes.DoubleWell(1.0, 1.0, 0.5)
+        numpyro.sample("x", nsde.SDEPath(well, TIMES, dist.Normal(0.0, 1.0)))
+
+    assert auto(unseen).engine() == "infer.SplitNUTS"  # whitened
 
     def linear(y=None):
         ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 0.5)
