@@ -44,7 +44,9 @@ def population(counts):
     x = numpyro.sample("x", nsde.SDEPath(drive, times, init=dist.Normal(0.0, 1.0)))
     with numpyro.plate("neuron", counts.shape[0]):
         level = numpyro.sample("level", dist.Normal(-2.0, 1.0))
-        gain = numpyro.sample("gain", dist.Normal(gain_mean, gain_sd))
+        # Non-centred: all gains and the drive may be scaled against each other, and a density of 50
+        # gains about their mean has its mode where that scale is far too small.
+        gain = nsde.random_effects("gain", gain_mean, gain_sd, link="identity")
         nsde.observe(
             "counts",
             x,

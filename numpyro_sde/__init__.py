@@ -43,7 +43,12 @@ from numpyro_sde.observe import observe
 from numpyro_sde.runtime import avoid_wrong_sums, configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
 from numpyro_sde.snapshots import SnapshotLaw
-from numpyro_sde.states.filtering import filter_additive, filter_path, two_filter
+from numpyro_sde.states.filtering import (
+    filter_additive,
+    filter_path,
+    state_space_model,
+    two_filter,
+)
 from numpyro_sde.states.regime_law import RegimeLaw, regime_law
 from numpyro_sde.states.smoothing import smooth
 
@@ -100,6 +105,7 @@ __all__ = [
     "schemes",
     "smooth",
     "snapshots",
+    "state_space_model",
     "steady_state",
     "two_filter",
 ]

@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
 
 from numpyro_sde import schemes
 from numpyro_sde.jumps.reactions import ReactionNetwork
 from numpyro_sde.schemes.base import AbstractScheme
+from numpyro_sde.schemes.linear_noise import LinearNoiseFrom
 
 
 class AbstractLaw(eqx.Module):
@@ -31,6 +34,10 @@ class AbstractLaw(eqx.Module):
     @abstractmethod
     def scheme(self, net: ReactionNetwork) -> AbstractScheme:
         """The transition of this law for a network."""
+
+    def scheme_from(self, net: ReactionNetwork, init: Any, times: Any) -> AbstractScheme:  # noqa: ARG002
+        """The transition for a path of given start and times, which few laws depend on."""
+        return self.scheme(net)
 
 
 class Langevin(AbstractLaw):
@@ -86,10 +93,17 @@ class LinearNoise(AbstractLaw):
     """The linear noise approximation, restarted at each time of the path.
 
     `marginalize(model, method=filters.ExtendedKalman())` integrates it out: for data that are
-    linear and normal given the state this is the linear noise likelihood with restart.
+    linear and normal given the state this is the linear noise likelihood with restart. Without
+    restart the noise is that about one deterministic path, from the mean of the start; `Kalman()`
+    is then exact, and the approximation worse, since the path does not learn from the data
+    (Fearnhead, Giagos and Sherlock 2014, Biometrics 70).
 
     Args:
         substeps: Runge-Kutta steps within each step of the grid.
+        restart: whether the deterministic path starts anew at each time.
+
+    Raises:
+        ValueError: without restart, series with starts or first times of their own.
 
     Example:
         >>> import numpyro_sde as nsde
@@ -98,9 +112,27 @@ class LinearNoise(AbstractLaw):
     """
 
     substeps: int = eqx.field(static=True, default=40)
+    restart: bool = eqx.field(static=True, default=True)
 
     def scheme(self, net: ReactionNetwork) -> AbstractScheme:  # noqa: ARG002
+        if not self.restart:
+            raise ValueError(
+                "LinearNoise(restart=False) depends on where a path starts: give it to "
+                "ReactionPath or handlers.approximate"
+            )
         return schemes.LinearNoise(self.substeps)
+
+    def scheme_from(self, net: ReactionNetwork, init: Any, times: Any) -> AbstractScheme:
+        if self.restart:
+            return self.scheme(net)
+        start = jnp.asarray(getattr(init, "mean", init), jnp.result_type(float))
+        first = np.unique(np.asarray(times)[..., 0])
+        if start.ndim != 1 or first.size != 1:
+            raise ValueError(
+                "LinearNoise(restart=False) follows one deterministic path: series need one start "
+                f"and one first time, got starts of shape {start.shape} and times {first}"
+            )
+        return LinearNoiseFrom(self.substeps, start, float(first[0]))
 
 
 class MomentClosure(AbstractLaw):

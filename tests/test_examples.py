@@ -105,6 +105,7 @@ def test_hurst_examples_print_their_estimates(name: str, expected: list[str]) ->
         ("population", ["theophylline"]),
         ("leverage", ["leverage"]),
         ("neurons", ["neurons"]),
+        ("hare_lynx", ["hare_lynx"]),
     ],
 )
 def test_examples_of_data_shapes_draw_their_picture(

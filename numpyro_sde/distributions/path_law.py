@@ -197,6 +197,20 @@ class AbstractPathLaw(dist.Distribution):
         """Draws of states that an engine made, as this law has them."""
         return states
 
+    def state_space_model(self) -> Any:
+        """One path without data as filters take it, a `filters.StateSpaceModel`.
+
+        Raises:
+            ValueError: a batch of paths.
+        """
+        from numpyro_sde.distributions.state_space import ObservedPath  # which takes path laws
+
+        if self.batch_shape:
+            raise ValueError(
+                f"state_space_model is that of one path, got a batch of shape {self.batch_shape}"
+            )
+        return ObservedPath(self, ()).map(lambda model: model)
+
     def instruments(self, statement: Any, times: Any, y: Array) -> list[Any]:
         """Lay a statement's unbatched data out on the grid, as filters take them."""
         return list(statement.instruments(times, self.state_shape, y))

@@ -60,7 +60,9 @@ def ReactionPath(  # noqa: N802
         hint = f"; call it, law={law.__name__}()" if isinstance(law, type) else ""
         raise TypeError(f"law must be one of nsde.laws, got {law!r}{hint}")
     start = _with_accumulators(net, init, law)
-    return SDEPath(net, times, start, scheme=law.scheme(net), validate_args=validate_args)
+    clock = times.times if isinstance(times, TimeGrid) else times
+    scheme = law.scheme_from(net, start, clock)
+    return SDEPath(net, times, start, scheme=scheme, validate_args=validate_args)
 
 
 def _with_accumulators(net: ReactionNetwork, init: Any, law: AbstractLaw) -> Any:

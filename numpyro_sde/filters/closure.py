@@ -63,7 +63,7 @@ class ClosureReport(NamedTuple):
 
 
 def closure_check(
-    model: StateSpaceModel,
+    model: StateSpaceModel | Any,
     method: MomentMatching | None = None,
     *,
     num_paths: int = 4000,
@@ -86,7 +86,8 @@ def closure_check(
     networks.
 
     Args:
-        model: the model, with parameter values (not under `jit`).
+        model: a path with parameter values and no batch (not under `jit`), an `SDEPath` or
+            `ReactionPath`; or a path and its data, `nsde.state_space_model(path, emission, obs)`.
         method: the filter to check; None for `MomentMatching()`.
         num_paths: simulated paths from each start.
         substeps: Euler steps of the simulation for each grid step.
@@ -101,26 +102,20 @@ def closure_check(
 
     Raises:
         ValueError: a count below 1 or a tolerance that is not positive.
-        TypeError: a count that is no integer.
+        TypeError: a count that is no integer; neither a path nor a model.
 
     Example:
-        >>> import jax.numpy as jnp, numpy as np
-        >>> from numpyro_sde import filters, processes, schemes
-        >>> times = np.linspace(0.0, 5.0, 26)
-        >>> model = filters.StateSpaceModel(
-        ...     sde=processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.7),
-        ...     scheme=schemes.Euler(), scheme_chosen=True,
-        ...     times=times, dt=np.diff(times), cache=None,
-        ...     init_mean=jnp.zeros(1), init_cov=0.01 * jnp.eye(1), init_gaussian=True,
-        ...     scalar=True, instruments=(),
-        ... )
-        >>> report = filters.closure_check(model, num_paths=500)
+        >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> wells = nsde.processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.7)
+        >>> path = nsde.SDEPath(wells, np.linspace(0.0, 5.0, 26), dist.Normal(0.0, 0.1))
+        >>> report = nsde.filters.closure_check(path, num_paths=500)
         >>> report.ok  # paths part into two wells, which one Gaussian does not
         False
         >>> bool(report.variance_ratio[0] < 0.6)
         True
     """
     method = MomentMatching() if method is None else method
+    model = _model_of(model)
     check_count("num_paths", num_paths, least=100)
     check_count("substeps", substeps)
     for name, value in (
@@ -168,6 +163,19 @@ def closure_check(
     reasons += _starts_matter(jnp.stack(ends), jnp.stack(truths), mean_tolerance)
     columns = [np.array([gap[i] for gap in gaps]) for i in range(5)]
     return ClosureReport(not reasons, tuple(reasons), *columns)
+
+
+def _model_of(model: Any) -> StateSpaceModel:
+    """The model that is checked: itself, or that of a path."""
+    if isinstance(model, StateSpaceModel):
+        return model
+    build = getattr(model, "state_space_model", None)
+    if build is None:
+        raise TypeError(
+            "closure_check takes an SDEPath, a ReactionPath or what nsde.state_space_model made, "
+            f"got {type(model).__name__}"
+        )
+    return build()  # type: ignore[no-any-return]
 
 
 def _is_network(model: StateSpaceModel) -> bool:

@@ -240,8 +240,20 @@ class ForwardResult(FilterResult):
         """One path in continuous time, its padding not cut: for use inside a trace."""
         key_states, key_jumps = jax.random.split(key)
         states = self._numbers(key_states, 1)[0]
-        generator, times = self.equation.chain.generator, jnp.asarray(self.times)
-        return bridges.draw_jumps(key_jumps, generator, times, states, num_terms=num_terms)
+        chain, times = self.equation.chain, jnp.asarray(self.times)
+        if self.transitions is not None:
+            return bridges.draw_jumps(
+                key_jumps, chain.generator, times, states, num_terms=num_terms
+            )
+        source, target, rates, *_ = self.equation.edges
+        return bridges.draw_sparse_jumps(
+            key_jumps,
+            (jnp.asarray(source), jnp.asarray(target), rates),
+            times,
+            states,
+            num_states=chain.num_states,
+            num_terms=num_terms,
+        )
 
     def _numbers(self, key: PRNGKeyArray, num_draws: int) -> Array:
         def one(key: PRNGKeyArray) -> Array:

@@ -20,10 +20,12 @@ from numpyro_sde.models.survey import survey
 from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
-from numpyro_sde.smc.proposals import Bootstrap, Proposal
+from numpyro_sde.smc.guided_jumps import GuidedJumps
+from numpyro_sde.smc.proposals import Bootstrap, Proposal, observed_rows
 from numpyro_sde.smc.resampling import Resampling
 from numpyro_sde.smc.settings import Setting, make_setting, with_own_steps
 from numpyro_sde.statespace.checks import check_brownian, check_choice
+from numpyro_sde.statespace.guide import innovation_size
 from numpyro_sde.statespace.model import StateSpaceModel
 
 
@@ -69,8 +71,10 @@ class ConditionalSMC(MCMCKernel):
         model: the model, its path sites as they are: no `marginalize`, no reparametrisation.
         sites: names of the path sites; None for all of the model.
         num_particles: number of particles, at least 2.
-        proposal: "auto" ("guided" where the model is linear and normal, else "defensive"),
-            "guided", "defensive", "bootstrap", or a `filters.Proposal` that can be retraced.
+        proposal: "auto" ("guided" where the model is linear and normal and for jump-diffusions with
+            normal sizes and emissions, else "defensive", or "bootstrap" where innovations cannot
+            be read off a path), "guided", "defensive", "bootstrap", or a `filters.Proposal` that
+            can be retraced.
         own_share: probability with which a guided particle moves as the model does until the next
             observation. Weights are those of the mixture, never above its inverse: no path far from
             what a normal guide expects is kept for long. None for 0.25 under "auto", and under
@@ -79,7 +83,8 @@ class ConditionalSMC(MCMCKernel):
         renewal: "backward" draws the path backward among all particles, with new bridges between
             observations; "ancestor" (grids of which every time is observed) gives the path new
             ancestors while the filter runs; "none" follows the ancestors, which all paths share at
-            the beginning of long series. Noise with a memory (`MarkovFBM`) needs "none".
+            the beginning of long series. Noise with a memory (`MarkovFBM`) needs "none", and so do
+            steps that are not smooth where they have no density or the grid is finer than the data.
         resampling: scheme of the conditional filter.
         ess_threshold: share of particles below which the effective size calls for resampling.
 
@@ -247,17 +252,36 @@ class ConditionalSMC(MCMCKernel):
                 "past of its path, so other ancestors cannot be weighed one step at a time: give "
                 "renewal='none', or use PMMH, or reparam.GuidedReparam with NUTS"
             )
-        if not model.scheme.smooth:
-            if self.renewal != "none" or not isinstance(self._setting(model).proposal, Bootstrap):
-                model.scheme.require_smooth(
-                    f"ConditionalSMC(proposal='guided' or renewal={self.renewal!r})"
-                )
+        if not model.scheme.smooth or innovation_size(model) > model.dim:
+            self._check_rough(model)
             return
         reason = invertible(model)
         if reason:
             raise ValueError(
                 f"ConditionalSMC weighs transitions of the path, but {reason}. Use PMMH, or "
                 "reparam.GuidedReparam with NUTS, which work on the innovations"
+            )
+
+    def _check_rough(self, model: StateSpaceModel) -> None:
+        """Refuse what needs steps whose innovations can be read off where they cannot."""
+        name = type(model.scheme).__name__
+        if not isinstance(self._setting(model).proposal, Bootstrap | GuidedJumps):
+            model.scheme.require_smooth(f"ConditionalSMC(proposal={self.setting.proposal!r})")
+            raise ValueError(
+                f"ConditionalSMC(proposal={self.setting.proposal!r}) reads innovations off the "
+                f"path, and those of {name} cannot be: use proposal='bootstrap'"
+            )
+        if self.renewal == "none":
+            return
+        if not model.scheme.has_density:
+            model.scheme.require_smooth(f"ConditionalSMC(renewal={self.renewal!r})")
+            raise ValueError(f"{name} has no transition density: give renewal='none'")
+        unseen = model.num_times - observed_rows(model).size
+        if unseen:
+            raise ValueError(
+                f"ConditionalSMC(renewal={self.renewal!r}) draws bridges between observations, and "
+                f"steps of {name} have none: {unseen} of {model.num_times} grid times have no "
+                "observation. Give renewal='none', or a grid of the observed times"
             )
 
     def refresh(

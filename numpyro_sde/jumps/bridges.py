@@ -9,7 +9,7 @@ proportional to `Poisson(n; q t) (M^n)_ab`, the states follow backward through
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,10 +66,121 @@ def _bridge(
 
     inputs = (jnp.arange(num_terms), powers, noise)
     _, (entered, real) = lax.scan(back, end, inputs, reverse=True)
-    uniform = jax.random.uniform(key_times, (num_terms,), M.dtype)
-    active = jnp.arange(num_terms) < number
+    return _fractions(key_times, number, real, M.dtype), entered
+
+
+class _Chances(NamedTuple):
+    """The stochastic matrix M of a sparse generator: its edges, and what stays.
+
+    Attributes:
+        source: state that each edge leaves.
+        target: state that it enters.
+        stay: diagonal of M, `(n,)`.
+        moves: entry of each edge, `(E,)`.
+    """
+
+    source: Int[Array, " E"]
+    target: Int[Array, " E"]
+    stay: Float[Array, " n"]
+    moves: Float[Array, " E"]
+
+
+def _sparse_bridge(
+    key: PRNGKeyArray, chance: _Chances, mean: Array, ends: Any, num_terms: int
+) -> tuple[Array, Array]:
+    """The same along the edges, forward in time: vectors `M^k e_end` in the place of powers.
+
+    A state is left for j with probability `M_ij (M^(n - k - 1))_jb`, over those that it leads to.
+    """
+    start, end = ends
+    source, target, stay, moves = chance
+    key_number, key_states, key_times = jax.random.split(key, 3)
+
+    def back(u: Array, _: None) -> tuple[Array, Array]:
+        return (stay * u).at[source].add(moves * u[target]), u
+
+    last = (jnp.arange(stay.size) == end).astype(stay.dtype)
+    _, ahead = lax.scan(back, last, None, num_terms)
+    weights = poisson_weights(mean, num_terms) * ahead[:, start]
+    number = jax.random.categorical(key_number, jnp.log(weights))
+
+    def forward(state: Array, now: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        k, key = now
+        u = ahead[jnp.maximum(number - k - 1, 0)]
+        leads = jnp.where(source == state, moves * u[target], 0.0)
+        weights = jnp.concatenate([(stay * u)[state][None], leads])
+        chosen = jax.random.categorical(key, jnp.log(weights))
+        new = jnp.where(chosen == 0, state, target[jnp.maximum(chosen - 1, 0)].astype(state.dtype))
+        new = jnp.where(k < number, new, state)
+        return new, (new, new != state)
+
+    steps = (jnp.arange(num_terms), jax.random.split(key_states, num_terms))
+    _, (entered, real) = lax.scan(forward, start, steps)
+    return _fractions(key_times, number, real, stay.dtype), entered
+
+
+def _fractions(key: PRNGKeyArray, number: Array, real: Array, dtype: Any) -> Array:
+    """Places of the jumps in a gap, uniform order statistics; NaN for those that are none."""
+    uniform = jax.random.uniform(key, real.shape, dtype)
+    active = jnp.arange(real.shape[0]) < number
     ordered = jnp.sort(jnp.where(active, uniform, jnp.inf))
-    return jnp.where(real & active, ordered, jnp.nan), entered
+    return jnp.where(real & active, ordered, jnp.nan)
+
+
+@partial(jax.jit, static_argnames=("num_states", "num_terms"))
+def draw_sparse_jumps(
+    key: PRNGKeyArray,
+    edges: tuple[Int[Array, " E"], Int[Array, " E"], Float[Array, " E"]],
+    times: Float[Array, " T"],
+    states: Int[Array, " T"],
+    *,
+    num_states: int,
+    num_terms: int = 64,
+) -> JumpTimes:
+    """`draw_jumps` for large structured spaces: no matrix, one gap after the other.
+
+    Args:
+        key: random key.
+        edges: states that edges leave, that they enter, and their rates.
+        times: increasing times.
+        states: states there.
+        num_states: number of states.
+        num_terms: most jumps of the uniformised process in a gap.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sde.jumps.bridges import draw_sparse_jumps, trim
+        >>> edges = (jnp.array([0, 1]), jnp.array([1, 0]), jnp.array([1.0, 3.0]))
+        >>> jumps = draw_sparse_jumps(
+        ...     jax.random.key(0), edges, jnp.arange(2.0), jnp.array([0, 1]), num_states=2)
+        >>> int(trim(jumps).states[-1])
+        1
+    """
+    source, target, rates = edges
+    exits = jnp.zeros(num_states, rates.dtype).at[source].add(rates)
+    q = jnp.max(exits)
+    q = jnp.where(q == 0.0, 1.0, q)
+    chance = _Chances(source, target, jnp.maximum(1.0 - exits / q, 0.0), rates / q)
+    gaps, states = jnp.diff(times), jnp.asarray(states, jnp.int32)
+
+    def one(now: Any) -> tuple[Array, Array]:
+        key, gap, ends = now
+        return _sparse_bridge(key, chance, q * gap, ends, num_terms)
+
+    keys = jax.random.split(key, gaps.shape[0])
+    drawn = lax.map(one, (keys, gaps, (states[:-1], states[1:])))
+    held = jnp.max(q * gaps) <= largest_mean(num_terms)
+    return _joined(times, states, drawn, held)
+
+
+def _joined(times: Array, states: Array, drawn: tuple[Array, Array], held: Array) -> JumpTimes:
+    """The jumps of all gaps, `(G, K)` each, one after the other."""
+    fractions, entered = drawn
+    flat = (times[:-1, None] + fractions * jnp.diff(times)[:, None]).reshape(-1)
+    order = jnp.argsort(flat)  # NaN last
+    jump_times, entered = flat[order], entered.reshape(-1)[order]
+    entered = jnp.where(jnp.isnan(jump_times), states[-1], entered)
+    return JumpTimes(jnp.where(held, jump_times, jnp.nan), jnp.concatenate([states[:1], entered]))
 
 
 @partial(jax.jit, static_argnames="num_terms")
@@ -109,17 +220,9 @@ def draw_jumps(
     states = jnp.asarray(states, jnp.int32)
     keys = jax.random.split(key, gaps.shape[0])
     draw = jax.vmap(_bridge, (0, None, None, 0, 0))
-    fractions, entered = draw(keys, powers, M, q * gaps, (states[:-1], states[1:]))
-    flat = (times[:-1, None] + fractions * gaps[:, None]).reshape(-1)
-    order = jnp.argsort(flat)  # NaN last
-    jump_times, entered = flat[order], entered.reshape(-1)[order]
-    none = jnp.isnan(jump_times)
-    entered = jnp.where(none, states[-1], entered)
+    drawn = draw(keys, powers, M, q * gaps, (states[:-1], states[1:]))
     held = jnp.max(q * gaps) <= largest_mean(num_terms)
-    return JumpTimes(
-        jnp.where(held, jump_times, jnp.nan),
-        jnp.concatenate([states[:1], entered]),
-    )
+    return _joined(times, states, drawn, held)
 
 
 def trim(jumps: JumpTimes) -> JumpTimes:

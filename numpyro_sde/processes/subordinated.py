@@ -9,7 +9,8 @@ is `c x + W`, the law of W known and drawn exactly:
   `c^shape`, else gamma of shape S and scale `c scale`, S negative binomial (Sabino and Cufaro
   Petroni 2021).
 - inverse Gaussian: an inverse Gaussian variable and a Poisson number of variables `N(0, 1)^2 / 2V`,
-  `sqrt V` uniform: the mixture form of Zhang and Zhang (2008), without rejection.
+  `sqrt V` uniform: the mixture form of Zhang and Zhang (2008), without rejection. Its density by
+  inverting its Laplace transform (`schemes.contour`).
 """
 
 # ruff: noqa: ARG001, ARG002
@@ -29,8 +30,9 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from numpyro_sde.processes.arguments import parameter, positive
 from numpyro_sde.schemes.base import AbstractScheme
-from numpyro_sde.schemes.counts import key_of
+from numpyro_sde.schemes.contour import CUT, enough, log_integral, saddle
 from numpyro_sde.schemes.inversion import poisson
+from numpyro_sde.schemes.keyed import KeyedScheme
 from numpyro_sde.sde import SDE
 
 # Decays of a state after which nothing of it is left in float64.
@@ -39,6 +41,8 @@ _FORGOTTEN = 40.0
 _TERMS, _LARGEST, _BEYOND = 512, 350.0, 96
 # The expansion ends at as many terms as the shape has.
 _LARGEST_SHAPE = 64.0
+# Nodes of the contour of an inverse Gaussian step.
+_NODES = 192
 
 
 def _decay(t: Any, x: Any, p: Any) -> Array:
@@ -133,7 +137,8 @@ class InverseGaussianOU(SubordinatedOU):
     """A decaying process of infinitely many small jumps, with an inverse Gaussian stationary law.
 
     Volatilities and other positive quantities with heavier tails than a gamma law has. The
-    transition is drawn exactly; it has no closed density: use particles, proposal="bootstrap".
+    transition is drawn exactly, and its density is an integral that is computed to rounding: NUTS
+    on a path that is seen, particles with proposal="bootstrap" for one that is not.
 
     Args:
         rate: speed of decay, 1/time; positive.
@@ -180,10 +185,9 @@ class InverseGaussianOU(SubordinatedOU):
         return 0.5 * jnp.log(self.shape / (2.0 * math.pi * x**3)) - away
 
 
-class SubordinatedStep(AbstractScheme):
+class SubordinatedStep(KeyedScheme):
     """The next state is the decayed one and an independent variable, drawn by a key."""
 
-    smooth: ClassVar[bool] = False
     keeps_positive: ClassVar[bool] = True
     has_jumps: ClassVar[bool] = True
     taken_by: ClassVar[str] = "infer.PMMH or filters.Particle(proposal='bootstrap')"
@@ -195,15 +199,9 @@ class SubordinatedStep(AbstractScheme):
                 f"a {type(sde).__name__} of state shape {state_shape}"
             )
 
-    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (2,)
-
     @abstractmethod
     def added(self, p: Any, c: Array, key: PRNGKeyArray) -> Array:
         """Draw what is added to the decayed state, which `c` multiplies."""
-
-    def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
-        return self.draw(sde, key_of(z), t, dt, x, cache)
 
     def draw(
         self, sde: SDE, key: PRNGKeyArray, t: Array, dt: Array, x: Array, cache: Any = None
@@ -221,11 +219,6 @@ class SubordinatedStep(AbstractScheme):
         number = jnp.where(jnp.isnan(parts), 0.0, parts).astype(jnp.int32)
         new = lax.fori_loop(0, number, part, x * jnp.exp(kept - total))
         return jnp.where(jnp.isnan(total), jnp.nan, new)
-
-    def invert(
-        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
-    ) -> Array:
-        raise TypeError(f"the innovations of {type(self).__name__} cannot be read off its ends")
 
 
 class GammaOUTransition(SubordinatedStep):
@@ -280,15 +273,16 @@ def _log_kummer(a: Array, log_z: Array) -> Array:
 
 
 class InverseGaussianOUTransition(SubordinatedStep):
-    """The exact step of `InverseGaussianOU`, which has no closed density.
+    """The exact step of `InverseGaussianOU`; its density by a contour integral.
 
     Example:
-        >>> import numpyro_sde as nsde
-        >>> nsde.processes.InverseGaussianOU(0.5, 1.0, 2.0).exact_transition().has_density
-        False
+        >>> import jax.numpy as jnp, numpyro_sde as nsde
+        >>> variance = nsde.processes.InverseGaussianOU(rate=0.5, mean=1.0, shape=2.0)
+        >>> step = variance.exact_transition()
+        >>> value = step.log_density(variance, 0.0, 1.0, jnp.array(1.0), jnp.array(1.2))
+        >>> bool(jnp.isfinite(value))
+        True
     """
-
-    has_density: ClassVar[bool] = False
 
     def added(self, p: Any, c: Array, key: PRNGKeyArray) -> Array:
         own, number, others = jax.random.split(key, 3)
@@ -312,10 +306,47 @@ class InverseGaussianOUTransition(SubordinatedStep):
     def log_density(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
     ) -> Float[Array, ""]:
-        raise TypeError(
-            "the step of InverseGaussianOU has no density in closed form: use "
-            "filters.Particle(proposal='bootstrap') or infer.PMMH"
-        )
+        p = sde.params
+        log_c = -p["rate"] * dt
+        w = x_next - jnp.exp(log_c) * x
+        # Below this it is the rounding of two states; the density is far below any number there.
+        inside = w > 16.0 * jnp.finfo(jnp.result_type(w)).eps * jnp.abs(x_next)
+        value = _log_added_density(p["mean"], p["shape"], log_c, jnp.where(inside, w, 1.0))
+        return jnp.where(inside, value, jnp.where(jnp.isnan(w), jnp.nan, -jnp.inf))
+
+
+def _log_added_density(mean: Array, shape: Array, log_c: Array, w: Array) -> Array:
+    """Log density of what a step adds to the decayed state of an inverse Gaussian process.
+
+    With `q^2 = gamma^2 + 2 p`, p the variable of Laplace's transform, the inversion is the
+    integral of `q exp(E(q))` along a line to the right of the origin, on which it decays like a
+    normal density of variance 1 / w:
+
+        E(q) = (q^2 - gamma^2) w / 2 + delta (sqrt(gamma^2 (1 - c) + c q^2) - q).
+    """
+    delta, gamma = jnp.sqrt(shape), jnp.sqrt(shape) / mean
+    c, A = jnp.exp(log_c), -(gamma**2) * jnp.expm1(log_c)
+
+    def exponent(q: Array, w: Array, delta: Array, gamma: Array, c: Array, A: Array) -> Array:
+        return 0.5 * (q**2 - gamma**2) * w + delta * (jnp.sqrt(A + c * q**2) - q)
+
+    values = (w, delta, gamma, c, A)
+    fixed = lax.stop_gradient(values)
+    at, root = fixed[0], jnp.sqrt(fixed[3])
+    slope = jax.grad(exponent)
+    highest = fixed[1] / at
+    q = saddle(lambda q: slope(q, *fixed), highest * (1.0 - root), highest)
+    # Away from the branch cut on the imaginary axis, at the cost of two nats at most.
+    q = jnp.maximum(q, 2.0 / jnp.sqrt(at))
+    curvature = jax.grad(slope)(q, *fixed)
+    aside = jnp.minimum(CUT / jnp.sqrt(curvature), 0.9 * q)
+    step = CUT / jnp.sqrt(at) / _NODES
+    gained = 2.0 * math.pi * aside / step - 0.5 * curvature * aside**2
+    nodes = q + 1j * step * jnp.arange(1.0, _NODES + 1.0)
+    at_real = exponent(q, *values)
+    ratios = jnp.exp(jax.vmap(exponent, (0, *(None,) * 5))(nodes, *values) - at_real) * nodes / q
+    value = log_integral(at_real + jnp.log(q), ratios, step)
+    return jnp.where(gained > enough(w.dtype), value, jnp.nan)
 
 
 def _inverse_gaussian(key: PRNGKeyArray, mean: Array, shape: Array, dtype: Any) -> Array:

@@ -49,6 +49,7 @@ from numpyro_sde.reparam.planning import (
 )
 from numpyro_sde.reparam.strength import present_pull
 from numpyro_sde.runtime.entry import entry_point
+from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.exact import check_conditioning
 from numpyro_sde.statespace.guide import (
     Guide,
@@ -94,11 +95,17 @@ class GuidedReparam(Reparam):
             then that of the current parameters, which costs more.
         frozen: keep the guide at these values too, instead of following the parameters: a
             cheaper gradient, a guide that fits less far from them.
+        follow: how often the reference moves with the parameters too, in each gradient: the guide
+            is made again along the path that its last version heads for, a step of Newton's. For
+            emissions that are not normal where parameters move level or size of the whole path
+            (gains and levels of many counts on one path): the innovations then stay near standard
+            normal. Each move costs as much as the rest of the gradient; 0 for none.
 
     Raises:
-        TypeError: the site is no `SDEPath`, or its scheme is no map of Gaussian innovations.
+        TypeError: the site is no `SDEPath`, or its scheme is no map of Gaussian innovations; a
+            `follow` that is no integer.
         ValueError: an unknown reference; a reference that does not fit the path; a path that is
-            observed or conditioned on; a handler that wraps no model.
+            observed or conditioned on; a handler that wraps no model; `frozen` and `follow` both.
 
     Example:
         >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
@@ -122,6 +129,7 @@ class GuidedReparam(Reparam):
         *,
         at: Mapping[str, ArrayLike] | None = None,
         frozen: bool = False,
+        follow: int = 0,
     ) -> None:
         if isinstance(reference, str) and reference not in get_args(Reference):
             raise ValueError(
@@ -129,9 +137,15 @@ class GuidedReparam(Reparam):
             )
         if at is not None and not isinstance(at, Mapping):
             raise TypeError(f"at must map names of sites to values, got {type(at).__name__}")
+        check_count("follow", follow, least=0)
+        if frozen and follow:
+            raise ValueError(
+                f"frozen=True keeps the guide where it is and follow={follow} moves it with the "
+                "parameters: give one of them"
+            )
         self.reference = reference
         self.at = None if at is None else dict(at)
-        self.frozen = frozen
+        self.frozen, self.follow = frozen, follow
         self._plans: list[tuple[Any, bytes, Found]] = []
         self._programs: list[tuple[Any, Program]] = []
 
@@ -159,7 +173,7 @@ class GuidedReparam(Reparam):
             if site != name and not is_innovation(site) and not site.endswith("_guide")
         }
         reference = np.mean(np.asarray(samples[name]), axis=0)
-        return GuidedReparam(reference, at=at, frozen=self.frozen)
+        return GuidedReparam(reference, at=at, frozen=self.frozen, follow=self.follow)
 
     def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
         if leave_alone(name, obs, self):
@@ -178,11 +192,12 @@ class GuidedReparam(Reparam):
                 plan = found.plans.get(name)
                 note(found)
         if plan is None:
-            return None, _guided_site(name, site, data, self._given(name, site), None)[0]
+            given = self._given(name, site)
+            return None, _guided_site(name, site, data, given, None, self.follow)[0]
         if is_collected():
             return None, _along_reference(name, site, plan.reference)
         guide = plan if self.frozen else None
-        return None, _guided_site(name, site, data, plan.reference, guide)[0]
+        return None, _guided_site(name, site, data, plan.reference, guide, self.follow)[0]
 
     def _given(self, name: str, site: Unwrapped) -> Any:
         """The reference as an array `(*lead, N, d)`, or how to find it."""
@@ -252,6 +267,7 @@ def _guided_site(
     data: list[tuple[Statement, Array]],
     reference: Any,
     frozen: Plan | None,
+    follow: int = 0,
 ) -> tuple[Array, Any]:
     """Make the auxiliary sites and the factor of a path; give it, the guide and the states used."""
     path = site.path
@@ -277,7 +293,7 @@ def _guided_site(
         arrays = (*arrays, *(jnp.broadcast_to(s, site.lead) for s in strengths))
         dims = (*dims, 0, 0)
     value, log_weight, guide, states, moved = _guided_states(
-        path, site.lead, known, arrays, dims, kind, normal, pull is not None
+        path, site.lead, known, arrays, dims, kind, normal, pull is not None, follow
     )
     if pull is not None:
         mask = True if site.mask is None else site.mask
@@ -302,6 +318,7 @@ def _guided_states(
     kind: str,
     normal: bool,
     pulled: bool,
+    follow: int,
 ) -> tuple[Array, Array, Guide, Array, Any]:
     """The path, its log weight, the guide, and the states that were drawn.
 
@@ -322,6 +339,8 @@ def _guided_states(
             guide = believed_guide(model).guide
         else:
             guide = make_guide(model, data_reference(model))
+        for _ in range(follow):
+            guide = make_guide(model, _central_path(model, guide, start, z, normal))
         pulls = [guide._replace(H=s * guide.H, e=s * guide.e) for s in strengths]
         guide = pulls[0] if pulls else guide
         filled = _filled(model, start)
@@ -354,6 +373,18 @@ def _pulled_path(
     weight = jnp.sum(log_weight(w, jnp.reshape(z, w.shape), log_det))
     normals = jnp.reshape(retraced(model, guides[1], states, w), jnp.shape(z))
     return states, weight, (normals, lax.stop_gradient(jnp.max(jnp.abs(w))))
+
+
+def _central_path(
+    model: StateSpaceModel, guide: Guide, start: Array, z: Array, normal: bool
+) -> Float[Array, "N d"]:
+    """The path that a guide heads for, innovations zero; its reference where that is lost."""
+    if normal:
+        x0, _ = guided_start(model, guide, jnp.zeros_like(model.init_mean))
+    else:
+        x0 = _filled(model, start)
+    path = guided_path(model, guide, x0, jnp.zeros_like(z)).path
+    return jnp.where(jnp.all(jnp.isfinite(path)), path, guide.reference)
 
 
 def _start_sites(name: str, site: Unwrapped) -> tuple[Array, bool]:
@@ -404,8 +435,10 @@ def _along_reference(name: str, site: Unwrapped, reference: Any) -> Array:
     return value
 
 
-def _along(name: str, site: Unwrapped, run: Run, reference: Any) -> tuple[Array, Any]:
-    return _guided_site(name, site, look_ahead(name, run), reference, None)
+def _along(
+    owner: GuidedReparam, name: str, site: Unwrapped, run: Run, reference: Any
+) -> tuple[Array, Any]:
+    return _guided_site(name, site, look_ahead(name, run), reference, None, owner.follow)
 
 
 def _first(

@@ -96,8 +96,8 @@ class Guiding(NamedTuple):
 
     Attributes:
         is_owner: whether a reparametrisation is a guided one.
-        along: `along(name, site, run, reference)` draws a path along a reference; gives it, the
-            guide and the states.
+        along: `along(owner, name, site, run, reference)` draws a path along a reference; gives it,
+            the guide and the states.
         first: `first(owner, name, site, run, careful)` gives a first path, its reference, and
             whether all components of the reference have been seen. Unless `careful`, what is
             quick to compile is enough.
@@ -224,8 +224,7 @@ def compile_program(run: Run, arguments: Arguments, guiding: Guiding) -> Program
         log_det: dict[str, Array] = {}  # a site may be asked for again, to look ahead
 
         def draw(owner: Any, name: str, site: Any, run: Run) -> Array:
-            del owner
-            path, (guide, states) = guiding.along(name, site, run, references[name])
+            path, (guide, states) = guiding.along(owner, name, site, run, references[name])
             found[name] = (states, guide)
             return path
 

@@ -9,6 +9,7 @@ from numpyro_sde.schemes.exact import Exact
 from numpyro_sde.schemes.heavy_tails import StableEuler, StudentEuler
 from numpyro_sde.schemes.hermite import HermiteExpansion
 from numpyro_sde.schemes.jump_euler import JumpEuler, JumpMixture
+from numpyro_sde.schemes.jump_linear import JumpLinear
 from numpyro_sde.schemes.kessler import Kessler
 from numpyro_sde.schemes.langevin_steps import LangevinSteps
 from numpyro_sde.schemes.linear_noise import LinearNoise
@@ -32,6 +33,7 @@ __all__ = [
     "HermiteExpansion",
     "HighOrderStrang",
     "JumpEuler",
+    "JumpLinear",
     "JumpMixture",
     "Kessler",
     "LangevinSteps",

@@ -1,10 +1,4 @@
-"""Steps of a reaction network in whole numbers: exact jumps, and the Euler-multinomial step.
-
-Such a step needs a number of random numbers that is not known beforehand. It draws them from a
-random key, and the key is made of the bits of two standard normals, so that the step is a map of
-innovations as those of other schemes are: particle filters take it as it is. The map is not smooth
-in them, which `smooth = False` says; nothing that differentiates a step will take it.
-"""
+"""Steps of a reaction network in whole numbers: exact jumps, and the Euler-multinomial step."""
 
 # ruff: noqa: ARG002
 # Methods of one protocol share its arguments, used or not.
@@ -21,29 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.schemes.base import AbstractScheme
 from numpyro_sde.schemes.inversion import binomial, poisson
+from numpyro_sde.schemes.keyed import KeyedScheme
 
 if TYPE_CHECKING:
     from numpyro_sde.sde import SDE
 
 
-def key_of(z: Float[Array, " 2"]) -> PRNGKeyArray:
-    """A random key from the bits of two standard normals.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sde.schemes.counts import key_of
-        >>> jax.random.uniform(key_of(jnp.array([0.3, -1.2]))).shape
-        ()
-    """
-    bits = lax.bitcast_convert_type(lax.stop_gradient(z), jnp.uint32)
-    if bits.ndim == 2:  # float64: two words each, of which the lower one is random throughout
-        bits = bits[:, 0] ^ bits[:, 1]
-    return jax.random.wrap_key_data(bits, impl="threefry2x32")
-
-
-class CountScheme(AbstractScheme):
+class CountScheme(KeyedScheme):
     """A step of a reaction network whose states are counts; subclasses say how they move.
 
     Example:
@@ -53,7 +32,6 @@ class CountScheme(AbstractScheme):
     """
 
     has_density: ClassVar[bool] = False
-    smooth: ClassVar[bool] = False
     taken_by: ClassVar[str] = (
         "filters.Particle(proposal='bootstrap') or 'auxiliary', infer.PMMH, or under "
         "laws.Jump() filters.Forward(bounds=...)"
@@ -70,15 +48,9 @@ class CountScheme(AbstractScheme):
                 f"{type(sde).__name__}: give the path an nsde.ReactionNetwork"
             )
 
-    def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (2,)
-
     @abstractmethod
     def fired(self, sde: Any, key: PRNGKeyArray, dt: Array, x: Array) -> tuple[Array, Array]:
         """New counts of the species after a step, and how often each reaction fired."""
-
-    def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
-        return self.draw(sde, key_of(z), t, dt, x, cache)
 
     def draw(
         self, sde: Any, key: PRNGKeyArray, t: Array, dt: Array, x: Array, cache: Any = None
@@ -87,11 +59,6 @@ class CountScheme(AbstractScheme):
         species = x[: sde.num_species]
         species, fired = self.fired(sde, key, dt, species)
         return jnp.concatenate([species, fired[np.array(sde.accumulated, int)]]).astype(x.dtype)
-
-    def invert(
-        self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
-    ) -> Array:
-        raise TypeError(f"the innovations of {type(self).__name__} cannot be read off its ends")
 
     def log_density(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None

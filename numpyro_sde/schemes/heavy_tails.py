@@ -17,24 +17,28 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import log_ndtr, ndtr
 from jax.scipy.stats import t as student
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from numpyro_sde.schemes.base import AbstractScheme
-from numpyro_sde.schemes.counts import key_of
 
 if TYPE_CHECKING:
     from numpyro_sde.sde import SDE
 
 
 class HeavyTailedStep(AbstractScheme):
-    """An Euler step whose increments subclasses draw, independent for each component."""
+    """An Euler step whose increments are smooth maps of two standard normals each.
 
-    smooth: ClassVar[bool] = False
-    taken_by: ClassVar[str] = "infer.PMMH or filters.Particle(proposal='bootstrap')"
+    So a latent path can be whitened (`reparam.InnovationReparam`) or guided. Two numbers make one
+    increment: they cannot be read off a path.
+    """
+
+    taken_by: ClassVar[str] = (
+        "reparam.InnovationReparam or GuidedReparam with NUTS, infer.PMMH or filters.Particle()"
+    )
 
     def check(self, sde: SDE, state_shape: tuple[int, ...]) -> None:
         if not sde.is_diffusion or not sde.noise.independent:
@@ -49,36 +53,34 @@ class HeavyTailedStep(AbstractScheme):
             )
 
     def innovation_shape(self, sde: SDE, state_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (2,)
+        return (2, *state_shape)
 
     @abstractmethod
-    def increments(self, key: PRNGKeyArray, shape: tuple[int, ...], dt: Array) -> Array:
-        """Draw what the diffusion coefficient multiplies over a step."""
+    def increments(self, z: Float[Array, "2 *state"], dt: Array) -> Array:
+        """What the diffusion coefficient multiplies over a step."""
 
     def step(self, sde: SDE, t: Array, dt: Array, x: Array, z: Array, cache: Any = None) -> Array:
-        return self.draw(sde, key_of(z), t, dt, x, cache)
-
-    def draw(
-        self, sde: SDE, key: PRNGKeyArray, t: Array, dt: Array, x: Array, cache: Any = None
-    ) -> Array:
         x = jnp.asarray(x, jnp.result_type(x, float))
         dt = jnp.asarray(dt, x.dtype)
         mean = x + sde.ito_drift_at(t, x) * dt
-        return mean + sde.noise_factor_at(t, x) * self.increments(key, x.shape, dt)
+        return mean + sde.noise_factor_at(t, x) * self.increments(z, dt)
 
     def invert(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
     ) -> Array:
-        raise TypeError(f"the innovations of {type(self).__name__}() cannot be read off its ends")
+        raise TypeError(
+            f"the innovations of {type(self).__name__}() cannot be read off its ends: two make one "
+            "increment"
+        )
 
 
 class StudentEuler(HeavyTailedStep):
     """Euler steps with Student t increments, `sqrt(dt)` times a t variable of scale 1.
 
     A path that mostly drifts and now and then leaps: level shifts, tracked animals, outliers in the
-    system. It has a density, so NUTS samples the path as it stands and fits one that is seen;
-    particles take it with proposal="bootstrap". The law of the path depends on the grid, as sums of
-    t variables are no t variables: fix the grid with the model.
+    system. It has a density, so NUTS samples the path as it stands and fits one that is seen; a
+    latent path is better whitened (`reparam.InnovationReparam`) or guided. The law of the path
+    depends on the grid, as sums of t variables are no t variables: fix the grid with the model.
 
     Args:
         df: degrees of freedom, above 0; may be a parameter of the model. The increments have a
@@ -105,8 +107,14 @@ class StudentEuler(HeavyTailedStep):
             raise ValueError(f"df must be one number, got shape {jnp.shape(df)}")
         self.df = jnp.asarray(df, jnp.result_type(float))
 
-    def increments(self, key: PRNGKeyArray, shape: tuple[int, ...], dt: Array) -> Array:
-        return jnp.sqrt(dt) * jax.random.t(key, self.df.astype(dt.dtype), shape, dt.dtype)
+    def increments(self, z: Float[Array, "2 *state"], dt: Array) -> Array:
+        # In polar coordinates, Bailey (1994), Mathematics of Computation 62: the squared radius
+        # of two normals becomes that of a bivariate t law, of which this is one component.
+        df = self.df.astype(dt.dtype)
+        square = jnp.sum(z**2, axis=0)
+        away = square > 0.0
+        stretched = df * jnp.expm1(square / df) / jnp.where(away, square, 1.0)
+        return jnp.sqrt(dt) * z[0] * jnp.sqrt(jnp.where(away, stretched, 1.0))
 
     def log_density(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
@@ -122,8 +130,8 @@ class StableEuler(HeavyTailedStep):
 
     Over any step the increment is stable of index alpha and scale
     `diffusion dt^(1/alpha) / sqrt(2)`, so that alpha = 2 is the Gaussian step; below 2 it has no
-    variance, from 1 down no mean. Foraging paths, turbulence, prices. No density is evaluated:
-    particles with proposal="bootstrap",
+    variance, from 1 down no mean. Foraging paths, turbulence, prices. No density is evaluated, but
+    a latent path can be whitened (`reparam.InnovationReparam`) or guided, and particles,
     `infer.PMMH` and `infer.IteratedFiltering` take it.
 
     Args:
@@ -154,23 +162,23 @@ class StableEuler(HeavyTailedStep):
             raise ValueError(f"skew must be in [-1, 1], and 0 where alpha is 1, got {skew}")
         self.alpha, self.skew = float(alpha), float(skew)
 
-    def increments(self, key: PRNGKeyArray, shape: tuple[int, ...], dt: Array) -> Array:
-        a, first, second = self.alpha, *jax.random.split(key)
-        tiny = jnp.finfo(dt.dtype).tiny
-        turn = jax.random.uniform(first, shape, dt.dtype, tiny, 1.0)
-        angle = math.pi * (turn - 0.5)
-        wait = -jnp.log(jax.random.uniform(second, shape, dt.dtype, tiny, 1.0))
+    def increments(self, z: Float[Array, "2 *state"], dt: Array) -> Array:
+        a, tiny = self.alpha, jnp.finfo(dt.dtype).tiny
+        # A uniform angle on (-pi / 2, pi / 2), its cosine without cancellation, and a waiting time.
+        angle = math.pi * (ndtr(z[0]) - 0.5)
+        cosine = jnp.sin(math.pi * ndtr(-jnp.abs(z[0])))
+        wait = -log_ndtr(-z[1])
         tilt = self.skew * math.tan(0.5 * math.pi * a) if self.skew else 0.0
         shift, size = math.atan(tilt) / a, (1.0 + tilt**2) ** (0.5 / a)
         turned = a * (angle + shift)
         ratio = jnp.maximum(jnp.cos(angle - turned), tiny) / jnp.maximum(wait, tiny)
-        body = jnp.sin(turned) / jnp.cos(angle) ** (1.0 / a) * ratio ** ((1.0 - a) / a)
+        body = jnp.sin(turned) / cosine ** (1.0 / a) * ratio ** ((1.0 - a) / a)
         return size * body * dt ** (1.0 / a) / math.sqrt(2.0)
 
     def log_density(
         self, sde: SDE, t: Array, dt: Array, x: Array, x_next: Array, cache: Any = None
     ) -> Float[Array, ""]:
         raise TypeError(
-            "stable increments have no density in closed form: use "
+            "stable increments have no density in closed form: use reparam.InnovationReparam, "
             "filters.Particle(proposal='bootstrap'), infer.PMMH, or StudentEuler(df)"
         )

@@ -27,9 +27,9 @@ from scipy.special import gammaln
 
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme, gaussian_log_density
-from numpyro_sde.schemes.counts import key_of
 from numpyro_sde.schemes.euler import Euler
 from numpyro_sde.schemes.inversion import poisson
+from numpyro_sde.schemes.keyed import key_of
 
 if TYPE_CHECKING:
     from numpyro_sde.sde import SDE
@@ -112,7 +112,7 @@ class JumpEuler(AbstractScheme):
             sizes = draw(keys)
             happens = (jnp.arange(source.max_per_step) < count).astype(x.dtype)
             moved = moved + jnp.tensordot(happens, sizes.astype(x.dtype), 1)
-            moved = jnp.where(_held(mean, source.max_per_step), moved, jnp.nan)
+            moved = jnp.where(held(mean, source.max_per_step), moved, jnp.nan)
         return moved
 
     def log_density(
@@ -144,7 +144,7 @@ def check_jumps(scheme: AbstractScheme, sde: SDE) -> None:
         )
 
 
-def _held(mean: Array, most: int) -> Array:
+def held(mean: Array, most: int) -> Array:
     """Whether a Poisson number hardly ever exceeds the most allowed."""
     return (1.0 - gammaincc(most + 1.0, lax.stop_gradient(mean))) <= TAIL
 
@@ -177,9 +177,9 @@ def mixture(
         log_rate = jnp.where(positive, jnp.log(jnp.where(positive, expected, 1.0)), -1e30)
         all_n = np.arange(source.max_per_step + 1.0)
         total = logsumexp(all_n * log_rate - gammaln(all_n + 1.0))
-        held = _held(expected, source.max_per_step)
+        within = held(expected, source.max_per_step)
         log_w = n * log_rate - gammaln(n + 1.0) - total
-        log_weights = log_weights + jnp.where(held, log_w, jnp.nan)
+        log_weights = log_weights + jnp.where(within, log_w, jnp.nan)
         size_mean, size_cov = source.normal_size(t, x, sde.arguments)
         means = means + n.reshape(-1, *(1,) * mean.ndim) * size_mean
         covs = covs + n[:, None, None] * size_cov[None]

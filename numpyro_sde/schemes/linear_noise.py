@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -78,6 +79,77 @@ class LinearNoise(GaussianScheme):
         # Relative to the variances: a state that no noise reaches yet must not end the factor.
         jitter = _JITTER * jnp.finfo(cov.dtype).eps * jnp.trace(cov)
         return mean, cholesky(cov + jitter * jnp.eye(x.size, dtype=cov.dtype))
+
+
+class LinearNoiseFrom(LinearNoise):
+    """The same without restart: noise about the one deterministic path from a known start.
+
+    The step from x is that of the deterministic path's point p, moved by its Jacobian:
+    `m(p) + F(p) (x - p)`, and the covariance is that along the path (van Kampen 1961). What
+    `laws.LinearNoise(restart=False)` makes of a path, whose start it needs.
+
+    Args:
+        substeps: as of `LinearNoise`.
+        start: state `(d,)` from which the deterministic path starts.
+        since: when it does.
+
+    Example:
+        >>> import numpyro_sde as nsde
+        >>> decay = nsde.ReactionNetwork([[1]], [[0]], 0.5)
+        >>> law = nsde.laws.LinearNoise(restart=False)
+        >>> type(nsde.ReactionPath(decay, [0.0, 1.0], [20.0], law=law).scheme).__name__
+        'LinearNoiseFrom'
+    """
+
+    start: Array
+    since: float = eqx.field(static=True)
+
+    def __init__(self, substeps: int, start: Array, since: float) -> None:
+        super().__init__(substeps)
+        self.start, self.since = start, since
+
+    def prepare(self, sde: SDE, times: Any, dt: Any) -> Any:
+        """The deterministic path at the beginning of each step, `(T - 1, d)`."""
+        start = self.start
+        if isinstance(times, np.ndarray):
+            before = np.linspace(self.since, times[0], self._steps_before(times, dt) + 1)
+            start = self._along(sde, start, before[:-1], np.diff(before))[1]
+        else:  # only a clock that is known tells how far it is from the start
+            start = jnp.where(times[0] == self.since, start, jnp.nan)
+        return self._along(sde, start, times[:-1], dt)[0]
+
+    def _steps_before(self, times: np.ndarray, dt: Any) -> int:
+        late = float(times[0]) - self.since
+        if late < 0.0:
+            raise ValueError(
+                f"the linear noise about a path from {self.since} says nothing of the earlier "
+                f"time {times[0]}"
+            )
+        return int(np.ceil(late / np.max(dt))) if late else 0
+
+    def _along(self, sde: SDE, start: Array, times: Any, dt: Any) -> tuple[Array, Array]:
+        """The deterministic path at the beginning of each step, and at the end."""
+
+        def step(x: Array, now: Any) -> tuple[Array, Array]:
+            t, h = now
+            return mean_and_covariance(sde, t, h, sde.restart(x), self.substeps)[0], x
+
+        end, points = lax.scan(step, start, (jnp.asarray(times), jnp.asarray(dt)))
+        return points, end
+
+    def moments(
+        self, sde: SDE, t: Array, dt: Array, x: Array, cache: Any = None
+    ) -> tuple[Array, Array]:
+        x = jnp.asarray(x)
+        x = sde.restart(x.astype(jnp.result_type(x, float)))
+        point = sde.restart(jnp.asarray(cache, x.dtype))
+
+        def along(p: Array) -> Array:
+            return mean_and_covariance(sde, t, dt, p, self.substeps)[0]
+
+        mean, moved = jax.jvp(along, (point,), (x - point,))
+        _, factor = super().moments(sde, t, dt, point)
+        return mean + moved, factor
 
 
 def mean_and_covariance(sde: SDE, t: Any, dt: Any, x: Array, substeps: int) -> tuple[Array, Array]:

@@ -123,7 +123,9 @@ def invertible(model: StateSpaceModel) -> str:
         return f"{type(model.scheme).__name__} has no transition density"
     if not model.scheme.smooth:
         return f"the innovations of {type(model.scheme).__name__} cannot be read off its ends"
-    if int(np.prod(shape, dtype=int)) != model.dim:
+    if int(np.prod(shape, dtype=int)) > model.dim:
+        return f"the innovations of {type(model.scheme).__name__} cannot be read off its ends"
+    if int(np.prod(shape, dtype=int)) < model.dim:
         return (
             f"a step of {type(model.scheme).__name__} has {int(np.prod(shape, dtype=int))} "
             f"innovation(s) for {model.dim} states, so it has no density"
@@ -168,10 +170,13 @@ def blocks_of(law: Dynamics) -> Block:
     steps = np.where(real, starts[:, None] + inside[None, :], starts[:, None])
     rows = np.where(real, steps + 1, starts[:, None])
     inputs = law.model.step_inputs()
-    linear = linearize_along(law.model, law.reference)
-    is_end = jnp.asarray(np.isin(np.arange(1, len(law.times)), nodes))
-    to_end = spans(linear.A, linear.c, linear.B, is_end)
-    sd = jax.vmap(step_sd)(linear.B)
+    if law.longest == 1:  # nothing inside, nothing to linearise
+        to_end, sd = _nothing_inside(law.reference)
+    else:
+        linear = linearize_along(law.model, law.reference)
+        is_end = jnp.asarray(np.isin(np.arange(1, len(law.times)), nodes))
+        to_end = spans(linear.A, linear.c, linear.B, is_end)
+        sd = jax.vmap(step_sd)(linear.B)
     return Block(
         starts,
         ends,
@@ -184,6 +189,13 @@ def blocks_of(law: Dynamics) -> Block:
         law.reference[rows],
         law.reference[ends],
     )
+
+
+def _nothing_inside(references: Float[Array, "n d"]) -> tuple[Spans, Float[Array, "n d"]]:
+    """What is known of the times inside a block that nobody asks for."""
+    n, d = references.shape
+    zero = jnp.zeros((n, d), references.dtype)
+    return Spans(jnp.zeros((n, d, d), zero.dtype), zero, jnp.zeros((n, d, d), zero.dtype)), zero
 
 
 def block_between(
@@ -209,9 +221,7 @@ def block_between(
     steps = jnp.where(real, start + inside, start)
     rows = jnp.where(real, steps + 1, start)
     references, reference_end = reference(rows), reference(end)
-    d = model.dim
-    to_end = Spans(*(jnp.zeros((0, *shape), references.dtype) for shape in ((d, d), (d,), (d, d))))
-    sd = jnp.zeros((0, d), references.dtype)
+    to_end, sd = _nothing_inside(references)
     inner = jax.tree.map(lambda a: a[steps], inputs)
     if longest > 1:
         is_last = inside == end - start - 2

@@ -25,6 +25,7 @@ from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.information import guided_innovations, log_weight, whiten_innovations
 from numpyro_sde.linear.small import matvec, psd_factor
 from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.smc.guided_jumps import GuidedJumps, can_be_guided
 from numpyro_sde.smc.proposals import (
     Bootstrap,
     Guided,
@@ -35,7 +36,7 @@ from numpyro_sde.smc.proposals import (
     observed_rows,
 )
 from numpyro_sde.statespace.exact import has_exact, refuse_exact
-from numpyro_sde.statespace.guide import affine_step, first_inputs
+from numpyro_sde.statespace.guide import affine_step, first_inputs, speaks_by_variance
 from numpyro_sde.statespace.model import StateSpaceModel
 
 # Share of the model's own steps where none is given, and those that "auto" races.
@@ -150,7 +151,8 @@ class Auto(Proposal):
 
     Where transitions and emissions are linear and normal it is `Guided`, which is exact there, and
     where a component is seen exactly, which only guided particles meet;
-    where steps are no smooth maps of their innovations `Bootstrap`. Else
+    of a jump-diffusion with normal sizes and normal emissions guided jumps; elsewhere, where steps
+    are no smooth maps of their innovations, `Bootstrap`. Else
     guided particles, the model's own steps and a mixture of both are raced on short filters with
     random numbers of their own, and the one with the highest mean log likelihood runs
     (`smc.race`). The rule sees form, parameters, data and key alone: the same key gives the same
@@ -166,6 +168,10 @@ class Auto(Proposal):
         return True
 
     def chosen(self, model: StateSpaceModel) -> Proposal:
+        if can_be_guided(model) and all(
+            i.gaussian and not speaks_by_variance(model, i) for i in model.instruments
+        ):
+            return GuidedJumps()
         if not model.scheme.smooth:
             return Bootstrap()
         return Guided() if has_exact(model) or is_linear_gaussian(model) else Defensive()

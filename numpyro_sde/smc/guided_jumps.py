@@ -37,7 +37,7 @@ from numpyro_sde.linear.small import (
 from numpyro_sde.schemes.jump_euler import JumpEuler, JumpMixture, mixture
 from numpyro_sde.schemes.matched_jumps import MatchedJumps
 from numpyro_sde.smc.proposals import Guided, Plan, observed_rows
-from numpyro_sde.statespace.exact import refuse_exact
+from numpyro_sde.statespace.exact import has_exact, refuse_exact
 from numpyro_sde.statespace.guide import Guide, innovation_size, linearize_along
 from numpyro_sde.statespace.model import StateSpaceModel
 from numpyro_sde.statespace.reference import believed_guide
@@ -46,6 +46,20 @@ from numpyro_sde.statespace.reference import believed_guide
 def jumps_freely(model: StateSpaceModel) -> bool:
     """Whether steps are a mixture over numbers of jumps that is no smooth map of innovations."""
     return isinstance(model.scheme, JumpEuler) and not isinstance(model.scheme, JumpMixture)
+
+
+def can_be_guided(model: StateSpaceModel) -> bool:
+    """Whether the steps of a jump-diffusion have what guided jumps need."""
+    if not jumps_freely(model) or innovation_size(model) < model.dim + 2 or has_exact(model):
+        return False
+    state = model.to_state(model.init_mean)
+    t = jnp.zeros((), model.init_mean.dtype)
+    try:
+        for source in model.sde.jumps:
+            jax.eval_shape(lambda x, s=source: s.normal_size(t, x, model.sde.arguments), state)
+    except TypeError:  # sizes that are not normal
+        return False
+    return True
 
 
 class _Ahead(NamedTuple):
@@ -84,6 +98,28 @@ class _Parts(NamedTuple):
         return logsumexp(jnp.stack(each))
 
 
+class _Pairs(NamedTuple):
+    """All pairs of a number n of jumps in a step and a part j of the guide at its end.
+
+    Attributes:
+        means: of the next state by n.
+        factors: of its covariance by n.
+        parts: the guide.
+        L: factor of the innovations' precision, by n and j.
+        half: their whitened pull, by n and j.
+        log_joint: log of weight times integral, by n and j, flat.
+        total: log of their sum.
+    """
+
+    means: Float[Array, "K d"]
+    factors: Float[Array, "K d d"]
+    parts: _Parts
+    L: Float[Array, "K 2 d d"]
+    half: Float[Array, "K 2 d"]
+    log_joint: Float[Array, " 2K"]
+    total: Float[Array, ""]
+
+
 class GuidedJumps(Guided):
     """What proposal="guided" is for a jump-diffusion with normal sizes.
 
@@ -91,10 +127,6 @@ class GuidedJumps(Guided):
         >>> GuidedJumps()
         GuidedJumps()
     """
-
-    @property
-    def retraced(self) -> bool:
-        return False
 
     def plan(self, model: StateSpaceModel) -> Plan:
         refuse_exact(model, "Particle(proposal='guided') of a jump-diffusion")
@@ -144,13 +176,34 @@ class GuidedJumps(Guided):
     def move(
         self, model: StateSpaceModel, step: Any, x: Float[Array, " d"], memo: Any, z: Array
     ) -> tuple[Float[Array, " d"], Any, Float[Array, ""]]:
+        pairs = self._pairs(model, step, x)
+        normals, u = z[: model.dim], z[-1]
+        shares = jnp.exp(pairs.log_joint - pairs.total)
+        chosen = jnp.sum(jnp.cumsum(shares)[:-1] < jnp.exp(log_ndtr(u)))
+        n, j = chosen // 2, chosen % 2
+        half = pairs.half[n, j] + normals
+        w = solve_lower(pairs.L[n, j], half[:, None], transposed=True)[:, 0]
+        new = (pairs.means[n] + matvec(pairs.factors[n], w)).astype(x.dtype)
+        return new, memo, self._ratio(pairs, step, new)
+
+    def ratio(self, model: StateSpaceModel, step: Any, x: Array, following: Array) -> Array:
+        return self._ratio(self._pairs(model, step, x), step, following)
+
+    def _ratio(self, pairs: _Pairs, step: Any, new: Array) -> Array:
+        """Of the model over the proposal: what all pairs integrate to, over the guide at the end.
+
+        So it is known from the ends of a step, whatever number of jumps led there.
+        """
+        ahead: _Ahead = step[1]
+        return pairs.total - pairs.parts.log_at(new - ahead.reference)
+
+    def _pairs(self, model: StateSpaceModel, step: Any, x: Float[Array, " d"]) -> _Pairs:
         t, dt, cache = self.grid_step(step)
         ahead: _Ahead = step[1]
         base = _scheme_of(model).base
         log_w, means, covs = mixture(base, model.sde, t, dt, model.to_state(x), cache)
         means, factors = jnp.reshape(means, (-1, model.dim)), psd_factor(covs)
         parts = _parts(model, ahead, x)
-        normals, u = z[: model.dim], z[-1]
 
         def of(mean: Array, B: Array, H: Array, e: Array) -> tuple[Array, Array, Array]:
             """Factor of the innovations' precision, whitened pull, and log of the integral."""
@@ -162,17 +215,10 @@ class GuidedJumps(Guided):
             log_Z = at_mean + 0.5 * jnp.sum(half**2) - jnp.sum(jnp.log(diagonal(L)))
             return L, half, log_Z
 
-        pairs = jax.vmap(jax.vmap(of, (None, None, 0, 0)), (0, 0, None, None))
-        L, half, log_Z = pairs(means, factors, parts.H, parts.e)
+        over = jax.vmap(jax.vmap(of, (None, None, 0, 0)), (0, 0, None, None))
+        L, half, log_Z = over(means, factors, parts.H, parts.e)
         joint = (log_w[:, None] + parts.c[None] + log_Z).reshape(-1)
-        total = logsumexp(joint)
-        chosen = jnp.sum(jnp.cumsum(jnp.exp(joint - total))[:-1] < jnp.exp(log_ndtr(u)))
-        n, j = chosen // 2, chosen % 2
-        w = solve_lower(L[n, j], (half[n, j] + normals)[:, None], transposed=True)[:, 0]
-        new = means[n] + matvec(factors[n], w)
-        # Of the model over the proposal: what all pairs integrate to, over the guide at the end.
-        ratio = total - parts.log_at(new - ahead.reference)
-        return new.astype(x.dtype), memo, ratio
+        return _Pairs(means, factors, parts, L, half, joint, logsumexp(joint))
 
 
 def _scheme_of(model: StateSpaceModel) -> JumpEuler:

@@ -14,7 +14,7 @@ from numpyro_sde.smc.proposals import Bootstrap, Guided, Proposal
 from numpyro_sde.smc.resampling import SCHEMES, Resampling
 from numpyro_sde.statespace.checks import check_choice, check_count
 from numpyro_sde.statespace.exact import has_exact
-from numpyro_sde.statespace.guide import speaks_by_variance
+from numpyro_sde.statespace.guide import innovation_size, speaks_by_variance
 from numpyro_sde.statespace.model import StateSpaceModel
 
 # Share of the model's own steps where emissions make a guide's tails too light.
@@ -125,6 +125,10 @@ def with_own_steps(setting: Setting, model: StateSpaceModel, share: float | None
             0.1 where an emission is not normal or its variance depends on the state, else 0.
     """
     automatic = isinstance(setting.proposal, Auto)
+    if jumps_freely(model):
+        return setting.for_model(model)
+    if automatic and innovation_size(model) > model.dim:  # steps that cannot be retraced
+        return setting._replace(proposal=Bootstrap())
     if not automatic and type(setting.proposal) is not Guided:
         return setting
     if share is None and automatic:

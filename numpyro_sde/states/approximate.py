@@ -66,4 +66,5 @@ class approximate(_ChangePath):  # noqa: N801
                     f"{type(path.init).__name__}, but {type(self.law).__name__} is a law of "
                     "counts: give whole numbers or a discrete distribution"
                 )
-        return path.replace(scheme=self.law.scheme(net)), np.arange(path.num_times)
+        scheme = self.law.scheme_from(net, path.init, path.times)
+        return path.replace(scheme=scheme), np.arange(path.num_times)

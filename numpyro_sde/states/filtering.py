@@ -280,6 +280,50 @@ def _require_particles(method: Any) -> None:
         raise TypeError(f"method must be nsde.filters.Particle(...), got {method!r}")
 
 
+def state_space_model(
+    path: AbstractPathLaw,
+    emission: Callable[..., dist.Distribution],
+    obs: ArrayLike,
+    *,
+    params: Any = None,
+    event_dims: Any = None,
+    inputs: Any = None,
+    at: ArrayLike | None = None,
+) -> StateSpaceModel:
+    """One path and its data as filters take them, for what works on that itself.
+
+    `filters.closure_check`, say, or a filter of your own.
+
+    Args:
+        path: the law of the path, its parameters given, without a batch.
+        emission: as in `observe`.
+        obs: the data, shape `(K, *observation)`; NaN marks what is missing.
+        params: as in `observe`.
+        event_dims: as in `observe`.
+        inputs: as in `observe`.
+        at: indices into the path of the K times observed; None for all.
+
+    Raises:
+        ValueError: data that do not fit, or a batch of paths or data.
+        TypeError: a path that is none.
+
+    Example:
+        >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> wells = nsde.processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.7)
+        >>> path = nsde.SDEPath(wells, np.arange(4.0), dist.Normal(1.0, 0.1))
+        >>> model = nsde.state_space_model(path, lambda t, x: dist.Normal(x, 0.2), np.ones(4))
+        >>> nsde.filters.closure_check(model, num_paths=500).ok
+        True
+    """
+    statement, lead, y = _checked(
+        path, emission, obs, ExtendedKalman(), params, event_dims, inputs, at
+    )
+    if lead:
+        raise ValueError(f"state_space_model is that of one path, got a batch of shape {lead}")
+    model: StateSpaceModel = ObservedPath(path, lead, ((statement, y),)).map(lambda model: model)
+    return model
+
+
 def _checked(
     path: AbstractPathLaw,
     emission: Callable[..., dist.Distribution],

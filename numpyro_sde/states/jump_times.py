@@ -52,7 +52,7 @@ def draw_jumps(
     """Draw the jumps of one path for each element of the batch, given the data.
 
     Raises:
-        ValueError: a path that is of no Markov jump process, or one of many states.
+        ValueError: a path that is of no Markov jump process.
     """
     path = observed.path
     if not isinstance(path, JumpPath):
@@ -64,20 +64,15 @@ def draw_jumps(
         raise ValueError(
             f"smooth(at_jumps=True) draws exactly by method=filters.Forward(), got {method!r}"
         )
-    if path.chain.matrix_free:
-        raise ValueError(
-            f"smooth(at_jumps=True) needs matrices of {path.chain.num_states} states, which are "
-            "formed up to 64 of them: leave at_jumps out, and give times= for a fine picture"
-        )
     keys = jax.random.split(key, observed.lead)
 
     def one(model: StateSpaceModel, key: PRNGKeyArray) -> Drawn:
         method.check(model)
         result = method.filter(model)
         jumps = result.draw_jumps_padded(key, num_terms=sizes.num_terms)
-        chain = result.equation.chain
-        exits = jnp.max(-jnp.diagonal(chain.generator))
-        mean = exits * (jnp.max(jnp.asarray(model.dt)) if np.size(model.dt) else 0.0)
+        source, _, rates, *_ = result.equation.edges
+        leaving = jnp.zeros(result.equation.chain.num_states, rates.dtype).at[source].add(rates)
+        mean = jnp.max(leaving) * (jnp.max(jnp.asarray(model.dt)) if np.size(model.dt) else 0.0)
         count = jnp.sum(~jnp.isnan(jumps.times))
         short = JumpTimes(jumps.times[: sizes.most], jumps.states[: sizes.most + 1])
         return Drawn(short, count, mean)

@@ -15,8 +15,10 @@ import numpy as np
 from cases import CASES, CORE, FEW, ONE, TWO
 from numpyro import handlers
 from numpyro.infer.util import log_density
+from numpyro.util import identity
 
 import numpyro_sde as nsde
+from numpyro_sde.handlers import _ChangePath
 from numpyro_sde.testing.quadratic import Quadratic
 from numpyro_sde.testing.ways import Way
 
@@ -131,8 +133,8 @@ def _bridge(case):
 # ---------------------------------------------------------------- integrated out
 
 
-def _marginal(case, method, tolerance, *, derivative=False):
-    model = case.outside(nsde.handlers.marginalize(case.model, method=method))
+def _marginal(case, method, tolerance, *, derivative=False, change=identity):
+    model = case.outside(nsde.handlers.marginalize(change(case.model), method=method))
     if stays_latent(case, model):
         x = some_path(case)
         got = log_density(handlers.seed(model, 0), case.args, {}, {"b": B, "x": x})[0]
@@ -181,6 +183,31 @@ def _unscented(case):
 @engine("MomentMatching", FEW)
 def _moment_matching(case):
     yield from _marginal(case, nsde.filters.MomentMatching(), 1e-4)
+
+
+class _InRegimes(_ChangePath):
+    """The same law as an SDE of two hidden regimes that do not differ."""
+
+    def replace(self, name, path):
+        sde, chain = path.sde, nsde.MarkovJumpProcess(np.array([[0.0, 0.6], [1.0, 0.0]]), 2)
+        drift, diffusion, params = sde.drift.function, sde.diffusion.function, sde.params
+        dims = jax.tree.unflatten(jax.tree.structure(params), sde.parameters.event_dims)
+        given = {} if params is None else {"params": params, "event_dims": dims}
+        switching = nsde.SwitchingSDE(
+            lambda t, x, r, *p: drift(t, x, *p),
+            lambda t, x, r, *p: diffusion(t, x, *p),
+            chain,
+            **given,
+        )
+        return nsde.SDEPath(switching, path.grid or path.times, path.init), np.arange(
+            path.num_times
+        )
+
+
+@engine("RaoBlackwell", FEW)
+def _rao_blackwell(case):
+    latent(case)
+    yield from _marginal(case, nsde.filters.RaoBlackwell(4), 1e-8, change=_InRegimes)
 
 
 def _estimated(case, method, repeats, key=7):

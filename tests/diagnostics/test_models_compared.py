@@ -146,6 +146,32 @@ def test_verdicts_of_leave_future_out():
     assert "of 20 points the error is rough" in few.verdicts["b"]
 
 
+def test_a_verdict_that_rests_on_bad_khats_says_so():
+    points = np.full(120, -1.0)
+    khat = np.where(np.arange(120) < 2, 0.9, 0.3)  # of the model that seems better
+    jump = np.where(np.arange(120) < 2, -20.0, 0.0)
+
+    def result(points, khat):
+        return LeaveFutureOut(points, np.arange(120.0), khat, np.array([0]), 1, 400)
+
+    good = np.full(120, 0.3)
+    found = compare_models({"a": result(points, khat), "b": result(points + jump, good)})
+    assert found.verdicts["a"].startswith("seems to predict best")
+    assert "seems to predict worse by 40" in found.verdicts["b"]
+    assert "rests on 2 points" in found.verdicts["b"]
+    assert "by 0.0 without them" in found.verdicts["b"]
+    # Elsewhere the same points decide nothing, and those of the worse model flatter it only.
+    for difference, other in ((np.full(120, -0.5), khat), (jump - 0.5, good)):
+        found = compare_models(
+            {"a": result(points, other), "b": result(points + difference, 1.2 - good)}
+        )
+        assert found.verdicts["a"].startswith("predicts best")
+        assert found.verdicts["b"].startswith("predicts worse by")
+    # Two alike, one of which is flattered.
+    found = compare_models({"a": result(points, good), "b": result(points - 0.01, 1.2 - good)})
+    assert found.verdicts["b"].startswith("seems to predict as well as a")
+
+
 def test_bad_khats_enter_every_verdict():
     """A latent path of single observations: LOO of its draws is known to fail."""
     rng = np.random.default_rng(3)

@@ -10,6 +10,7 @@ import pytest
 import state_space as ss
 from scipy.linalg import expm, solve_continuous_lyapunov
 
+import numpyro_sde as nsde
 from numpyro_sde.filters.closure import closure_check
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.moment_matching import MomentMatching
@@ -151,6 +152,30 @@ def test_double_well_observed_often(method):
     # 0.03 nats an observation.
     assert abs(result.log_likelihood - increments.sum()) < 0.03 * 31
     assert np.abs((result.mean[:, 0] - means) / np.sqrt(variances)).max() < 0.5
+
+
+def test_closure_check_of_a_path_is_that_of_its_model():
+    times, y = np.linspace(0.0, 3.0, 7), np.linspace(2.0, 0.5, 7)
+    decay = nsde.SDE(lambda t, x: -0.5 * x, lambda t, x: 0.2)
+    path = nsde.SDEPath(decay, times, dist.Normal(2.0, 0.3))
+    plain = closure_check(path, num_paths=500)
+    assert plain.ok
+    model = nsde.state_space_model(path, lambda t, x: dist.Normal(x, 0.1), y)
+    assert len(model.instruments) == 1
+    found = closure_check(model, num_paths=500)
+    assert found.ok
+    # With data the paths start again from what the filter believes: they are closer.
+    assert found.mean_gap[0] != plain.mean_gap[0]
+    np.testing.assert_allclose(
+        closure_check(model._replace(instruments=()), num_paths=500).mean_gap, plain.mean_gap
+    )
+    with pytest.raises(TypeError, match="takes an SDEPath"):
+        closure_check(decay)
+    two = nsde.SDEPath(decay, times, dist.Normal(jnp.zeros(2), 0.3))
+    with pytest.raises(ValueError, match="that of one path"):
+        closure_check(two)
+    with pytest.raises(ValueError, match="that of one path"):
+        nsde.state_space_model(two, lambda t, x: dist.Normal(x, 0.1), y)
 
 
 def test_closure_check_accepts_and_refuses():

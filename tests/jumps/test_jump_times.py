@@ -63,6 +63,43 @@ def test_numbers_of_jumps_and_times_in_states(x64):
         assert np.all(np.abs(found.mean(0) - truth) <= 4.0 * error + 1e-12)
 
 
+def test_many_states_without_matrices(x64):
+    """A birth-death chain: the expectations of jumps and times are those by a derivative."""
+    n, num, times = 80, 1500, np.array([0.0, 0.7, 1.5])
+    edges = [*((i, i + 1) for i in range(n - 1)), *((i + 1, i) for i in range(n - 1))]
+    y = np.array([40.0, 42.0, 37.0])
+
+    def rates(birth, death):
+        return jnp.concatenate([jnp.full(n - 1, birth), death * jnp.arange(1.0, n)])
+
+    def walk(y=None):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        chain = nsde.MarkovJumpProcess(lambda p: rates(p, 0.05), n, edges=edges, params=scale)
+        s = numpyro.sample("s", nsde.JumpPath(chain, times, init=40))
+        nsde.observe("y", s, lambda t, s: dist.Normal(s, 1.0), obs=y)
+
+    def value(birth, death):
+        chain = nsde.MarkovJumpProcess(rates(birth, death), n, edges=edges)
+        path = nsde.JumpPath(chain, times, init=40)
+        return nsde.filter_path(
+            path, lambda t, s: dist.Normal(s, 1.0), y, method=nsde.filters.Forward()
+        ).log_likelihood
+
+    # Fisher's identity: rate times derivative is E[births] - birth E[time where one can be born].
+    births, deaths = (
+        float(rate * jax.grad(value, place)(2.0, 0.05)) for place, rate in ((0, 2.0), (1, 0.05))
+    )
+    jumps = drawn(num, model=walk, scale=2.0, y=y)
+    counts, dwell = (np.array(a) for a in path_totals(jumps, 0.0, 1.5, n))
+    up, down = (np.trace(counts, k, 1, 2) for k in (1, -1))
+    assert counts.sum() == up.sum() + down.sum()
+    for found, truth in (
+        (up - 2.0 * dwell[:, :-1].sum(1), births),
+        (down - 0.05 * dwell @ np.arange(n), deaths),
+    ):
+        assert abs(found.mean() - truth) < 4.0 * found.std() / np.sqrt(num)
+
+
 @pytest.mark.slow
 def test_states_between_the_data(x64):
     """The states of drawn paths at times between are those that `smooth(times=)` draws."""
@@ -147,17 +184,6 @@ def test_refusals():
         smooth(data, times=[0.5])
     with pytest.raises(ValueError, match=r"method=filters\.Forward"):
         smooth(data, nsde.filters.Particle(10, proposal="bootstrap"))
-
-    def walk():
-        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
-        n = 70
-        edges = [(i, (i + 1) % n) for i in range(n)]
-        chain = nsde.MarkovJumpProcess(lambda p: p * jnp.ones(n), n, edges=edges, params=scale)
-        s = numpyro.sample("s", nsde.JumpPath(chain, [0.0, 1.0]))
-        nsde.observe("y", s, lambda t, s: dist.Normal(s, 1.0), obs=np.zeros(2))
-
-    with pytest.raises(ValueError, match="up to 64"):
-        smooth(walk)
 
     def net():
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))

@@ -55,6 +55,24 @@ def test_linear_noise_with_restart_by_the_extended_kalman_filter(x64):
     np.testing.assert_allclose(result.log_likelihood, SIR["lna_restart"], atol=1e-7)
 
 
+def test_linear_noise_without_restart(x64):
+    law = laws.LinearNoise(80, restart=False)
+    for method in (nsde.filters.ExtendedKalman(), nsde.filters.Kalman()):
+        result = filtered(sir_path(law), method)
+        np.testing.assert_allclose(result.log_likelihood, SIR["lna_no_restart"], atol=1e-7)
+    # Later clocks go on from the deterministic path at their first time.
+    path = sir_path(law)
+    late = path.replace(times=np.arange(3.0, 9.0))
+    points = path.scheme.prepare(path.sde, path.times, path.dt)
+    again = late.scheme.prepare(late.sde, late.times, late.dt)
+    np.testing.assert_allclose(again, points[3:], rtol=1e-12)
+    with pytest.raises(ValueError, match="earlier time"):
+        late.scheme.prepare(path.sde, path.times - 1.0, path.dt)
+    init = dist.Normal(jnp.ones((3, 2)), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="one start and one first time"):
+        nsde.ReactionPath(sir(), TIMES, init, law=law)
+
+
 def test_normal_closure_by_moment_matching(x64):
     result = filtered(sir_path(laws.MomentClosure(2, substeps=80)), nsde.filters.MomentMatching())
     np.testing.assert_allclose(result.log_likelihood, SIR["normal_closure_2"], atol=1e-7)

@@ -91,6 +91,46 @@ def test_density_of_the_gamma_process(x64, shape, dt):
     np.testing.assert_allclose(jax.grad(of_shape)(shape), numeric, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mean", "shape", "decays"), [(1.2, 3.0, 0.1), (0.5, 0.2, 1.0), (1.0, 50.0, 0.3)]
+)
+def test_density_of_the_inverse_gaussian_process(x64, mean, shape, decays):
+    x0, c = 1.3, np.exp(-decays)
+    sde = nsde.processes.InverseGaussianOU(1.0, mean, shape)
+    step = sde.exact_transition()
+    one = jax.jit(jax.vmap(lambda w: step.log_density(sde, 0.0, decays, x0, c * x0 + w)))
+    # Its Laplace transform, by Gauss and Legendre on panels of the logarithm of what is added.
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    ends = np.linspace(-25.0, np.log(60.0 * mean), 61)
+    half = 0.5 * np.diff(ends)[:, None]
+    w = np.exp(ends[:-1, None] + half * (1.0 + nodes)).ravel()
+    mass = np.exp(np.array(one(jnp.array(w)))) * w * (half * weights).ravel()
+    for s in (0.0, 0.3, 2.0, 20.0):
+        known = inverse_gaussian_transform(s, 0.0, c, mean, shape)
+        np.testing.assert_allclose(np.sum(mass * np.exp(-s * w)), known, rtol=1e-9)
+    assert one(jnp.array([-0.1])) == -np.inf
+
+    def of_shape(a):
+        other = nsde.processes.InverseGaussianOU(1.0, mean, a)
+        return step.log_density(other, 0.0, decays, x0, c * x0 + 0.4 * mean)
+
+    numeric = (of_shape(shape * (1 + 1e-6)) - of_shape(shape * (1 - 1e-6))) / (2e-6 * shape)
+    np.testing.assert_allclose(jax.grad(of_shape)(shape), numeric, rtol=1e-5)
+
+
+def test_inverse_gaussian_density_after_a_long_time_and_in_single_precision(x64):
+    sde = nsde.processes.InverseGaussianOU(2.0, 1.2, 3.0)
+    step, law = sde.exact_transition(), stats.invgauss(1.2 / 3.0, scale=3.0)
+    for x in (0.05, 0.7, 4.0, 15.0):
+        found = step.log_density(sde, 0.0, 30.0, 1.3, jnp.array(x))
+        np.testing.assert_allclose(found, law.logpdf(x), rtol=1e-10)
+    exact = step.log_density(sde, 0.0, 0.2, 1.3, jnp.array(1.4))
+    with jax.enable_x64(False):
+        single = nsde.processes.InverseGaussianOU(2.0, 1.2, 3.0)
+        found = step.log_density(single, 0.0, 0.2, 1.3, jnp.array(1.4, jnp.float32))
+        np.testing.assert_allclose(found, exact, rtol=1e-4)
+
+
 def model(sde, y=None):
     x = numpyro.sample("x", nsde.SDEPath(sde, np.arange(4.0), dist.Gamma(2.0, 1.0)))
     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.5), obs=y)

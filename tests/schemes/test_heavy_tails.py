@@ -83,23 +83,47 @@ def test_engines(x64):
         marginal = nsde.handlers.marginalize(model, method=method)
         return log_density(marginal, (scheme, y), {}, {})[0]
 
-    run = jax.jit(
-        lambda key: at(scheme, nsde.filters.Particle(4000, proposal="bootstrap", key=key))
-    )
-    values = np.array([run(jax.random.key(k)) for k in range(8)])
-    assert abs(values.mean() - total) < 4.0 * values.std(ddof=1) / np.sqrt(8) + 1e-3
+    for proposal, num in (("bootstrap", 4000), ("guided", 1000)):
+        run = jax.jit(
+            lambda key, p=proposal, n=num: at(scheme, nsde.filters.Particle(n, proposal=p, key=key))
+        )
+        ratio = np.exp(np.array([run(jax.random.key(k)) for k in range(8)]) - total)
+        error = ratio.std(ddof=1) / np.sqrt(8)
+        assert error < 0.1
+        assert abs(ratio.mean() - 1.0) < 4.0 * error + 1e-3  # and the quadrature
     for method in (
         nsde.filters.Kalman(),
         nsde.filters.ExtendedKalman(),
         nsde.filters.MomentMatching(),
-        nsde.filters.Particle(10, proposal="guided"),
     ):
         for other in (scheme, nsde.schemes.StableEuler(1.5)):
             with pytest.raises((ValueError, TypeError), match=r"StudentEuler|StableEuler|Gaussian"):
                 at(other, method)
-    white = numpyro.handlers.reparam(model, config={"x": nsde.reparam.InnovationReparam()})
-    with pytest.raises(ValueError, match="smooth maps"):
-        numpyro.handlers.trace(numpyro.handlers.seed(white, 0)).get_trace(scheme, y)
+
+
+@pytest.mark.parametrize("scheme", [nsde.schemes.StudentEuler(3.0), nsde.schemes.StableEuler(1.6)])
+def test_latent_paths_are_whitened(x64, scheme):
+    y = np.array([0.0, 0.2, 3.0, 2.9])
+    for reparam in (nsde.reparam.InnovationReparam(), nsde.reparam.GuidedReparam()):
+        white = numpyro.handlers.reparam(model, config={"x": reparam})
+        sites = numpyro.handlers.trace(numpyro.handlers.seed(white, 0)).get_trace(scheme, y)
+        z, x = sites["x_innov"]["value"], sites["x"]["value"]
+        assert z.shape == (3, 2)
+        values = {"x_innov": z}
+        density, slope = jax.value_and_grad(
+            lambda values, w=white: log_density(w, (scheme, y), {}, values)[0]
+        )(values)
+        assert np.isfinite(density)
+        assert np.all(np.isfinite(slope["x_innov"]))
+        if isinstance(reparam, nsde.reparam.InnovationReparam):
+            np.testing.assert_allclose(x, walk(scheme, np.arange(4.0)).forward(0.0, z))
+    # At innovations of zero a step has the derivative that guides linearise by.
+    step = jax.jacfwd(lambda z: scheme.increments(z, jnp.array(0.25)))(jnp.zeros(2))
+    near = [scheme.increments(jnp.array([h, 0.0]), jnp.array(0.25)) for h in (-1e-5, 1e-5)]
+    np.testing.assert_allclose(step[0], (near[1] - near[0]) / 2e-5, rtol=1e-6)
+    path = walk(scheme, np.arange(4.0))
+    with pytest.raises(TypeError, match="cannot be read off"):
+        path.inverse(path.sample(jax.random.key(0)))
 
 
 @pytest.mark.parametrize(

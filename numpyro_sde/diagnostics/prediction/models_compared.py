@@ -139,8 +139,9 @@ def compare_models(
     A difference below 4 nats is none to speak of, whatever its error; one below two standard
     errors is not certain; with fewer than 100 data points the errors themselves are rough (Sivula,
     Magnusson, Matamoros and Vehtari 2020, arXiv:2008.10296). Bad Pareto k-hats mean that the
-    density of those points is too optimistic: they enter every verdict. A latent path makes them;
-    integrate it out, or take `lfo`.
+    density of those points is too optimistic: they enter every verdict, and where it would be
+    another without the points at which either model's k-hat is bad, it says so ("seems to"). A
+    latent path makes them; integrate it out, or take `lfo`, which fits again where k-hat asks.
 
     All models must predict the same data in the same unit: the density of log prices is not that
     of prices.
@@ -309,20 +310,15 @@ def _add_bayes_factors(table: Any) -> None:
 
 def _verdict(table: Any, name: str, judged: Mapping[str, _Judged], by_future: bool) -> str:
     row, one = table.loc[name], judged[name]
+    best = table.index[0]
     parts = []
-    if name == table.index[0]:
-        parts.append("predicts best" if len(table) > 1 else "the only model")
+    if name == best:
+        # What others are found to be worse by may rest on points that cannot be trusted.
+        others = [n for n in table.index[1:] if _rests_on(judged[n], one)[0]]
+        predicts = "seems to predict" if others else "predicts"
+        parts.append(f"{predicts} best" if len(table) > 1 else "the only model")
     else:
-        size, error = -row["elpd_diff"], row["diff_se"]
-        text = f"{size:.{0 if size >= 10 else 1}f} (se {error:.1f})"
-        if size < _ALIKE:
-            parts.append(f"predicts as well as {table.index[0]}: worse by {text}")
-        elif size < _MANY_ERRORS * error:
-            parts.append(f"predicts worse by {text}, which is not certain")
-        else:
-            parts.append(f"predicts worse by {text}")
-        if one.points.size < _FEW_POINTS:
-            parts.append(f"of {one.points.size} points the error is rough")
+        parts += _difference(one, judged[best], best)
     evidence = table["log_evidence"]
     if evidence.notna().sum() > 1 and np.isfinite(evidence[name]):
         behind = -float(table["log_bayes_factor"][name])
@@ -340,6 +336,52 @@ def _verdict(table: Any, name: str, judged: Mapping[str, _Judged], by_future: bo
     if one.problem:
         parts.append(one.problem)
     return "; ".join(parts)
+
+
+def _difference(one: _Judged, best: _Judged, name: str) -> list[str]:
+    """By how much a model predicts worse than the best, and how far that is to be believed."""
+    difference = one.points - best.points
+    size, error = -difference.sum(), sum_error(difference)
+    text = f"{size:.{0 if size >= 10 else 1}f} (se {error:.1f})"
+    rests, bad = _rests_on(one, best)
+    predicts = "seems to predict" if rests else "predicts"
+    kind = _kind(difference)
+    if kind == "alike":
+        parts = [f"{predicts} as well as {name}: worse by {text}"]
+    else:
+        parts = [f"{predicts} worse by {text}{', which is not certain' * (kind == 'uncertain')}"]
+    if rests:
+        without = -difference[~bad].sum()
+        parts.append(
+            f"that rests on {bad.sum()} points with bad k-hats: by {without:.1f} without them"
+        )
+    if difference.size < _FEW_POINTS:
+        parts.append(f"of {difference.size} points the error is rough")
+    return parts
+
+
+def _kind(difference: Float[np.ndarray, " n"]) -> str:
+    """What a difference to the best model amounts to."""
+    size = -difference.sum()
+    if size < _ALIKE:
+        return "alike"
+    return "uncertain" if size < _MANY_ERRORS * sum_error(difference) else "worse"
+
+
+def _rests_on(one: _Judged, best: _Judged) -> tuple[bool, np.ndarray]:
+    """Whether points with bad k-hats decide between two models; and which points these are.
+
+    A bad k-hat makes a model look better than it is: those of the best count against it, and those
+    of the other where the two are found alike.
+    """
+    difference = one.points - best.points
+    kind = _kind(difference)
+    good = best.khat <= best.threshold
+    if kind == "alike":
+        good = good & (one.khat <= one.threshold)
+    if good.all():
+        return False, ~good
+    return not good.any() or _kind(difference[good]) != kind, ~good
 
 
 def _check_same_future(fits: Mapping[str, LeaveFutureOut]) -> None:
