@@ -125,7 +125,8 @@ class LinearNoise(AbstractLaw):
     def scheme_from(self, net: ReactionNetwork, init: Any, times: Any) -> AbstractScheme:
         if self.restart:
             return self.scheme(net)
-        start = jnp.asarray(getattr(init, "mean", init), jnp.result_type(float))
+        mean = init.mean if hasattr(init, "log_prob") else init
+        start = jnp.asarray(mean, jnp.result_type(float))
         first = np.unique(np.asarray(times)[..., 0])
         if start.ndim != 1 or first.size != 1:
             raise ValueError(

@@ -177,7 +177,10 @@ def well_model(y=None):
 @pytest.mark.parametrize(
     "options",
     [{}]
-    + [pytest.param(o, marks=pytest.mark.slow) for o in ({"frozen": True}, {"reference": "data"})],
+    + [
+        pytest.param(o, marks=pytest.mark.slow)
+        for o in ({"frozen": True}, {"reference": "data"}, {"follow": 2})
+    ],
 )
 def test_density_is_that_of_the_path(x64, options):
     """log p(z) = log p(x(z)) + log |dx/dz|, the Jacobian by automatic differentiation."""
@@ -400,6 +403,10 @@ def test_refusals():
         GuidedReparam("kalman")
     with pytest.raises(TypeError, match="at must map names of sites to values, got float"):
         GuidedReparam(at=0.5)
+    with pytest.raises(ValueError, match="give one of them"):
+        GuidedReparam(frozen=True, follow=1)
+    with pytest.raises(TypeError, match="follow must be an integer"):
+        GuidedReparam(follow=True)
     with pytest.raises(ValueError, match=r"samples must hold draws of 'x', got \['scale'\]"):
         GuidedReparam().refreshed("x", {"scale": np.ones(3)})
     short = guided(well_model, reference=np.zeros(5))
@@ -487,6 +494,31 @@ def test_auto_needs_a_model():
 
 
 EXACT = nsde.schemes.LocalLinear()
+
+
+@pytest.mark.slow
+def test_a_reference_that_follows_the_parameters_leaves_innovations_alone(x64):
+    """Counts whose gain scales the whole path: innovations are pulled as standard normals are."""
+    counts = np.random.default_rng(3).poisson(np.exp(1.5 + np.sin(TIMES * 2.0)))
+
+    def model(y=None):
+        gain = numpyro.sample("gain", dist.LogNormal(0.0, 0.7))
+        ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 1.4)
+        x = numpyro.sample("x", nsde.SDEPath(ou, TIMES, dist.Normal(0.0, 1.0)))
+        nsde.observe("y", x, lambda t, x, g: dist.Poisson(jnp.exp(1.5 + g * x)), params=gain, obs=y)
+
+    rng = np.random.default_rng(4)
+    z = {"x_init_innov": rng.normal(), "x_innov": rng.normal(size=11)}
+
+    def pull(follow, gain):
+        reparam = GuidedReparam(follow=follow, at={"gain": 1.0})
+        treated = handlers.reparam(model, config={"x": reparam})
+        slope = jax.grad(lambda z: log_density(treated, (counts,), {}, {"gain": gain, **z})[0])(z)
+        return np.linalg.norm(slope["x_innov"] + z["x_innov"])
+
+    still, once, twice = (pull(follow, 2.5) for follow in (0, 1, 2))
+    assert once < 0.3 * still
+    assert twice < 1.2 * pull(0, 1.0)  # as near as a guide at its own parameters
 
 
 def test_parameters_of_an_emission_drawn_after_the_path_guide_it():

@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_sde.filters.kalman import Kalman, linear_arrays
 from numpyro_sde.filters.particle import without_gradient
-from numpyro_sde.filters.regimes import RegimeResult, in_regime
-from numpyro_sde.schemes.switching import SwitchingSteps
+from numpyro_sde.filters.regimes import RegimeResult, in_regime, require_regimes
 from numpyro_sde.smc import regimes as smc
 from numpyro_sde.statespace.checks import check_count, typed_key
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
@@ -117,17 +116,7 @@ def check_switching(model: StateSpaceModel, method: str) -> None:
     Raises:
         ValueError: naming what takes the model.
     """
-    if not isinstance(model.scheme, SwitchingSteps):
-        otherwise = "without regimes use Kalman(), ExtendedKalman() or Particle()"
-        raise ValueError(
-            f"{method} is for the path of an nsde.SwitchingSDE, got one of scheme "
-            f"{type(model.scheme).__name__}: {model.scheme.remedy(otherwise)}"
-        )
-    if not model.init_gaussian:
-        raise ValueError(
-            f"{method} needs a first state that is normal or fixed: use "
-            "Particle(proposal='bootstrap')"
-        )
+    require_regimes(model, method)
     if any(instrument.exact for instrument in model.instruments):
         raise ValueError(
             f"{method} needs emissions with noise, got a dist.Delta: a path that is seen exactly "

@@ -44,15 +44,7 @@ class _MergingFilter(AbstractFilter):
         self.inner = inner
 
     def check(self, model: StateSpaceModel) -> None:
-        name = type(self).__name__
-        if not isinstance(model.scheme, SwitchingSteps):
-            otherwise = "without regimes use Kalman(), ExtendedKalman() or Particle()"
-            raise ValueError(
-                f"{name}() is for the path of an nsde.SwitchingSDE, got one of scheme "
-                f"{type(model.scheme).__name__}: {model.scheme.remedy(otherwise)}"
-            )
-        if not model.init_gaussian:
-            raise ValueError(f"{name}() needs a first state that is normal or fixed")
+        require_regimes(model, f"{type(self).__name__}()")
         if isinstance(self.inner, Kalman):
             for regime in range(model.sde.chain.num_states):
                 self.inner.check(in_regime(model, regime))
@@ -139,6 +131,25 @@ class _MergingFilter(AbstractFilter):
             predicted_cov=jnp.concatenate([P0[None], predicted[1]]),
             cross=None,
             regimes=jnp.concatenate([sde.start[None], regime]),
+        )
+
+
+def require_regimes(model: StateSpaceModel, method: str) -> None:
+    """Refuse a path without regimes, or one whose first state is not normal.
+
+    Raises:
+        ValueError: naming what takes the model.
+    """
+    if not isinstance(model.scheme, SwitchingSteps):
+        otherwise = "without regimes use Kalman(), ExtendedKalman() or Particle()"
+        raise ValueError(
+            f"{method} is for the path of an nsde.SwitchingSDE, got one of scheme "
+            f"{type(model.scheme).__name__}: {model.scheme.remedy(otherwise)}"
+        )
+    if not model.init_gaussian:
+        raise ValueError(
+            f"{method} needs a first state that is normal or fixed: use "
+            "Particle(proposal='bootstrap')"
         )
 
 

@@ -6,6 +6,7 @@ from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.conditional_forward import ConditionalForward
 from numpyro_sde.infer.evidence import evidence
 from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound
+from numpyro_sde.infer.gamma_rates import GammaRates, GammaRatesState
 from numpyro_sde.infer.iterated_filtering import IteratedFiltering
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
 from numpyro_sde.infer.likelihood_fit import LikelihoodFit
@@ -33,6 +34,8 @@ __all__ = [
     "Contestant",
     "Evidence",
     "EvidenceRound",
+    "GammaRates",
+    "GammaRatesState",
     "IteratedFiltering",
     "LikelihoodFit",
     "PMMHState",

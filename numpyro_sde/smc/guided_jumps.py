@@ -22,7 +22,7 @@ import numpy as np
 from jax.scipy.special import log_ndtr, logsumexp
 from jaxtyping import Array, Float
 
-from numpyro_sde.linear.information import Spans, innovation_precision, spans
+from numpyro_sde.linear.information import Spans, innovation_precision
 from numpyro_sde.linear.small import (
     cholesky,
     diagonal,
@@ -36,7 +36,7 @@ from numpyro_sde.linear.small import (
 )
 from numpyro_sde.schemes.jump_euler import JumpEuler, JumpMixture, mixture
 from numpyro_sde.schemes.matched_jumps import MatchedJumps
-from numpyro_sde.smc.proposals import Guided, Plan, observed_rows
+from numpyro_sde.smc.proposals import Guided, Plan, no_way, way_to_data
 from numpyro_sde.statespace.exact import has_exact, refuse_exact
 from numpyro_sde.statespace.guide import Guide, innovation_size, linearize_along
 from numpyro_sde.statespace.model import StateSpaceModel
@@ -142,31 +142,21 @@ class GuidedJumps(Guided):
 
     def _ahead(self, calm: StateSpaceModel, guide: Guide) -> tuple[_Ahead, _Ahead]:
         """What is known at each time, and at the end of each step."""
-        N, times = calm.num_times, jnp.asarray(calm.times)
-        steps = linearize_along(calm, guide.reference)
-        ends = np.union1d(observed_rows(calm), [N - 1])
-        is_end = np.isin(np.arange(1, N), ends)
-        to_end = spans(steps.A, steps.c, steps.B, jnp.asarray(is_end))
-        d, dtype = guide.e.shape[-1], guide.e.dtype
-        none = Spans(jnp.eye(d, dtype=dtype), jnp.zeros(d, dtype), jnp.zeros((d, d), dtype))
-        whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), to_end, none)
+        times, last = jnp.asarray(calm.times), calm.num_times - 1
+        way = way_to_data(calm, linearize_along(calm, guide.reference))
+        whole = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b[None]]), way.from_start, no_way(way.from_start)
+        )
 
         def at(rows: np.ndarray, following: np.ndarray, span: Spans) -> _Ahead:
             left = times[following] - times[rows]
+            dtype = guide.e.dtype
             own = guide.reference[rows], times[rows].astype(dtype), left.astype(dtype)
             return _Ahead(guide.H[following], guide.e[following], span, *own)
 
         # A node looks beyond its own data, which are in the weights already.
-        nodes = np.arange(N)
-        later = ends[np.minimum(np.searchsorted(ends, nodes + 1), ends.size - 1)]
-        rest = np.arange(1, N)
-
-        def end_of_step(a: Array, b: Array) -> Array:
-            flag = is_end.reshape(-1, *[1] * (a.ndim - 1))
-            return jnp.where(flag, b[None], a[1:])
-
-        span = jax.tree.map(end_of_step, whole, none)
-        return at(nodes, later, whole), at(rest, ends[np.searchsorted(ends, rest)], span)
+        nodes = at(np.arange(last + 1), np.append(way.following, last), whole)
+        return nodes, at(np.arange(1, last + 1), way.following, way.from_end)
 
     def look_ahead(
         self, model: StateSpaceModel, node: _Ahead, x: Float[Array, " d"]

@@ -247,6 +247,48 @@ def move_by(
     return plain_step(model, step, x, w)
 
 
+class WayToData(NamedTuple):
+    """What leads to the next observed time, the last one of the grid counting as such.
+
+    Attributes:
+        following: index of that time after each step, `(N - 1,)`, on the host.
+        from_start: from the beginning of each step, in deviations from the reference.
+        from_end: from the end of each step; nothing where that is an observed time itself.
+    """
+
+    following: np.ndarray
+    from_start: Spans
+    from_end: Spans
+
+
+def way_to_data(model: StateSpaceModel, steps: LinearizedSteps) -> WayToData:
+    """Join the linearised steps from each grid time to the next observed one."""
+    last = model.num_times - 1
+    ends, times = np.union1d(observed_rows(model), [last]), np.arange(1, last + 1)
+    is_end = np.isin(times, ends)
+    from_start = spans(steps.A, steps.c, steps.B, jnp.asarray(is_end))
+
+    def beyond(own: Array, gathered: Array) -> Array:
+        ahead = jnp.concatenate([gathered[1:], gathered[-1:]])
+        flag = is_end.reshape(-1, *[1] * (gathered.ndim - 1))
+        return jnp.where(flag, own[None], ahead).astype(gathered.dtype)
+
+    from_end = jax.tree.map(beyond, no_way(from_start), from_start)
+    return WayToData(ends[np.searchsorted(ends, times)], from_start, from_end)
+
+
+def no_way(like: Spans) -> Spans:
+    """What leads from a time to itself."""
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), like)
+    return zero._replace(phi=jnp.eye(zero.b.size, dtype=zero.b.dtype))
+
+
+def has_unobserved(model: StateSpaceModel) -> bool:
+    """Whether there are grid times, but the last, at which nothing is observed."""
+    ends = np.union1d(observed_rows(model), [model.num_times - 1])
+    return ends.size < model.num_times - 1
+
+
 class _Towards(NamedTuple):
     """What is known of each step's end where its noise is to be matched to the particle's.
 
@@ -289,33 +331,16 @@ class Guided(Proposal):
         # What the observations after each time say: its own is in the weights already.
         later = (H - steps.J, e - steps.s, reference)
         known: Any = (H[1:], e[1:], reference[1:])
-        ends = np.union1d(observed_rows(model), [model.num_times - 1])
         exact = None
         if has_exact(model):
             exact = jax.tree.map(lambda a: a[1:], readings(model))
-        elif ends.size < model.num_times - 1 and guides.noise_uses_state(model):
-            known = self._towards(steps, ends, H, e, reference)
+        elif has_unobserved(model) and guides.noise_uses_state(model):
+            way = way_to_data(model, steps)
+            sd = jax.vmap(step_sd)(steps.B)
+            at = way.following
+            known = _Towards(H[at], e[at], reference[1:], way.from_end, sd)
         inputs = (model.step_inputs(), known, exact)
         return Plan(inputs, later, guides.Guide(reference, H, e))
-
-    def _towards(
-        self, steps: LinearizedSteps, ends: np.ndarray, H: Array, e: Array, reference: Array
-    ) -> _Towards:
-        times = np.arange(1, reference.shape[0])
-        is_end = np.isin(times, ends)
-        following = ends[np.searchsorted(ends, times)]
-        to_end = spans(steps.A, steps.c, steps.B, jnp.asarray(is_end))
-        # From the end of a step: nothing leads further where that is an observed time itself.
-        here = Spans(jnp.eye(H.shape[-1], dtype=H.dtype), jnp.zeros(()), jnp.zeros(()))
-
-        def at_step_end(own: Array, gathered: Array) -> Array:
-            ahead = jnp.concatenate([gathered[1:], gathered[-1:]])
-            flag = is_end.reshape(-1, *[1] * (gathered.ndim - 1))
-            return jnp.where(flag, own, ahead).astype(gathered.dtype)
-
-        span = jax.tree.map(at_step_end, here, to_end)
-        sd = jax.vmap(step_sd)(steps.B)
-        return _Towards(H[following], e[following], reference[1:], span, sd)
 
     def start(
         self, model: StateSpaceModel, plan: Plan, z: Float[Array, " d"]

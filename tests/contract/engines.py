@@ -204,7 +204,7 @@ class _InRegimes(_ChangePath):
         )
 
 
-@engine("RaoBlackwell", FEW)
+@engine("RaoBlackwell", ONE)
 def _rao_blackwell(case):
     latent(case)
     yield from _marginal(case, nsde.filters.RaoBlackwell(4), 1e-8, change=_InRegimes)

@@ -154,6 +154,7 @@ def test_double_well_observed_often(method):
     assert np.abs((result.mean[:, 0] - means) / np.sqrt(variances)).max() < 0.5
 
 
+@pytest.mark.slow
 def test_closure_check_of_a_path_is_that_of_its_model():
     times, y = np.linspace(0.0, 3.0, 7), np.linspace(2.0, 0.5, 7)
     decay = nsde.SDE(lambda t, x: -0.5 * x, lambda t, x: 0.2)

@@ -196,7 +196,7 @@ def test_guided_particles_jump_where_the_data_ask_for_it(x64):
     assert guided.std() < 0.2 * own.std()
 
 
-RARE = nsde.CompoundPoisson(0.3, dist.Normal(0.0, 2.0), max_per_step=4)
+RARE = nsde.CompoundPoisson(0.3, dist.Normal(0.0, 2.0), max_per_step=6)
 SEEN = np.array([0.1, -0.1, 3.0, 2.2, -1.5])
 
 
@@ -210,7 +210,7 @@ def rare():
 def exact_paths(num):
     """Paths given the data, by filtering forward on a grid of states and sampling backward."""
     grid = np.linspace(-4.0, 6.0, 2001)
-    n = np.arange(5)
+    n = np.arange(7)
     weights = stats.poisson.pmf(n, 0.3)
     spread = np.sqrt(0.16 + 4.0 * n)
     step = sum(
@@ -268,6 +268,7 @@ def test_conditional_particles_keep_the_law_of_a_path_that_jumps(x64, proposal, 
         assert type(kernel._setting(model).proposal).__name__ == "GuidedJumps"
 
 
+@pytest.mark.slow
 def test_conditional_particles_of_jumps_name_what_they_cannot_do():
     def finer():
         sde = nsde.SDE(lambda t, x: -0.3 * x, lambda t, x: 0.4, jumps=RARE)

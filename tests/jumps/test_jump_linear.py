@@ -82,7 +82,7 @@ def test_derivatives_and_draws(x64):
 
     numeric = (of(3.0 + 1e-5) - of(3.0 - 1e-5)) / 2e-5
     np.testing.assert_allclose(jax.grad(of)(3.0), numeric, rtol=1e-6)
-    path = nsde.SDEPath(reverting(), [0.0, REF["d"]], REF["x0"], scheme=SCHEME)
+    path = nsde.SDEPath(reverting(most=20), [0.0, REF["d"]], REF["x0"], scheme=SCHEME)
     x = np.array(path.sample(jax.random.key(0), (20_000,)))[:, 1]
     grid = np.linspace(-2.5, 2.5, 2001)
     density = np.exp(log_density(reverting(), REF["d"], REF["x0"], grid))

@@ -195,6 +195,73 @@ def test_reparametrisations_refuse_discrete_states(reparam):
         numpyro.handlers.trace(numpyro.handlers.seed(treated, 0)).get_trace(Y)
 
 
+def rates_with_gamma_priors(y=None):
+    # One element for both rates of the pair, and a constant: 3 q from 1 to 0.
+    q = numpyro.sample("q", dist.Gamma(2.0, 1.5))
+    r = jnp.array([1.0, 3.0]) * q
+    chain = nsde.MarkovJumpProcess(lambda p: p, 2, edges=[(0, 1), (1, 0)], params=r, event_dims=1)
+    s = numpyro.sample("s", nsde.JumpPath(chain, TIMES))
+    nsde.observe("y", s, lambda t, s, p: dist.Normal(s, 0.4 + 0.1 * p), params=q, obs=y)
+
+
+@pytest.mark.slow
+def test_rates_with_gamma_priors_in_a_gibbs_sampler(x64):
+    """Against quadrature; emission and stationary start know of the rate too."""
+    block = nsde.infer.ConditionalForward(rates_with_gamma_priors)
+    rates = nsde.infer.GammaRates(rates_with_gamma_priors, "q", "s")
+    kernel = Gibbs([(block, ["s"]), (rates, ["q"])])
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=6000, progress_bar=False)
+    mcmc.run(jax.random.key(3), Y, extra_fields=("block_states.1.accept_prob",))
+    draws = np.array(mcmc.get_samples()["q"])
+    marginal = nsde.handlers.marginalize(rates_with_gamma_priors, method=nsde.filters.Forward())
+    grid = jnp.linspace(0.01, 8.0, 400)
+    values = jax.jit(jax.vmap(lambda q: log_density(marginal, (Y,), {}, {"q": q})[0]))(grid)
+    weights = np.exp(np.array(values) - float(values.max()))
+    size = numpyro.diagnostics.effective_sample_size(draws[None])
+    assert size > 500
+    mean = np.sum(weights * grid) / weights.sum()
+    var = np.sum(weights * (grid - mean) ** 2) / weights.sum()
+    assert abs(draws.mean() - mean) < 4.0 * np.sqrt(var / size)
+    np.testing.assert_allclose(draws.var(), var, rtol=4.0 * np.sqrt(4.0 / size))
+    accept = np.array(mcmc.get_extra_fields()["block_states.1.accept_prob"])
+    assert 0.5 < accept.mean() < 1.0
+
+
+def test_rates_that_gamma_priors_do_not_fit():
+    def start(model, site="q", path="s", **options):
+        kernel = nsde.infer.GammaRates(model, site, path, **options)
+        return kernel.init(jax.random.key(0), 0, {site: jnp.ones(())}, (Y,), {})
+
+    def squared(y=None):
+        q = numpyro.sample("q", dist.Gamma(2.0, 1.5))
+        edges = [(0, 1), (1, 0)]
+        chain = nsde.MarkovJumpProcess(
+            lambda p: p, 2, edges=edges, params=jnp.stack([q, q**2]), event_dims=1
+        )
+        s = numpyro.sample("s", nsde.JumpPath(chain, TIMES))
+        nsde.observe("y", s, lambda t, s: dist.Normal(s, 0.5), obs=y)
+
+    def normal(y=None):
+        q = numpyro.sample("q", dist.LogNormal(0.0, 1.0))
+        chain = nsde.MarkovJumpProcess(
+            lambda p: p, 2, edges=[(0, 1), (1, 0)], params=jnp.stack([q, q]), event_dims=1
+        )
+        s = numpyro.sample("s", nsde.JumpPath(chain, TIMES))
+        nsde.observe("y", s, lambda t, s: dist.Normal(s, 0.5), obs=y)
+
+    def given(model):
+        return numpyro.handlers.condition(model, data={"s": jnp.zeros(len(Y), int)})
+
+    with pytest.raises(ValueError, match="one element of site 'q' times a constant"):
+        start(given(squared))
+    with pytest.raises(TypeError, match=r"must be a dist\.Gamma, got LogNormal"):
+        start(given(normal))
+    with pytest.raises(ValueError, match="no site 'x'"):
+        start(given(rates_with_gamma_priors), path="x")
+    with pytest.raises(ValueError, match=r"block of numpyro\.infer\.gibbs\.Gibbs"):
+        nsde.infer.GammaRates(squared, "q", "s").init(jax.random.key(0), 0, None, (Y,), {})
+
+
 def test_wrong_starts():
     chain = chain_of(jnp.array([1.0, 2.0]))
     one_way = nsde.MarkovJumpProcess(jnp.ones(1), 2, edges=[(0, 1)])

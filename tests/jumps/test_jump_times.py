@@ -63,6 +63,7 @@ def test_numbers_of_jumps_and_times_in_states(x64):
         assert np.all(np.abs(found.mean(0) - truth) <= 4.0 * error + 1e-12)
 
 
+@pytest.mark.slow
 def test_many_states_without_matrices(x64):
     """A birth-death chain: the expectations of jumps and times are those by a derivative."""
     n, num, times = 80, 1500, np.array([0.0, 0.7, 1.5])

@@ -101,7 +101,7 @@ def test_density_of_the_inverse_gaussian_process(x64, mean, shape, decays):
     one = jax.jit(jax.vmap(lambda w: step.log_density(sde, 0.0, decays, x0, c * x0 + w)))
     # Its Laplace transform, by Gauss and Legendre on panels of the logarithm of what is added.
     nodes, weights = np.polynomial.legendre.leggauss(20)
-    ends = np.linspace(-25.0, np.log(60.0 * mean), 61)
+    ends = np.linspace(-25.0, np.log(60.0 * mean + 100.0 * mean**2 / shape), 61)
     half = 0.5 * np.diff(ends)[:, None]
     w = np.exp(ends[:-1, None] + half * (1.0 + nodes)).ravel()
     mass = np.exp(np.array(one(jnp.array(w)))) * w * (half * weights).ravel()

@@ -83,7 +83,7 @@ def test_engines(x64):
         marginal = nsde.handlers.marginalize(model, method=method)
         return log_density(marginal, (scheme, y), {}, {})[0]
 
-    for proposal, num in (("bootstrap", 4000), ("guided", 1000)):
+    for proposal, num in (("bootstrap", 4000), ("auto", 2000)):
         run = jax.jit(
             lambda key, p=proposal, n=num: at(scheme, nsde.filters.Particle(n, proposal=p, key=key))
         )

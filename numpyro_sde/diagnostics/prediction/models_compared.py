@@ -351,7 +351,7 @@ def _difference(one: _Judged, best: _Judged, name: str) -> list[str]:
     else:
         parts = [f"{predicts} worse by {text}{', which is not certain' * (kind == 'uncertain')}"]
     if rests:
-        without = -difference[~bad].sum()
+        without = -difference[~bad].sum() + 0.0  # no minus sign before a zero
         parts.append(
             f"that rests on {bad.sum()} points with bad k-hats: by {without:.1f} without them"
         )
