@@ -155,7 +155,9 @@ class GuidedReparam(Reparam):
     def refreshed(self, name: str, samples: Mapping[str, ArrayLike]) -> GuidedReparam:
         """The same guide along the mean of posterior draws, at their mean parameters.
 
-        For after a warm-up: run a few hundred draws, refresh, and start the long run.
+        For after a warm-up: run a few hundred draws, refresh, and start the long run. `SplitNUTS`
+        then has the curvature at these parameters as its first metric: that at the mode is far
+        from it where many effects share a spread that is estimated too.
 
         Args:
             name: the path's site.

@@ -56,7 +56,7 @@ class Found(NamedTuple):
     Attributes:
         plans: for each guided path, where to linearise.
         mode: unconstrained values of all latent sites at the mode, innovations zero; NumPy arrays.
-        names: the sites that were searched over, in order.
+        names: the sites that are free, in order: searched over, or where the user put them.
         covariance: inverse curvature of minus the log density there, `(D, D)`, the sites in the
             order of `names`; None where there are too many or the curvature is not finite.
         gradient: `gradient(z)` gives minus the log density along the plans, and its gradient.
@@ -330,17 +330,18 @@ def _searched(program: Program, data: list[Any]) -> Found:
     first, references = jax.tree.map(np.asarray, program.start(data, False))
     if not np.isfinite(program.gradient(first, references, data)[0][0]):
         first, references = jax.tree.map(np.asarray, program.start(data, True))
-    names = tuple(sorted(name for name in first if name not in program.fixed))
-    sizes = [first[name].size for name in names]
-    ends = np.cumsum([0, *sizes])
+    # What is searched over, and what is free: values that the user gave stay where they are.
+    free = tuple(sorted(name for name in first if not is_innovation(name)))
+    names = tuple(name for name in free if name not in program.fixed)
 
-    def place(flat: np.ndarray) -> dict[str, np.ndarray]:
+    def place(flat: np.ndarray, names: tuple[str, ...] = names) -> dict[str, np.ndarray]:
+        ends = np.cumsum([0, *(first[name].size for name in names)])
         parts = zip(names, ends[:-1], ends[1:], strict=True)
         moved = {n: flat[a:b].reshape(first[n].shape).astype(first[n].dtype) for n, a, b in parts}
         return {**first, **moved}
 
-    def evaluate(flat: np.ndarray) -> tuple[float, Any, np.ndarray]:
-        (value, found), slope = program.gradient(place(flat), references, data)
+    def evaluate(flat: np.ndarray, names: tuple[str, ...] = names) -> tuple[float, Any, np.ndarray]:
+        (value, found), slope = program.gradient(place(flat, names), references, data)
         flat_slope = [np.ravel(np.asarray(slope[name], np.float64)) for name in names]
         return float(value), found, np.concatenate([np.zeros(0), *flat_slope])
 
@@ -348,7 +349,10 @@ def _searched(program: Program, data: list[Any]) -> Found:
         value, _, slope = evaluate(flat)
         return (value if np.isfinite(value) else 1e30), np.nan_to_num(slope)
 
-    best = np.concatenate([np.zeros(0), *(np.ravel(first[n]) for n in names)]).astype(np.float64)
+    def joined(z: dict[str, Any], names: tuple[str, ...]) -> np.ndarray:
+        return np.concatenate([np.zeros(0), *(np.ravel(z[n]) for n in names)]).astype(np.float64)
+
+    best = joined(first, names)
 
     def settle(flat: np.ndarray) -> float:
         """Move the references to the guided paths at some parameters; the density along them."""
@@ -377,16 +381,16 @@ def _searched(program: Program, data: list[Any]) -> Found:
         if gained < _SETTLED:
             break
     found = jax.tree.map(np.asarray, evaluate(best)[1])
-    covariance = None
-    if 0 < best.size <= _MOST_FREE:
-        covariance = inverse_curvature(lambda flat: evaluate(flat)[2], best)
+    covariance, whole = None, joined(place(best), free)
+    if 0 < whole.size <= _MOST_FREE:
+        covariance = inverse_curvature(lambda flat: evaluate(flat, free)[2], whole)
 
     def gradient(z: Any) -> tuple[Any, Any]:
         (value, _), slope = program.gradient(z, references, data)
         return value, slope
 
     plans = {name: Plan(*guide) for name, (_, guide) in found.items()}
-    return Found(plans, place(best), names, covariance, gradient)
+    return Found(plans, place(best), free, covariance, gradient)
 
 
 def _moved(found: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
