@@ -175,7 +175,7 @@ def _model_of(model: Any) -> StateSpaceModel:
             "closure_check takes an SDEPath, a ReactionPath or what nsde.state_space_model made, "
             f"got {type(model).__name__}"
         )
-    return build()  # type: ignore[no-any-return]
+    return build()
 
 
 def _is_network(model: StateSpaceModel) -> bool:
