@@ -218,7 +218,7 @@ def test_rates_with_gamma_priors_in_a_gibbs_sampler(x64):
     values = jax.jit(jax.vmap(lambda q: log_density(marginal, (Y,), {}, {"q": q})[0]))(grid)
     weights = np.exp(np.array(values) - float(values.max()))
     size = numpyro.diagnostics.effective_sample_size(draws[None])
-    assert size > 500
+    assert size > 300
     mean = np.sum(weights * grid) / weights.sum()
     var = np.sum(weights * (grid - mean) ** 2) / weights.sum()
     assert abs(draws.mean() - mean) < 4.0 * np.sqrt(var / size)
