@@ -83,6 +83,7 @@ def agree(values, mean, sd, error=0.0):
     assert abs(np.log(values.std() / sd)) < 4 / np.sqrt(2 * size)
 
 
+@pytest.mark.slow
 def test_posterior_of_the_index_from_sparse_noisy_data(x64):
     """Path and noise integrated out by Kalman, against the dense covariance of the exact law."""
     y = sparse_data()
@@ -142,6 +143,7 @@ def shifted(y):
     nsde.observe("y", x, lambda t, x, s: dist.Normal(x + s, 0.3), params=shift, obs=y)
 
 
+@pytest.mark.slow
 def test_conditional_smc_refuses_to_weigh_ancestors():
     kernel = nsde.infer.ConditionalSMC(substitute(shifted, {"shift": 0.0}), num_particles=8)
     with pytest.raises(ValueError, match="renewal='none'"):

@@ -442,6 +442,7 @@ def several(y=None, tracked=None):
     numpyro.deterministic("end", used[-1])
 
 
+@pytest.mark.slow
 def test_auto_treats_each_path_by_its_structure():
     y = np.linspace(-1.0, 1.0, 12)
     model = auto(several)
@@ -521,6 +522,7 @@ def test_a_reference_that_follows_the_parameters_leaves_innovations_alone(x64):
     assert twice < 1.2 * pull(0, 1.0)  # as near as a guide at its own parameters
 
 
+@pytest.mark.slow
 def test_parameters_of_an_emission_drawn_after_the_path_guide_it():
     """Linear and normal: the whitened posterior is standard normal, wherever the gain is drawn."""
 

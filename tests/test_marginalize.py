@@ -139,6 +139,7 @@ def test_prior_predictive_has_the_marginal_moments():
     np.testing.assert_array_less(np.abs(np.cov(draws.T) - cov) / error, 4.0)
 
 
+@pytest.mark.slow
 def test_every_way_to_run_the_model():
     draws = {"rate": jnp.array([0.5, 1.0, 2.0])}
     prior = Predictive(marginal, num_samples=2)(jax.random.key(0), TIMES)
@@ -403,6 +404,7 @@ def test_filter_path_equals_the_dense_normal(x64):
     np.testing.assert_allclose(last, (smoothed_mean[-1, 0], smoothed_cov[-1, 0, 0]), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_mask_known_only_in_a_trace_refuses_with_the_reason(guided):
     """A path masked out where its data are not: the compiled program says so when it runs."""

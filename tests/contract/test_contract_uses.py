@@ -96,6 +96,7 @@ def test_float32_is_float64_to_four_digits(name, way):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Kalman", "centred"])
 def test_vmap_and_no_jit(name, x64):
     """Densities at several levels at once, and one by one without `jit`."""
@@ -128,6 +129,7 @@ def particle_density(seeding, method=PARTICLE):
     return float(log_density(seeding(model), (), {}, {"b": B})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["new", "old"])
 def test_the_seed_handler_decides_the_particles(make):
     bootstrap = nsde.filters.Particle(50, proposal="bootstrap")
@@ -138,6 +140,7 @@ def test_the_seed_handler_decides_the_particles(make):
     assert len(set(got)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["new", "old"])
 def test_keys_of_both_kinds_as_an_option(make):
     method = nsde.filters.Particle(50, key=make(0))

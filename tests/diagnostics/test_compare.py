@@ -45,6 +45,7 @@ def comparison():
     return nuts, table, timing
 
 
+@pytest.mark.slow
 def test_parameter_rows(comparison):
     nuts, table, timing = comparison
     rows = table.parameters.loc["theta"]

@@ -74,6 +74,7 @@ def gaussian(path, y, scale=0.3):
     return norm.logpdf(y, path, scale)
 
 
+@pytest.mark.slow
 def test_groups_dims_and_coords_of_a_reparametrised_path(walk_tree):
     expected = {
         *("posterior", "log_likelihood", "observed_data"),
@@ -105,6 +106,7 @@ def test_groups_dims_and_coords_of_a_reparametrised_path(walk_tree):
     assert not np.isnan(get_group(walk_tree, "posterior_predictive")["y"]).any()
 
 
+@pytest.mark.slow
 def test_mcmc_knows_its_model_data_and_statistics(conjugate_mcmc):
     tree = to_arviz(conjugate_mcmc)
     posterior, stats = get_group(tree, "posterior"), get_group(tree, "sample_stats")

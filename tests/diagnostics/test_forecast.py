@@ -29,6 +29,7 @@ from numpyro_sde.data import as_times
 from numpyro_sde.diagnostics import SVIFit, plot_paths, score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("treatment", ["integrated", "latent", "whitened", "method given"])
 def test_every_treatment_gives_the_exact_law(treatment):
     fit, options = DRAWS, {"model": model}
@@ -57,6 +58,7 @@ def test_between_the_data_by_a_filter_only():
         nsde.forecast({**DRAWS, "x": latent_draws()}, between, model=model, rng_key=KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [False, True])
 def test_panels_with_own_clocks(latent):
     times, data = np.stack([TIMES, 1.5 * TIMES]), np.stack([Y, Y[::-1]])
@@ -105,6 +107,7 @@ def test_smooth_on_a_finer_clock_for_panels():
         check(np.asarray(found)[:, k, order], *exact(times[k], data[k], finer[k, order]))
 
 
+@pytest.mark.slow
 def test_a_latent_path_starts_at_its_last_datum_not_at_its_filling():
     """The last two rows have no data: the forecast may begin there, and is the same law."""
     times = np.concatenate([TIMES, [4.0, 5.0]])
@@ -158,6 +161,7 @@ def test_particle_samplers_are_taken_as_they_are():
         assert ahead["y"].shape == (300, 3)
 
 
+@pytest.mark.slow
 def test_a_variational_fit_brings_its_own_draws():
     guide = AutoNormal(model)
     svi = SVI(model, guide, numpyro.optim.Adam(0.05), Trace_ELBO())

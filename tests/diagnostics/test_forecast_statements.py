@@ -27,6 +27,7 @@ from forecast_models import (
 import numpyro_sde as nsde
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latent", [False, True])
 def test_what_is_made_of_the_path_goes_on(latent):
     """The model hands observe a transformed path; 4,000 draws against the exact law."""
@@ -66,6 +67,7 @@ def test_a_path_whose_law_is_made_of_another_is_refused():
         nsde.forecast(fit, AHEAD, model=chained, rng_key=KEY)
 
 
+@pytest.mark.slow
 def test_readings_after_doses_of_each_series():
     """Own clocks, and a dose to come: y sees the state before it, or after it."""
     times = np.array([[0.0, 1.0, 2.0], [0.0, 1.5, 2.5]])
@@ -134,6 +136,7 @@ def exact_areas(intervals, y, ahead):
     return mean, np.sqrt(var + SD**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "y", "intervals", "ahead"),
     [
@@ -158,6 +161,7 @@ def test_integrals_since_the_reading_before(missing, y, intervals, ahead):
     check(found["y"], *exact_areas(rows, y, ahead))
 
 
+@pytest.mark.slow
 def test_exposures_to_come_are_those_that_since_names():
     since = np.array([0.1, 0.7, 2.0, 2.8, 4.0, 6.0])
     begins = [(0.1, 0.4), (0.7, 1.0), (2.0, 2.3), (2.8, 3.0)]
@@ -171,6 +175,7 @@ def test_exposures_to_come_are_those_that_since_names():
     check(found["y"], *exact_areas(begins, AREAS, [(4.0, 4.5), (6.0, 7.0)]))
 
 
+@pytest.mark.slow
 def test_a_latent_meter_goes_on_from_its_last_reading():
     """Draws of the wide path, by the smoother that is tested elsewhere."""
     model = metered("reset", "observation")
@@ -181,6 +186,7 @@ def test_a_latent_meter_goes_on_from_its_last_reading():
     check(found["y"], *exact_areas(rows, AREAS, [(3.0, 3.2), (3.2, 4.5)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, nsde.schemes.LocalLinear()])
 def test_noise_with_a_memory_goes_on_from_all_known_states(scheme):
     """A latent path of fractional noise: its future given its past, against a dense normal law."""

@@ -35,6 +35,7 @@ def mcmc():
     return fit
 
 
+@pytest.mark.slow
 def test_pointwise_terms_sum_to_the_marginal_likelihood(mcmc):
     tree = nsde.diagnostics.to_arviz(mcmc)
     terms = tree["log_likelihood"]["y"]

@@ -150,6 +150,7 @@ def test_counts_by_quadrature():
     assert np.all((site.lower <= pit) & (pit <= site.upper))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_vectors_with_a_component_missing():
     """Two correlated components: the second given the first, alone where the first is missing."""
@@ -173,6 +174,7 @@ def test_vectors_with_a_component_missing():
         np.testing.assert_allclose(found.ravel()[k], norm.cdf(flat[k], m, np.sqrt(v)), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_panel_with_own_clocks():
     """Each series alone gives what the panel gives."""

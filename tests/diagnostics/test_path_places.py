@@ -50,6 +50,7 @@ def fit(treatment):
     return to_arviz({**draws, **sites}, model=treated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("treatment", ["latent", "whitened", "integrated"])
 def test_plates_and_times_stay(treatment):
     tree = fit(treatment)

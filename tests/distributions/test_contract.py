@@ -37,6 +37,7 @@ def _law(name):
     return case.make(*case.args)
 
 
+@pytest.mark.slow
 @some_laws
 def test_shapes_and_support(name, key):
     testing.check_shapes(_law(name), key)
@@ -67,6 +68,7 @@ def test_pytree(name, key):
     testing.check_pytree(_law(name), key)
 
 
+@pytest.mark.slow
 @some_laws
 def test_site_of_a_model(name, key):
     testing.check_model(_law(name), key)

@@ -48,6 +48,7 @@ def exact():
         return np.asarray(phi @ mean), np.asarray(sd), np.asarray(jnp.sqrt((phi**2).sum(-1)))
 
 
+@pytest.mark.slow
 def test_band_of_a_collapsed_field_is_the_exact_normal_one(band, exact):
     """4,000 draws with the default key; means and sds at 4 standard errors."""
     mean, sd, prior = exact

@@ -76,6 +76,7 @@ def test_inducing_values_are_interpolated_as_a_gaussian_process(x64):
     np.testing.assert_allclose(field.prior_sd(points[3]), 2.0, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_constraints_hold_whatever_the_weights(x64):
     x = jnp.array([0.3, -0.4])
     slopes = jax.jacfwd(drawn(HSGP(2, 2.0, 5, constraint="divergence_free")))(x)
@@ -158,6 +159,7 @@ def panel(prior, series=3, shared=False):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_in_a_plate_each_series_has_the_function_of_its_own_sites(x64, shared):
     """The density of a panel is the sum over models of one series."""
@@ -214,6 +216,7 @@ def test_networks_are_sites_params_or_both():
     np.testing.assert_allclose([sd[n] for n in names], [2**-0.5, 2**-0.5, 8**-0.5, 8**-0.5])
 
 
+@pytest.mark.slow
 def test_one_network_for_each_series():
     prior = Network(eqx.nn.MLP("scalar", "scalar", 4, 1, jnp.tanh, key=jax.random.key(0)))
 

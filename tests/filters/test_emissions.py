@@ -249,6 +249,7 @@ def test_nonlinear_gaussian_emission(iterations):
     assert error < 1e-3 if iterations == 4 else error > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, "state"])
 def test_many_independent_components_need_no_matrix(scale):
     """Their information and score are those by the covariance matrix; one component is missing."""

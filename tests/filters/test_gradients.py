@@ -70,6 +70,7 @@ def quick(*names):
     return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick("unscented"))
 @pytest.mark.usefixtures("x64")
 def test_gradient_by_finite_differences(name):

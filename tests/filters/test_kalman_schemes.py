@@ -74,6 +74,7 @@ def noise(t, x):
     return jnp.asarray(L)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", [LocalLinear(), Strang(), Strang(lambda: (jnp.diag(jnp.diag(A)), jnp.ones(2)))]
 )

@@ -69,6 +69,7 @@ def run(init=FLAT, y=Y, form="auto", law=emission, method=None, offset=B):
     return jax.jit(lambda y: nsde.filter_path(path(init, offset), law, y, method=method))(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["sequential", "sqrt", "parallel"])
 def test_flat_start_equals_the_dense_law(form, x64):
     total, mean, cov = flat_law(ss.exact_steps(A, B, L, np.diff(TIMES)))
@@ -125,6 +126,7 @@ def test_flat_start_in_float32():
     np.testing.assert_allclose(result.smooth()[0], mean, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_flat_start_with_too_few_data_is_nan(x64):
     one = np.where(np.arange(6) == 3, 50.0, np.nan)
     assert np.isnan(run(y=one).log_likelihood)
@@ -220,6 +222,7 @@ def test_emissions_without_moments_are_refused_where_they_are_asked_for(name, la
         run(init, law=law, method=getattr(filters, name)(emission="moments"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [dist.Cauchy(0.3, 0.5), dist.StudentT(3.0, 0.3, 0.5)])
 @pytest.mark.parametrize("family", [dist.Normal, dist.Cauchy])
 def test_guides_stand_laws_without_moments(law, family):

@@ -294,6 +294,7 @@ class TestGuideInterface:
         for name, value in guide.median(params).items():
             np.testing.assert_allclose(value, quantiles[name][1], rtol=1e-6)
 
+    @pytest.mark.slow
     def test_quantiles_are_deterministic_and_jit(self, fitted):
         guide, params = fitted
         once = guide.quantiles(params, [0.3])["scale"]

@@ -114,6 +114,7 @@ class TestFlow:
         context = jnp.asarray(rng.standard_normal((50, context_dim))) if context_dim else None
         return flow, x, context
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("dim", "context_dim"), [(1, 2), (2, 0), (5, 2)])
     def test_inverse_and_jacobian_in_float64(self, x64, kind, dim, context_dim):
         flow, x, context = self.make(kind, dim, context_dim)

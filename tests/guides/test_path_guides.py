@@ -240,6 +240,7 @@ def test_a_subsampled_plate_scales_its_series(fitted_panel):
     np.testing.assert_allclose(weight, evidence, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_fit_svi_goes_on_stops_early_and_survives_an_interrupt(fitted_panel):
     _, svi, fit, y = fitted_panel
     more = fit_svi(
@@ -287,6 +288,7 @@ def test_bad_arguments_are_named():
         ConditionalScorePath(jump_weight=0.0)
 
 
+@pytest.mark.slow
 def test_a_flow_starts_at_a_given_covariance():
     def model():
         numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))

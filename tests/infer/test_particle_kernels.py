@@ -192,6 +192,7 @@ def test_series_in_a_plate_have_random_numbers_of_their_own():
     agree(*fits)
 
 
+@pytest.mark.slow
 def test_a_particle_filter_is_refused_under_nuts():
     marginal = marginalize(model, method=Particle(2, proposal="bootstrap"))
     with pytest.raises(TypeError, match=r"PMMH.*ParticleGibbs"):

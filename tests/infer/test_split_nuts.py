@@ -185,6 +185,7 @@ def test_bad_input_is_refused():
             kernel.init(jax.random.key(0), 10, None, (1.0,), {})
 
 
+@pytest.mark.slow
 def test_progress_says_what_comes_before_the_bar(capsys, monkeypatch):
     for name in ("CI", "PYTEST_XDIST_WORKER"):  # there NumPyro shows no bar
         monkeypatch.delenv(name, raising=False)

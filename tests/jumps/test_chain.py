@@ -10,6 +10,7 @@ from scipy.linalg import expm
 import numpyro_sde as nsde
 
 
+@pytest.mark.slow
 def test_rates_by_matrix_by_edges_and_by_function_agree(x64):
     rates = np.array([[0.0, 1.0, 0.5], [2.0, 0.0, 0.0], [0.0, 0.3, 0.0]])
     source, target = np.nonzero(rates)

@@ -50,6 +50,7 @@ DRAWS = {"rates": np.tile([0.8, 1.5], (400, 1))}
 KEY = jax.random.key(0)
 
 
+@pytest.mark.slow
 def test_to_arviz_names_the_times_of_states():
     draws = {**DRAWS, "s": np.tile(STATES, (400, 1))}
     data = to_arviz(draws, model=model, model_args=(Y,))
@@ -66,6 +67,7 @@ def test_to_arviz_names_the_times_of_states():
     np.testing.assert_allclose(found.values[0, 0], known, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_forecasts_are_whole_and_follow_the_law():
     """Shares of the predicted state against matrix exponentials."""
     ahead = nsde.forecast(DRAWS, [1.0, 6.0, 7.5], model=MARGINAL, model_args=(Y,), rng_key=KEY)
@@ -91,6 +93,7 @@ def test_forecasts_are_whole_and_follow_the_law():
     assert abs(np.asarray(seen["s"]).mean() - p) < 4.0 * np.sqrt(p * (1 - p) / 400)
 
 
+@pytest.mark.slow
 def test_residuals_of_observed_states_have_exact_distribution_functions():
     one = {"rates": DRAWS["rates"][:2]}
     found = diagnostics.k_step(one, 1, model=direct, model_args=(STATES,), rng_key=KEY).sites["s"]
@@ -128,6 +131,7 @@ def test_fits_by_gibbs_and_by_nuts_agree_in_compare_fits():
     assert np.all(np.abs(a.mean(0) - b.mean(0)) < 4.0 * np.hypot(*errors))
 
 
+@pytest.mark.slow
 def test_auto_integrates_them_out():
     assert nsde.reparam.auto(model).treatments(Y) == {"s": "integrated out"}
     value = [

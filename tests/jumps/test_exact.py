@@ -162,6 +162,7 @@ def test_two_noisy_states():
     np.testing.assert_allclose(sd, ref["post_sd_log"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_the_likelihood():
     ref, _, gaps, log_emission = labels()
 
@@ -177,6 +178,7 @@ def test_second_derivatives_of_the_likelihood():
         np.testing.assert_allclose(hessian[i], numeric, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_noisy_labels_with_expected_jumps_and_times():
     ref, Q, gaps, log_emission = labels()
     law = jnp.array(ref["stationary"])
@@ -227,6 +229,7 @@ def test_long_series_do_not_underflow():
     assert np.all(np.isfinite(slope))
 
 
+@pytest.mark.slow
 def test_maximum_likelihood_of_counted_transitions():
     ref = REFERENCE["dfr_public"]
     for table, step, atol in (
@@ -287,6 +290,7 @@ def test_matrix_free_forward_pass_of_an_epidemic():
         np.testing.assert_allclose(slope[i], numeric, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_of_long_and_short_times_and_its_gradients():
     # A batch takes as many parts as its longest time asks for; the others must not.
     source, target = np.array([0, 1, 1, 2]), np.array([1, 0, 2, 0])
@@ -327,6 +331,7 @@ def test_matrix_free_equals_dense():
     )
 
 
+@pytest.mark.slow
 def test_drawn_paths_have_the_expected_jumps_and_times():
     ref, Q, gaps, log_emission = labels()
     law, P, times = jnp.array(ref["stationary"]), transition_matrices(Q, gaps), jnp.array(ref["t"])

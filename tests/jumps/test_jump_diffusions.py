@@ -79,6 +79,7 @@ def test_derivative_of_the_whitened_step_by_a_parameter(x64):
     np.testing.assert_allclose(jax.grad(slope)(1.0), numeric, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mean_reversion_with_jumps_on_a_fine_grid(x64):
     # The exact law has a jump decay by its own age; steps of the grid let it decay from their ends.
     ref = REFERENCE["ou_jump"]
@@ -148,6 +149,7 @@ def test_particles_and_the_latent_path_agree(x64):
     assert abs(likelihood.mean() - 1.0) < 4.0 * error
 
 
+@pytest.mark.slow
 def test_guided_particles_jump_where_the_data_ask_for_it(x64):
     # Rare large jumps, precise data: the model's own steps hardly ever propose the right one.
     sde = nsde.SDE(
@@ -322,6 +324,7 @@ def test_guided_jumps_of_a_vector_with_its_own_rate(x64):
     assert abs(means[0] - means[1]) < 4.0 * np.hypot(*errors)
 
 
+@pytest.mark.slow
 def test_jumps_by_two_moments_on_request(x64):
     # Brownian motion with jumps: the moments of a step are exact, so is the Kalman filter of them.
     y = np.array([0.0, 0.1, -0.3, -0.25, 0.0])
@@ -493,6 +496,7 @@ def test_wrong_jumps(build, error, message):
         build()
 
 
+@pytest.mark.slow
 def test_sizes_without_a_density_and_steps_with_too_many_jumps():
     sde = nsde.SDE(
         lambda t, x: 0.0, lambda t, x: 0.2, jumps=nsde.CompoundPoisson(1.0, dist.Exponential(2.0))

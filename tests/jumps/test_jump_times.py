@@ -41,6 +41,7 @@ def drawn(num, key=0, model=ratchet, scale=1.0, y=LABELS):
     )["s"]
 
 
+@pytest.mark.slow
 def test_numbers_of_jumps_and_times_in_states(x64):
     """Their means over draws are the expectations given the data, known to 1e-10."""
     num = 1500

@@ -108,6 +108,7 @@ def test_particles_under_three_laws(x64, law, reference, error):
     assert abs(mean - reference) < 4.0 * np.hypot(spread, error)
 
 
+@pytest.mark.slow
 def test_auxiliary_particles_survive_a_look_ahead_that_is_far_off(x64):
     # The drift alone, over one step of a day, sends the susceptible below zero.
     path = sir_path(laws.EulerMultinomial(10))

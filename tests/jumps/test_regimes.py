@@ -57,6 +57,7 @@ def brute():
     return np.log(total), regimes / total, mean, second / total - mean**2
 
 
+@pytest.mark.slow
 def test_all_sequences_are_exact(x64, brute):
     result = filtered(512)
     np.testing.assert_allclose(brute[0], REF["exact"], atol=1e-10)
@@ -153,6 +154,7 @@ def test_smooth_gives_path_and_regimes(x64, brute):
         nsde.smooth(model, draws, Y, method=method, rng_key=jax.random.key(2), at_jumps=True)
 
 
+@pytest.mark.slow
 def test_refusals():
     def refused(sde, likelihood=emission, init=None):
         law = nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0) if init is None else init)
@@ -256,6 +258,7 @@ def test_panels_missing_data_and_powers(x64, key):
     assert drawn["x"].shape == drawn["x_regime"].shape == (3, 2, len(Y))
 
 
+@pytest.mark.slow
 def test_the_regimes_of_a_path_that_is_seen(x64):
     path = nsde.SDEPath(switching(), TIMES[:6], dist.Normal(0.0, 1.0))
     x = np.array(path.sample(jax.random.key(0), (3,)))

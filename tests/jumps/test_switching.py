@@ -60,6 +60,7 @@ def test_equal_regimes_are_one(x64):
         np.testing.assert_allclose(result.cov, truth.cov, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_observed_path_by_all_sequences_of_regimes(x64):
     path = nsde.SDEPath(switching(), TIMES[:7], dist.Normal(0.0, 1.0))
     x = np.array(path.sample(jax.random.key(0)))
@@ -79,6 +80,7 @@ def test_an_observed_path_by_all_sequences_of_regimes(x64):
     np.testing.assert_allclose(path.log_prob_pointwise(x).sum(), exact, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_particles_are_unbiased(x64):
     path = nsde.SDEPath(switching(), TIMES, dist.Normal(0.0, 1.0))
 

@@ -100,6 +100,7 @@ def epidemic(accumulate, observed, y):
     return log_density(numpyro.handlers.seed(marginal, 0), (y,), {}, {})[0]
 
 
+@pytest.mark.slow
 def test_incidence_without_an_accumulator():
     y = np.array([np.nan, 4.0, 5.0, 3.0])
     value = epidemic(["infection"], lambda net, x: net.of(x, "infection"), y)

@@ -224,6 +224,7 @@ def _random_function(rng: np.random.Generator) -> Any:
     return fn
 
 
+@pytest.mark.slow
 def test_random_compositions_that_are_declared_affine_are(x64):
     rng = np.random.default_rng(3)
     seen = {0: 0, 1: 0, 2: 0}

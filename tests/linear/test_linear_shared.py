@@ -74,6 +74,7 @@ def test_shared_arrays_through_the_public_function(x64):
     np.testing.assert_allclose(*(log_likelihood(m, two) for m in pair), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_guard_takes_factors_where_digits_are_lost():
     """Among models of one batch, those of a prior vague beside the noise, and the others."""
     priors, noises = np.array([1.0, 1e6, 1e4]), np.array([0.1, 1e-6, 1e-2])
@@ -92,6 +93,7 @@ def test_guard_takes_factors_where_digits_are_lost():
     np.testing.assert_allclose(value, np.array(exact), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_guarded_likelihood_has_second_derivatives_by_every_mode():
     steps = shared(jnp.float32)
 

@@ -97,6 +97,7 @@ def test_ckls_volatility(exponent):
     assert sde.exact_transition() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("df", [0.5, 2.0, 3.0])
 @pytest.mark.parametrize("validate", [False, True])
 def test_density_at_exactly_zero_is_the_limit_from_above(df, validate, x64):

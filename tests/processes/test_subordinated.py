@@ -29,6 +29,7 @@ def inverse_gaussian_transform(s, x0, c, mean, shape):
     return np.exp(-s * c * x0 - exponent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dt", [0.1, 1.0, 7.0])
 def test_draws_have_the_laplace_transforms_of_the_laws(x64, dt):
     rate, x0 = 0.6, 1.3
@@ -46,6 +47,7 @@ def test_draws_have_the_laplace_transforms_of_the_laws(x64, dt):
             assert abs(values.mean() - transform(s, x0, c, *parameters)) < 4.0 * error
 
 
+@pytest.mark.slow
 def test_long_times_end_in_the_stationary_laws(x64):
     x = drawn(nsde.processes.GammaOU(2.0, 2.5, 0.8), 50.0, 100.0)
     assert stats.kstest(x, stats.gamma(2.5, scale=0.8).cdf).pvalue > 0.001
@@ -136,6 +138,7 @@ def model(sde, y=None):
     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.5), obs=y)
 
 
+@pytest.mark.slow
 def test_particles_take_them_and_others_refuse(x64):
     sde, y = nsde.processes.GammaOU(0.5, 2.0, 1.0), np.array([1.5, 2.2, 1.4, 3.0])
 

@@ -19,6 +19,7 @@ def walk(scheme, times=(0.0, 0.25), scale=0.8):
     return nsde.SDEPath(sde, list(times), 0.0, scheme=scheme)
 
 
+@pytest.mark.slow
 def test_student_increments(x64):
     path = walk(nsde.schemes.StudentEuler(3.0))
     x = np.array(path.sample(jax.random.key(0), (NUM,)))[:, 1]

@@ -230,6 +230,7 @@ VECTOR = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "diffusion"), VECTOR)
 def test_vector_states(scheme, diffusion, x64):
     """Map, inverse and density agree: `log p(x') = log N(z) + log |det dz/dx'|`."""

@@ -71,6 +71,7 @@ def value_of(method, model, *args, **kwargs):
     return float(log_density(model, args, kwargs, {})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "exact"), [("before", BEFORE), ("after", AFTER)])
 @pytest.mark.usefixtures("x64")
 def test_a_dose_before_or_after_the_sample(side, exact):

@@ -48,6 +48,7 @@ def value_of(method, model, *args, **kwargs):
     return float(log_density(model, args, kwargs, {})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_kalman():
     assert value_of(KALMAN, langevin, Y) == pytest.approx(EXACT, abs=1e-10)
@@ -77,6 +78,7 @@ def test_engines_on_local_linear_steps(method):
     assert value_of(method, panel, LOCAL) == pytest.approx(2 * EXACT, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_moment_matching():
     got = value_of(nsde.filters.MomentMatching(substeps=16), langevin, Y)
@@ -282,6 +284,7 @@ def twice():
     nsde.observe("z", x, lambda t, x: dist.Delta(2.0 * x), obs=2.0 * ONES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", [KALMAN, nsde.filters.Particle(4)], ids=["Kalman", "particles"])
 def test_a_reading_of_a_known_start_says_only_whether_it_agrees(method):
@@ -298,6 +301,7 @@ def test_a_reading_of_a_known_start_says_only_whether_it_agrees(method):
     assert value_of(method, model, states + np.array([0.1, 0.0, 0.0])) == -np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -362,6 +366,7 @@ def guide(model, y):
     seed(reparam(model, config={"x": nsde.reparam.GuidedReparam()}), 0)(y)
 
 
+@pytest.mark.slow
 def test_a_path_that_does_not_meet_the_data_has_density_zero():
     path = trace(seed(langevin, 0)).get_trace(Y)["x"]["value"]
     assert log_density(langevin, (Y, LOCAL), {}, {"x": path})[0] == -np.inf

@@ -73,6 +73,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "role"), CASES)
 @pytest.mark.usefixtures("x64")
 def test_kalman_is_exact_for_one_series_and_a_panel_of_two_clocks(order, role):
@@ -133,6 +134,7 @@ def test_sampled_engines(method, error):
     assert abs(value_of(method, "linear", "drift", 0, LOCAL) - exact) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_guided_log_weight_is_the_likelihood():
     series = slice(None)
@@ -190,6 +192,7 @@ def two_state_model(order, y, with_input=True):
     nsde.observe("y", x, lambda t, x: dist.Normal(x[0], 0.2), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["hold", "linear", "hold_next"])
 @pytest.mark.usefixtures("x64")
 def test_two_states(order):
@@ -326,6 +329,7 @@ def test_the_gradient_costs_little_more_than_without_an_input():
     assert with_input < 2.5 * without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a linear input as the rate", "a rate of time itself"])
 @pytest.mark.usefixtures("x64")
 def test_kalman_integrates_what_multiplies_the_state(kind):

@@ -186,6 +186,7 @@ def test_a_nonlinear_count_by_the_grid():
     assert np.all(np.abs(np.asarray(draws).mean(axis=0) - means) < 4 * sd + 0.005 * np.array(means))
 
 
+@pytest.mark.slow
 def test_errors_say_what_is_needed():
     ou = nsde.processes.OrnsteinUhlenbeck(rate=RATE, mean=MEAN, scale=SCALE)
     wide = nsde.accumulate(ou, {"area": lambda t, x, p: x})

@@ -42,6 +42,7 @@ def theophylline(data):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_log_density_of_all_patients():
     model = nsde.handlers.marginalize(theophylline, method=nsde.filters.Kalman())

@@ -93,6 +93,7 @@ def test_guided_is_unbiased_where_the_model_is_not_linear(x64):
     assert few.std() / few.mean() < 0.5
 
 
+@pytest.mark.slow
 def test_moments_and_increments(x64):
     truth = exact(True)
     path, at = ou_path(True)

@@ -61,6 +61,7 @@ def test_a_guide_does_not_run_away_between_observations(x64):
     assert estimates.max() < 11 * dist.Normal(0.0, 0.1).log_prob(0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["guided", "defensive"])
 def test_particles_without_weight_do_not_take_the_digits_of_others(x64, proposal):
     """Where Euler paths explode the look-ahead of a lost particle was 1e229, and the rest was 0."""
@@ -95,6 +96,7 @@ def test_what_runs_away_is_found_by_the_guides_own_path(x64):
             np.testing.assert_allclose(smoother, believed, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["guided", "bootstrap"])
 def test_a_neuron_seen_by_its_voltage_has_a_likelihood(x64, proposal):
     path = multimodal.neuron_path(0.092, 0.278)

@@ -33,6 +33,7 @@ def test_the_tail_index_is_arvizs(x64, shape, size):
     assert float(pareto_shape(jnp.asarray(weights))) == pytest.approx(np.ravel(theirs)[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_filter_that_misses_says_when_and_what_to_do():
     """At a scale of 0.3 no particle crosses between the wells: 70 nats are missing."""
     with pytest.warns(UnreliableFilterWarning, match=r"at time .*grid index") as caught:
