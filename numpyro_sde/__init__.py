@@ -40,6 +40,11 @@ from numpyro_sde.jumps.reactions import ReactionNetwork
 from numpyro_sde.jumps.switching import SwitchingSDE
 from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homogenize
 from numpyro_sde.observe import observe
+from numpyro_sde.panels.chain import Chain
+from numpyro_sde.panels.fitting import PanelFits, fit_panel
+from numpyro_sde.panels.sharding import shard_panel
+from numpyro_sde.panels.slurm import SubmititExecutor
+from numpyro_sde.panels.two_stage import SeriesDraws
 from numpyro_sde.runtime import avoid_wrong_sums, configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
 from numpyro_sde.snapshots import SnapshotLaw
@@ -51,6 +56,7 @@ from numpyro_sde.states.filtering import (
 )
 from numpyro_sde.states.regime_law import RegimeLaw, regime_law
 from numpyro_sde.states.smoothing import smooth
+from numpyro_sde.states.stream import FilterStream, StreamState
 
 avoid_wrong_sums()
 _clock.finish_import()
@@ -60,18 +66,24 @@ __version__ = "0.1.0"
 __all__ = [
     "SDE",
     "AbstractPathLaw",
+    "Chain",
     "CompoundPoisson",
     "ConditionalFlow",
     "Events",
+    "FilterStream",
     "Input",
     "JumpPath",
     "MarkovJumpProcess",
+    "PanelFits",
     "ReactionNetwork",
     "ReactionPath",
     "RegimeLaw",
     "SDEPath",
+    "SeriesDraws",
     "SlowFastSDE",
     "SnapshotLaw",
+    "StreamState",
+    "SubmititExecutor",
     "SwitchingSDE",
     "TimeGrid",
     "accumulate",
@@ -88,6 +100,7 @@ __all__ = [
     "filter_additive",
     "filter_path",
     "filters",
+    "fit_panel",
     "forecast",
     "guides",
     "handlers",
@@ -103,6 +116,7 @@ __all__ = [
     "regime_law",
     "reparam",
     "schemes",
+    "shard_panel",
     "smooth",
     "snapshots",
     "state_space_model",

@@ -13,6 +13,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SLOW = {
     "inputs_and_doses",
     "learned_drifts",
+    "many_series",
     "maximum_likelihood",
     "saving_and_resuming",
     "several_modes",

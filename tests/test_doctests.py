@@ -29,6 +29,7 @@ SLOW = {
     *("testing.contract", "guides.auto", "guides.flows"),
     *("infer.conditional", "infer.particle_gibbs", "infer.pmmh", "infer.parisian", "infer.score"),
     *("guides.path_laws", "guides.score", "guides.auto_path", "guides.training"),
+    *("panels.fitting", "panels.chain", "panels.two_stage", "guides.amortized", "states.stream"),
     *("infer.metric", "infer.split_nuts", "infer.iterated_filtering", "infer.tempered"),
     *("multiscale.flow", "diagnostics.scales.scan", "distributions.fractional", "handlers"),
 }

@@ -49,7 +49,7 @@ LAYERS = [
     ["models"],
     ["observe", "accumulate", "collapse", "handlers", "reparam", "states", "effects"],
     ["guides", "infer", "multiscale", "snapshots"],
-    ["diagnostics", "datasets", "testing"],
+    ["diagnostics", "datasets", "testing", "panels"],
 ]
 PURE = (
     *(
@@ -75,7 +75,7 @@ PURE = (
 )
 OPTIONAL = (
     *("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax"),
-    "cloudpickle",
+    *("cloudpickle", "submitit"),
     "blackjax",
 )
 

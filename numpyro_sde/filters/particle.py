@@ -284,6 +284,17 @@ class Particle(AbstractFilter):
         run = run_filter(model, setting, key, diagnose=True, plan=plan)
         return without_gradient(run.increments)
 
+    def resampled_last(
+        self, model: StateSpaceModel
+    ) -> tuple[Float[Array, ""], Float[Array, "M d"]]:
+        """Log likelihood, and equally weighted particles at the last time, to go on from."""
+        setting, plan, _, key = self._raced(model)
+        run_key, choice_key = jax.random.split(key)
+        run = run_filter(model, setting, run_key, plan=plan)
+        x, log_weights = run.last
+        ancestors = setting.resampler(choice_key, jax.nn.softmax(log_weights))
+        return run.log_likelihood, jnp.swapaxes(x[:, ancestors], 0, 1)
+
     def additive(
         self,
         model: StateSpaceModel,

@@ -1,5 +1,6 @@
 """Variational guides: flows over the parameters of a model, structured laws over its paths."""
 
+from numpyro_sde.guides.amortized import AmortizedGuide, panel_features
 from numpyro_sde.guides.auto import AutoFlow
 from numpyro_sde.guides.auto_path import AutoPathGuide
 from numpyro_sde.guides.matched import MatchedPath
@@ -12,6 +13,7 @@ from numpyro_sde.guides.split import AutoSplit
 from numpyro_sde.guides.training import fit_score, fit_svi
 
 __all__ = [
+    "AmortizedGuide",
     "AutoFlow",
     "AutoPathGuide",
     "AutoSplit",
@@ -25,4 +27,5 @@ __all__ = [
     "fit_natural",
     "fit_score",
     "fit_svi",
+    "panel_features",
 ]

@@ -1,9 +1,11 @@
 """MCMC kernels, with paths in them or for any model; they run under `numpyro.infer.MCMC`."""
 
 from numpyro_sde.infer.blackjax import BlackJAX, BlackJAXState
+from numpyro_sde.infer.checkpoints import CheckpointedMCMC
 from numpyro_sde.infer.collapsed_field import CollapsedField, CollapsedFieldState
 from numpyro_sde.infer.conditional import ConditionalSMC, ConditionalSMCState
 from numpyro_sde.infer.conditional_forward import ConditionalForward
+from numpyro_sde.infer.draw_files import read_draws
 from numpyro_sde.infer.evidence import evidence
 from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound
 from numpyro_sde.infer.gamma_rates import GammaRates, GammaRatesState
@@ -26,6 +28,7 @@ __all__ = [
     "AdjustedProfile",
     "BlackJAX",
     "BlackJAXState",
+    "CheckpointedMCMC",
     "CollapsedField",
     "CollapsedFieldState",
     "ConditionalForward",
@@ -54,5 +57,6 @@ __all__ = [
     "evidence",
     "guided_metric",
     "parisian_gibbs",
+    "read_draws",
     "score",
 ]

@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 from numpyro_sde.diagnostics.compare.arviz_compat import get_group, is_tree
 from numpyro_sde.diagnostics.compare.convert import to_arviz
 from numpyro_sde.diagnostics.compare.parameter_weights import NUM_PATHS
+from numpyro_sde.diagnostics.compare.started import run_starts
 from numpyro_sde.diagnostics.compare.tables import (
     Differences,
     Summary,
@@ -34,6 +35,7 @@ from numpyro_sde.diagnostics.compare.verdicts import (
     tempering_verdict,
     variational_verdict,
 )
+from numpyro_sde.runtime.executors import ExecutorLike
 
 _COMPARISONS = (
     *("distance", "mean_distance", "difference", "in_errors"),
@@ -147,6 +149,7 @@ def compare_fits(
     timings: Mapping[str, Timing] | None = None,
     var_names: Iterable[str] | None = None,
     max_size: int = _MAX_SIZE,
+    executor: ExecutorLike = None,
 ) -> FitComparison:
     """Compare fits of one model, or of models that share parameters and data.
 
@@ -176,7 +179,8 @@ def compare_fits(
     :func:`compare_models` is for those.
 
     Args:
-        fits: Name to fit: results of :func:`to_arviz`, or anything that it converts.
+        fits: Name to fit: results of :func:`to_arviz`, anything that it converts, or a function
+            without arguments that returns either, which is then run and timed.
         reference: Name of the fit to compare with; None is the first.
         times: As for `to_arviz`, for the fits that are not converted yet; likewise `model`,
             `model_args`, `model_kwargs`, `num_samples`, `num_paths` and `rng_key`. Raw fits must
@@ -190,6 +194,9 @@ def compare_fits(
         timings: From :func:`timed`, by name of the fit.
         var_names: Sites to compare; None takes all in common.
         max_size: Largest site whose elements get rows of their own.
+        executor: Where functions among `fits` run, as for `fit_panel`: None for here, a number of
+            processes, or any `concurrent.futures.Executor`. One that fails is left out with a
+            warning.
 
     Raises:
         ValueError: If there is no fit, `reference` or `timings` names none of them, or a name in
@@ -213,20 +220,21 @@ def compare_fits(
     for argument, names in {"reference": [reference], "timings": list(timings or {})}.items():
         if unknown := [name for name in names if name not in fits]:
             raise ValueError(f"{argument} names {unknown}, but the fits are {list(fits)}")
+    options = {
+        "times": times,
+        "model": model,
+        "model_args": model_args,
+        "model_kwargs": model_kwargs,
+        "num_samples": num_samples,
+        "num_paths": num_paths,
+        "rng_key": rng_key,
+    }
+    fits = run_starts(fits, executor, options)
+    if reference not in fits:
+        raise ValueError(f"the reference {reference!r} failed, so there is nothing to compare with")
     summaries = {}
     for name, fit in fits.items():
-        tree = fit
-        if not is_tree(fit):
-            tree = to_arviz(
-                fit,
-                times=times,
-                model=model,
-                model_args=model_args,
-                model_kwargs=model_kwargs,
-                num_samples=num_samples,
-                num_paths=num_paths,
-                rng_key=rng_key,
-            )
+        tree = fit if is_tree(fit) else to_arviz(fit, **options)
         summaries[name] = _summarise(tree, name, (timings or {}).get(name))
     shared = _shared_variables(summaries, reference, var_names)
     small = [name for name in shared if _is_small(labelled(summaries, reference, name), max_size)]
