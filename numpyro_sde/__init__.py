@@ -47,7 +47,12 @@ from numpyro_sde.panels.slurm import SubmititExecutor
 from numpyro_sde.panels.two_stage import SeriesDraws
 from numpyro_sde.runtime import avoid_wrong_sums, configure_cpu, enable_compilation_cache
 from numpyro_sde.sde import SDE
-from numpyro_sde.snapshots import SnapshotLaw
+from numpyro_sde.snapshots import (
+    SnapshotLaw,
+    interpolant,
+    refine_reference,
+    schrodinger_bridge,
+)
 from numpyro_sde.states.filtering import (
     filter_additive,
     filter_path,
@@ -106,6 +111,7 @@ __all__ = [
     "handlers",
     "homogenize",
     "infer",
+    "interpolant",
     "jumps",
     "laws",
     "multiscale",
@@ -113,9 +119,11 @@ __all__ = [
     "observe",
     "processes",
     "random_effects",
+    "refine_reference",
     "regime_law",
     "reparam",
     "schemes",
+    "schrodinger_bridge",
     "shard_panel",
     "smooth",
     "snapshots",

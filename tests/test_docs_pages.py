@@ -17,6 +17,7 @@ SLOW = {
     "maximum_likelihood",
     "saving_and_resuming",
     "several_modes",
+    "snapshots",
     *(
         "batching",
         "first_model",

@@ -24,6 +24,7 @@ SLOW = {
     "infer.conditional_forward",
     "infer.evidence",
     "states.filtering",
+    *("snapshots.bridge", "snapshots.interpolant", "snapshots.refine"),
     "testing.construction",
     "testing.engines",
     *("testing.contract", "guides.auto", "guides.flows"),

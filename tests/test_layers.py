@@ -77,6 +77,7 @@ OPTIONAL = (
     *("arviz", "arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "diffrax"),
     *("cloudpickle", "submitit"),
     "blackjax",
+    "ott",
 )
 
 

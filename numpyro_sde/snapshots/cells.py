@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float
 from numpyro_sde.checks.data import as_data
 
 
-class Cells(NamedTuple):
+class Cells(eqx.Module):
     """K snapshots, checked.
 
     Attributes:
@@ -24,7 +25,7 @@ class Cells(NamedTuple):
 
     values: Float[Array, "K n d"]
     weights: Float[Array, "K n"]
-    scalar: bool
+    scalar: bool = eqx.field(static=True)
 
 
 def stack_snapshots(snapshots: Sequence[ArrayLike]) -> Float[np.ndarray, "K n *state"]:

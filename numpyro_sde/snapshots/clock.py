@@ -13,6 +13,7 @@ from numpyro_sde.grid import TimeGrid, check_times
 DEFAULT_STEPS = 20
 
 
+@jax.tree_util.register_static
 class Clock:
     """Times of snapshots and a grid that holds them, all on the host; compared by their numbers.
 
@@ -51,9 +52,11 @@ def snapshot_clock(times: Any, *, least: int = 2) -> Clock:
         TypeError: traced times.
         ValueError: unsorted times, too few, or a batch of them.
     """
-    if isinstance(times, jax.core.Tracer):
+    given = times.times if isinstance(times, TimeGrid) else times
+    if isinstance(given, jax.core.Tracer):
         raise TypeError("times of snapshots must be known before tracing, got a traced array")
     own = times.observation_times if isinstance(times, TimeGrid) else check_times(times)
+    own = np.asarray(own, np.float64)
     if own.ndim != 1:
         raise ValueError(f"times of snapshots must have shape (K,), got {own.shape}")
     if own.size < least:

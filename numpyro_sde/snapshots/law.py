@@ -130,6 +130,9 @@ class SnapshotLaw(dist.Distribution):
     clock: Clock
     sizes: tuple[int, ...]
     undeclared: frozenset[int]
+    # The equation, its transition and growth rate, for what asks for more than densities. Not part
+    # of the pytree: it is there in the run of a model that made the law.
+    equation: tuple[SDE, Any, Any] | None = None
 
     def __init__(
         self,
@@ -172,6 +175,7 @@ class SnapshotLaw(dist.Distribution):
         if growth is not None:
             refuse_closures(growth, "growth", batch)
         rate = growth_rate(growth, sde)
+        self.equation = (sde, chosen, rate)
         self.population = population_of(
             sde, chosen, rate, self.clock, starts, noise, batch_shape, scalar=state_shape == ()
         )

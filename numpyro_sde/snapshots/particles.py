@@ -128,17 +128,25 @@ class ParticleMixture(AbstractPopulation):
         self, cell: Array, row: Array, key: PRNGKeyArray, shape: tuple[int, int]
     ) -> Float[Array, "S M"]:
         """Log weights of paths from each start to a cell at one of the times."""
-        observed = pinned_path(
-            self.sde, self.starts, self.particles.scheme, self.clock, self.scalar
-        )
-        size = observed.path.innovation_shape
-        z = jax.random.normal(key, (shape[1], shape[0], *size), cell.dtype)
+        clock, scalar = self.clock, self.scalar
 
-        def one(model: StateSpaceModel, z: Array) -> Array:
-            model, guide = pinned_guide(model, self.clock, cell, row)
-            return jax.vmap(lambda z: guided_path(model, guide, model.init_mean, z).log_weight)(z)
+        def from_start(start: Array, key: PRNGKeyArray) -> Array:
+            path = path_from(self.sde, start, self.particles.scheme, clock, scalar)
+            size = path.innovation_shape
+            z = jax.random.normal(key, (shape[0], *size), cell.dtype)
 
-        return observed.map(one, (z,), (1 + len(size),)).T
+            def of_model(model: StateSpaceModel) -> Array:
+                model, guide = pinned_guide(model, clock, cell, row)
+
+                def one(z: Array) -> Array:
+                    return guided_path(model, guide, model.init_mean, z).log_weight
+
+                return jax.vmap(one)(z)
+
+            weights: Array = ObservedPath(path, ()).map(of_model)
+            return weights
+
+        return jax.vmap(from_start)(self.starts, jax.random.split(key, shape[1])).T
 
     def draw(self, key: PRNGKeyArray, num_cells: int) -> Float[Array, "K-1 n d"]:
         rows = self.clock.index[1:]
@@ -146,30 +154,20 @@ class ParticleMixture(AbstractPopulation):
         def one(key: PRNGKeyArray, row: Any) -> Array:
             which, own = jax.random.split(key)
             start = self.starts[jax.random.categorical(which, self.log_weights)]
-            path = start_path(self.sde, start[None], self.particles.scheme, self.clock, self.scalar)
-            states = path.sample(own)[0]
-            return jnp.reshape(states[row], start.shape)
+            path = path_from(self.sde, start, self.particles.scheme, self.clock, self.scalar)
+            return jnp.reshape(path.sample(own)[row], start.shape)
 
         keys = jax.random.split(key, (rows.size, num_cells))
         return jax.vmap(jax.vmap(one, (0, None)))(keys, jnp.asarray(rows))
 
 
-def start_path(
-    sde: SDE, starts: Float[Array, "M d"], scheme: Any, clock: Clock, scalar: bool
+def path_from(
+    sde: SDE, start: Float[Array, " d"], scheme: Any, clock: Clock, scalar: bool
 ) -> SDEPath:
-    """The law of paths from each of M starts, along the grid."""
-    states = starts[:, 0] if scalar else starts
-    init = dist.Delta(states, event_dim=0 if scalar else 1)
-    chosen = resolve_scheme(sde, scheme, init.event_shape)
-    return SDEPath(sde, clock.grid, init, scheme=chosen)
-
-
-def pinned_path(
-    sde: SDE, starts: Float[Array, "M d"], scheme: Any, clock: Clock, scalar: bool
-) -> ObservedPath:
-    """The same, for engines that treat paths by states."""
-    path = start_path(sde, starts, scheme, clock, scalar)
-    return ObservedPath(path, path.batch_shape)
+    """The law of paths from a start, along the grid."""
+    state = start[0] if scalar else start
+    chosen = resolve_scheme(sde, scheme, state.shape)
+    return SDEPath(sde, clock.grid, dist.Delta(state, event_dim=state.ndim), scheme=chosen)
 
 
 def pinned_guide(

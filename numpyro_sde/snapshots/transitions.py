@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from numpyro_sde.distributions.arguments import resolve_scheme
 from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.parameters import as_function
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.sde import SDE
@@ -124,14 +125,14 @@ def population_of(
     if transition is None or isinstance(transition, GaussianScheme):
         exact = is_exact_normal(sde, transition)
         return _normal_mixture(
-            sde,
+            with_data_leaves(sde),
             transition,
             growth,
             coarse(clock) if exact else clock,
-            starts,
+            (starts.points, starts.cov, starts.log_weights),
             noise,
             batch_shape,
-            scalar=scalar,
+            scalar,
         )
     if noise is not None:
         raise ValueError(
@@ -144,19 +145,26 @@ def population_of(
     return TransitionMixture(sde, transition, points, log_weights, coarse(clock), scalar)
 
 
+def with_data_leaves(sde: SDE) -> SDE:
+    """The equation with arrays of JAX for parameters: data of a program, not part of it."""
+    if sde.inputs is not None:  # whose times are looked at on the host
+        return sde
+    return cast("SDE", jax.tree.map(jnp.asarray, sde))
+
+
+@entry_point
 def _normal_mixture(
     sde: SDE,
     scheme: GaussianScheme | None,
     growth: Rate | None,
     clock: Clock,
-    starts: Starts,
+    starts: tuple[Array, Array, Array],
     noise: Array | None,
     batch_shape: tuple[int, ...],
-    *,
     scalar: bool,
 ) -> NormalMixture:
     linear: Any = None if scheme is None else scheme.linearizable()
-    arrays: list[Any] = [starts.points, starts.cov, starts.log_weights]
+    arrays: list[Any] = [*starts]
     dims: list[Any] = [2, 2, 1]
     if noise is not None:
         arrays.append(noise)

@@ -259,3 +259,49 @@ def test_terms_reach_arviz(clouds):
     rates = mcmc.get_samples()["rate"]
     law = nsde.SnapshotLaw(ou(rate=rates[3]), TIMES, clouds[0])
     np.testing.assert_allclose(terms[0, 3], np.ravel(law.log_prob_pointwise(clouds)[1:]), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_engines_find_the_posterior_of_a_quadrature(clouds):
+    from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+    from numpyro.infer.autoguide import AutoMultivariateNormal
+
+    rng = np.random.default_rng(4)
+    start = rng.normal(2.0, 0.3, 40)
+    y = [start]
+    for t in TIMES[1:]:
+        m, v = ou_moments(start, t)
+        y.append(m + np.sqrt(v) * rng.normal(size=40))
+    y = np.stack(y)
+
+    def model(y):
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
+        numpyro.sample("cells", nsde.SnapshotLaw(ou(rate=rate), TIMES, y[0]), obs=y)
+
+    grid = np.linspace(0.3, 4.0, 800)
+    logs = [sum(np.sum(b) for b in by_hand_at(r, y)) for r in grid]
+    logs = np.array(logs) + stats.lognorm.logpdf(grid, 0.5)
+    weights = np.exp(logs - logs.max())
+    weights /= weights.sum()
+    mean = weights @ grid
+    sd = np.sqrt(weights @ (grid - mean) ** 2)
+    mcmc = MCMC(NUTS(model), num_warmup=300, num_samples=1000, progress_bar=False)
+    mcmc.run(jax.random.key(0), y)
+    draws = np.asarray(mcmc.get_samples()["rate"])
+    # At least 250 effective draws of 1,000.
+    assert abs(draws.mean() - mean) < 4 * sd / np.sqrt(250)
+    assert abs(draws.std() / sd - 1) < 4 / np.sqrt(2 * 250)
+    guide = AutoMultivariateNormal(model)
+    svi = SVI(model, guide, numpyro.optim.Adam(0.02), Trace_ELBO(8))
+    fit = svi.run(jax.random.key(1), 1500, y, progress_bar=False)
+    rates = guide.sample_posterior(jax.random.key(2), fit.params, sample_shape=(4000,))["rate"]
+    # A log-normal fit of a nearly log-normal posterior: a quarter of its standard deviation.
+    assert abs(float(rates.mean()) - mean) < 0.25 * sd
+
+
+def by_hand_at(rate, snapshots):
+    total = []
+    for k in (1, 2):
+        m, v = ou_moments(snapshots[0][None], TIMES[k], rate=rate)
+        total.append(np.log(stats.norm.pdf(snapshots[k][:, None], m, np.sqrt(v)).mean(1)))
+    return total
