@@ -34,6 +34,8 @@ import numpyro_sde as nsde
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+nsde.configure_cpu()
+
 GRAVITY, LINEAR, QUADRATIC = 4.0, 0.2, 0.15  # 1/s^2, 1/s, 1
 SCALE, NOISE = 0.05, 0.02  # rad/s per root of a second; rad
 WIDTH = 0.05  # seconds between readings
@@ -138,7 +140,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
-    nsde.configure_cpu()
     draws, count, far = (20, 41, 21) if options.quick else (400, 201, 101)
     x, y = swing(1.2, count, jax.random.key(0))
     _, y_far = swing(2.4, far, jax.random.key(5))

@@ -35,7 +35,7 @@ from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.guides.split import AutoSplit, weight_sites
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.models.reading import latent_paths
-from numpyro_sde.models.stack import outside_all_handlers
+from numpyro_sde.models.stack import outside_all_handlers, substituted_here
 from numpyro_sde.runtime.entry import Held, entry_point
 
 # A network is told of the shared parameters if there are no more of them than this.
@@ -131,6 +131,7 @@ class AutoPathGuide(AutoGuide):
         if isinstance(self.parameters, AutoGuide):
             self.parameters.create_plates = lambda *_, **__: list(self._open.values())
         self._plans: dict[str, Plan] = {}
+        self._optimised: list[str] = []
         self._data: tuple[Any, Any] = ((), {})
         self._sites: dict[str, Any] = {}
         self._theta_start: Any = 0.0
@@ -168,13 +169,15 @@ class AutoPathGuide(AutoGuide):
             total = total + posterior.residual(law, values[name], numpyro.prng_key())
         return total
 
-    def path_bound(self, num_times: int, args: Any, kwargs: Any) -> Float[Array, ""]:
-        """Bound of the path's part of the evidence, without a path, for `MatchedPath`.
+    def path_bound(
+        self, model: Callable[..., Any], num_times: int, args: Any, kwargs: Any
+    ) -> Float[Array, ""]:
+        """Bound of the path's part of the evidence of a model, without a path, for `MatchedPath`.
 
         A statement of a guide, which samples the parameters; see `MatchedELBO`.
         """
         assert isinstance(self.path, MatchedPath)
-        return self._only_law(args, kwargs).bound(self.path, numpyro.prng_key(), num_times)
+        return self._only_law(args, kwargs, model).bound(self.path, numpyro.prng_key(), num_times)
 
     def natural_update(
         self, num_steps: int, args: Any, kwargs: Any
@@ -184,11 +187,11 @@ class AutoPathGuide(AutoGuide):
         A statement of a guide, which samples the parameters; see `fit_natural`.
         """
         assert isinstance(self.path, GaussianMarkovPath)
-        return self._only_law(args, kwargs).natural(self.path, num_steps)
+        return self._only_law(args, kwargs, self.model).natural(self.path, num_steps)
 
-    def _only_law(self, args: Any, kwargs: Any) -> PathPosterior:
+    def _only_law(self, args: Any, kwargs: Any, model: Callable[..., Any]) -> PathPosterior:
         """Sample the parameters; the law of the only path."""
-        laws = list(self._laws(args, kwargs, {}))
+        laws = list(self._laws(args, kwargs, {}, model))
         if len(laws) > 1:
             raise ValueError(
                 f"{type(self.path).__name__} is trained so in a model of one path, got "
@@ -206,9 +209,14 @@ class AutoPathGuide(AutoGuide):
             yield name, posterior
 
     def _laws(
-        self, args: Any, kwargs: Any, values: dict[str, Array]
+        self,
+        args: Any,
+        kwargs: Any,
+        values: dict[str, Array],
+        model: Callable[..., Any] | None = None,
     ) -> Iterator[tuple[str, PathPosterior]]:
         """Sample the parameters into `values`; hand out the law of each path given `values`."""
+        model = self.model if model is None else model
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._open = plates = self._create_plates(*args, **kwargs)
@@ -217,11 +225,12 @@ class AutoPathGuide(AutoGuide):
         theta = self._shared_vector(values) - self._theta_start
         indices = {name: plate._indices for name, plate in plates.items()}
         for name, plan in self._plans.items():
-            known = {**indices, **values}
+            # What SVI optimises in the model itself (`numpyro.param`) is in the path's law too.
+            known = {**substituted_here(self._optimised), **indices, **values}
             try:
-                site = look(self.model, args, kwargs, name, known)
+                site = look(model, args, kwargs, name, known)
             except NoDataError:
-                site = look(self.model, *self._data, name, known)
+                site = look(model, *self._data, name, known)
             posterior = PathPosterior(
                 self.path, name, self.prefix, self.gradient, site, plan, plates, theta
             )
@@ -230,7 +239,7 @@ class AutoPathGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with recorded_fields() as fields:
             recorded = trace_at_median(self.model, args, kwargs)
-        recorded_names = list(fields)
+        self._optimised = [n for n, site in recorded.items() if site["type"] == "param"]
         names = latent_paths(recorded)
         for name, site in recorded.items():
             if site["type"] == "plate":
@@ -244,15 +253,15 @@ class AutoPathGuide(AutoGuide):
             if site["type"] == "sample" and not site["is_observed"]
         }
         start = {name: site["value"] for name, site in self._sites.items()}
-        self._split_weights(recorded_names)
+        self._split_weights(list(fields))
         if start and self.init == "mode":
             mode, covariance = self._find_mode(full, args, kwargs)
             start |= mode
             if mode and isinstance(self.parameters, AutoFlow):
                 self.parameters.init_scale = covariance
             if mode and isinstance(self.parameters, AutoSplit):
-                ((names, block),) = covariance.items()
-                self.parameters.start_at(mode, names, block, self._free_sizes(mode))
+                ((own, block),) = covariance.items()
+                self.parameters.start_at(mode, own, block, self._free_sizes(mode))
             if mode and isinstance(self.parameters, AutoGuide):
                 # Sites in a subsampled plate begin at the median: their guide sees a batch.
                 self.parameters.init_loc_fn = init_to_value(

@@ -20,23 +20,29 @@ whose steps are known, so that draws have the marginals exactly and densities fo
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.checks.numbers import at_least
+from numpyro_sde.guides.flows import Conditioner, bounded_input
+from numpyro_sde.guides.marginal_curve import Curve, Marginal, cubic_rule
 from numpyro_sde.guides.path_laws import (
     PathLaw,
     Place,
     Sizes,
+    check_widths,
+    encode,
     gap_rows,
     observation_spacing,
     observed_rows,
+    register_encoder,
 )
 from numpyro_sde.guides.steps import hold_value, log_normal
 from numpyro_sde.linear.discretize import transition_sqrt
@@ -62,9 +68,14 @@ class MatchedPath(PathLaw):
 
     Args:
         num_inner: knots between two observations.
+        num_context: length of the context that an encoder, a recurrent network run backward over
+            the data, hands to each knot; 0 for none. With an encoder nothing is learned for one
+            series alone: the law serves series that it was not trained on, and mini-batches of
+            large panels.
+        hidden_dims: widths of the network that makes marginals of contexts.
 
     Raises:
-        ValueError: a negative count. In use: noise with a memory, inputs or events, fewer noises
+        ValueError: a size out of range. In use: noise with a memory, inputs or events, fewer noises
             than states, several paths in one model.
 
     When not to use it: smoothing laws with two modes; short series, where `GaussianMarkovPath` is
@@ -85,16 +96,40 @@ class MatchedPath(PathLaw):
     """
 
     num_inner: int = eqx.field(static=True)
+    num_context: int = eqx.field(static=True)
+    hidden_dims: tuple[int, ...] = eqx.field(static=True)
     owns_start = True
 
-    def __init__(self, num_inner: int = 1) -> None:
+    def __init__(
+        self,
+        num_inner: int = 1,
+        *,
+        num_context: int = 0,
+        hidden_dims: tuple[int, ...] = (32, 32),
+    ) -> None:
         at_least("num_inner", num_inner, 0)
-        self.num_inner = int(num_inner)
+        at_least("num_context", num_context, 0)
+        self.num_inner, self.num_context = int(num_inner), int(num_context)
+        self.hidden_dims = check_widths(hidden_dims)
 
-    def shared_params(self, prefix: str, sizes: Sizes) -> Any:  # noqa: ARG002
-        return None
+    @property
+    def amortized(self) -> bool:  # type: ignore[override]
+        return self.num_context > 0
+
+    def shared_params(self, prefix: str, sizes: Sizes) -> Any:
+        if not self.amortized:
+            return None
+        d = sizes.dim
+        inputs, outputs = 2 * self.num_context + 1 + 2 * d + sizes.num_theta, 3 * d * (d + 1)
+        network = numpyro.param(
+            f"{prefix}_network",
+            lambda key: Conditioner.create(key, inputs, self.hidden_dims, outputs),
+        )
+        return network, register_encoder(prefix, self.num_context, sizes)
 
     def local_dims(self) -> dict[str, int]:
+        if self.amortized:
+            return {}
         return {"mean": 2, "mean_slope": 3, "root": 3, "root_slope": 4}
 
     def local_params(self, prefix: str, sizes: Sizes, lead: tuple[int, ...]) -> dict[str, Array]:
@@ -106,19 +141,57 @@ class MatchedPath(PathLaw):
             "root_slope": (gaps, 2, d, d),
         }
         return {
-            name: numpyro.param(f"{prefix}_{name}", jnp.zeros(lead + shape), event_dim=len(shape))
-            for name, shape in shapes.items()
+            name: numpyro.param(
+                f"{prefix}_{name}", jnp.zeros(lead + shapes[name]), event_dim=len(shapes[name])
+            )
+            for name in self.local_dims()
         }
 
     def start(
-        self, init: Any, model: StateSpaceModel, place: Place, params: Any, local: Any
+        self,
+        init: Any,
+        model: StateSpaceModel,
+        place: Place,
+        params: Any,
+        shared: Any,
+        local: Any,
     ) -> Any:
         del init, params
-        return _Start(self, model, place, local)
+        return _Start(self, model, place, shared, local)
 
-    def curve(self, model: StateSpaceModel, place: Place, local: Any) -> Curve:
+    def _encoded(self, model: StateSpaceModel, place: Place, shared: Any) -> dict[str, Array]:
+        """Parameters at all knots from contexts at the ends of their interval."""
+        network, encoder = shared
+        rows, d = gap_rows(model), model.dim
+        context = encode(encoder, model, place)[rows]
+        states = (place.along.guide.reference[rows] - place.center[None]) / place.spread[None]
+        inner = self.num_inner + 1
+        count = (len(rows) - 1) * inner + 1
+        before = np.minimum(np.arange(count) // inner, len(rows) - 2)
+        share = (np.arange(count) - before * inner) / inner
+        inputs = jnp.concatenate(
+            [
+                *(context[before], context[before + 1]),
+                bounded_input(jnp.concatenate([states[before], states[before + 1]], 1)),
+                *(jnp.asarray(share, context.dtype)[:, None], _repeated(place.theta, count)),
+            ],
+            axis=1,
+        )
+        out = jax.vmap(network)(inputs)
+        mean, root, rest = jnp.split(out, [d, d + d * d], axis=1)
+        slopes = rest[:-1].reshape(count - 1, 2, d + d * d)
+        return {
+            "mean": mean,
+            "root": root.reshape(count, d, d),
+            "mean_slope": slopes[..., :d],
+            "root_slope": slopes[..., d:].reshape(count - 1, 2, d, d),
+        }
+
+    def curve(self, model: StateSpaceModel, place: Place, shared: Any, local: Any) -> Curve:
         """The law's marginals as functions of time."""
         _check(model)
+        if self.amortized:
+            local = self._encoded(model, place, shared)
         times, reference = jnp.asarray(model.times), _to_free(model, place.along.guide.reference)
         rows = jnp.asarray(gap_rows(model))
         inner = jnp.arange(self.num_inner + 1) / (self.num_inner + 1)
@@ -133,7 +206,8 @@ class MatchedPath(PathLaw):
         mean = base + jnp.sqrt(gap) * (local["mean"] @ unit.T)
         root = local["root"]
         if fixed:  # begins at a point, as the noise alone spreads it
-            mean, root = mean.at[0].set(base[0]), root.at[0].set(0.0)
+            start = _to_free(model, model.init_mean)
+            mean, root = mean.at[0].set(start), root.at[0].set(0.0)
         steps = jnp.diff(mean, axis=0)[:, None] + jnp.sqrt(gap) * (local["mean_slope"] @ unit.T)
         turns = jnp.diff(root, axis=0)[:, None] + local["root_slope"]
         return Curve(knots, mean, steps, root, turns, unit, gap, fixed)
@@ -141,10 +215,9 @@ class MatchedPath(PathLaw):
     def draw(
         self, model: StateSpaceModel, place: Place, shared: Any, local: Any, x0: Array, z: Array
     ) -> tuple[Array, Array]:
-        del shared
         if model.num_times == 1:
             return model.visible(x0[None]), jnp.zeros((), x0.dtype)
-        curve = self.curve(model, place, local)
+        curve = self.curve(model, place, shared, local)
         at = jax.vmap(curve.at)(jnp.asarray(model.times))
         F, S = _steps(model, curve)
         normals = jnp.reshape(z, (z.shape[0], -1))
@@ -170,10 +243,9 @@ class MatchedPath(PathLaw):
         path: Array,
         normals: Array | None = None,
     ) -> Array:
-        del shared
         if model.num_times == 1:
             return jnp.zeros((), path.dtype)
-        curve = self.curve(model, place, local)
+        curve = self.curve(model, place, shared, local)
         at = jax.vmap(curve.at)(jnp.asarray(model.times))
         F, S = _steps(model, curve)
         x = jnp.reshape(path, (model.num_times, -1))
@@ -187,91 +259,55 @@ class MatchedPath(PathLaw):
         return jnp.sum(log_normal(z)) - jnp.sum(log_det)
 
     def bound(
-        self, model: StateSpaceModel, place: Place, local: Any, key: Array, num_times: int
-    ) -> tuple[Array, Array]:
-        """First state, and the bound of one path without that state's log density.
+        self,
+        model: StateSpaceModel,
+        place: Place,
+        shared: Any,
+        local: Any,
+        key: Array,
+        num_times: int,
+    ) -> tuple[Array, Array, Array]:
+        """The bound of one path without the density of its start, and where that is to be taken.
 
         Args:
             model: the path and its instruments.
             place: where it stands.
-            local: its parameters.
-            key: of the times, and of one draw at each.
+            shared: parameters of all series.
+            local: parameters of this one.
+            key: of the times, and of one rule of quadrature at each.
             num_times: times at which the drifts are compared.
+
+        Returns:
+            Points of the first state, their weights, and the bound.
         """
-        curve = self.curve(model, place, local)
+        curve = self.curve(model, place, shared, local)
         times = jnp.asarray(model.times)
         key_times, key_cost, key_data = jax.random.split(key, 3)
         shares = (jnp.arange(num_times) + jax.random.uniform(key_times, (num_times,))) / num_times
         at = times[0] + shares * (times[-1] - times[0])
-        e = jax.random.normal(key_cost, (num_times, model.dim), times.dtype)
-        costs = jax.vmap(lambda t, e: _cost(model, curve, t, e))(at, e)
-        cost = jnp.mean(costs) * (times[-1] - times[0])
 
-        rows = jnp.asarray(observed_rows(model))
-        e = jax.random.normal(key_data, (rows.size + 1, model.dim), times.dtype)
+        def cost(t: Array, key: Array) -> Array:
+            points, weights = cubic_rule(key, model.dim)
+            return weights @ jax.vmap(lambda e: _cost(model, curve, t, e))(points)
+
+        costs = jax.vmap(cost)(at, jax.random.split(key_cost, num_times))
+        bound = -jnp.mean(costs) * (times[-1] - times[0])
+
+        # The last rule is the start's, which is not observed where it is known.
+        rows = np.append(observed_rows(model), 0)
+        keys = jax.random.split(key_data, rows.size)
+        points, weights = jax.vmap(lambda key: cubic_rule(key, model.dim))(keys)
         seen = jax.vmap(curve.at)(times[rows])
-        y = seen.mean + matvec(seen.factor, e[1:])
-        first, log_start = _Start(self, model, place, local).draw(e[0])
-        states = place.along.guide.reference.at[rows].set(_from_free(model, y))
-        if rows.size:  # the same first state for its law and for what is seen of it
-            states = states.at[0].set(first)
-        return first, jnp.sum(log_emissions(model, states)) - cost - log_start
-
-
-class Marginal(NamedTuple):
-    """The law at one time: mean, factor of the covariance and its inverse."""
-
-    mean: Array
-    factor: Array
-    inverse: Array
-
-
-class Curve(NamedTuple):
-    """Normal marginals as functions of time.
-
-    Attributes:
-        knots: times of the knots.
-        mean: means there; `steps`: slopes at both ends of each interval, times its length.
-        root: coordinates of the factors there, log diagonals, lower parts and, above, turns.
-        unit: factor of the noise in a unit of time; `gap`: mean time between observations.
-        fixed: whether the path begins at a known state.
-    """
-
-    knots: Array
-    mean: Array
-    steps: Array
-    root: Array
-    turns: Array
-    unit: Array
-    gap: Array
-    fixed: bool
-
-    def at(self, t: Array) -> Marginal:
-        """The marginal at a time."""
-        i = jnp.clip(jnp.searchsorted(self.knots, t, side="right") - 1, 0, len(self.knots) - 2)
-        s = (t - self.knots[i]) / (self.knots[i + 1] - self.knots[i])
-        mean = _cubic(s, self.mean[i], self.mean[i + 1], self.steps[i])
-        root = _cubic(s, self.root[i], self.root[i + 1], self.turns[i])
-        size = jnp.sqrt(self.gap)
-        if self.fixed:
-            since = (t - self.knots[0]) / self.gap
-            share = -jnp.expm1(-since)
-            size = size * jnp.sqrt(jnp.where(share > 0, share, jnp.finfo(share.dtype).tiny))
-        L = jnp.tril(root, -1) + jnp.diag(jnp.exp(diagonal(root)))
-        eye = jnp.eye(len(L), dtype=L.dtype)
-        K = jnp.triu(root, 1)
-        K = K - transpose(K)
-        turn = eye if len(L) == 1 else jnp.linalg.solve(eye - K, eye + K)
-        factor = size * self.unit @ L @ turn
-        inverse = transpose(turn) @ solve_lower(L, solve_lower(self.unit, eye)) / size
-        return Marginal(mean, factor, inverse)
-
-
-def _cubic(s: Array, left: Array, right: Array, slopes: Array) -> Array:
-    """Hermite's cubic between two values; slopes times the length of the interval."""
-    a, b = (1.0 + 2.0 * s) * (1.0 - s) ** 2, s * (1.0 - s) ** 2
-    c, d = s**2 * (3.0 - 2.0 * s), s**2 * (s - 1.0)
-    return a * left + b * slopes[0] + c * right + d * slopes[1]
+        y = seen.mean[:, None] + matvec(seen.factor[:, None], points)
+        states = jnp.swapaxes(_from_free(model, y), 0, 1)
+        if rows.size > 1:
+            reference = place.along.guide.reference
+            terms = jax.vmap(
+                lambda x: log_emissions(model, reference.at[rows[:-1]].set(x))[rows[:-1]]
+            )(states[:, :-1])
+            bound = bound + jnp.sum(terms * weights[:-1].T)
+        start = _Start(self, model, place, shared, local)
+        return states[:, -1], weights[-1], bound + start.entropy()
 
 
 def _check(model: StateSpaceModel) -> None:
@@ -380,20 +416,35 @@ def _log_factor(at: Marginal) -> Array:
     return jnp.linalg.slogdet(at.factor)[1]
 
 
+def _repeated(a: Array, count: int) -> Array:
+    return jnp.broadcast_to(a[None], (count, a.size))
+
+
 class _Start:
     """The first state's law: the marginal there."""
 
-    def __init__(self, law: MatchedPath, model: StateSpaceModel, place: Place, local: Any) -> None:
-        self.law, self.model, self.place, self.local = law, model, place, local
+    def __init__(
+        self, law: MatchedPath, model: StateSpaceModel, place: Place, shared: Any, local: Any
+    ) -> None:
+        self.law, self.model, self.place = law, model, place
+        self.shared, self.local = shared, local
         self.kind = place.start
         if self.kind != "fixed":
-            curve = law.curve(model, place, local)
+            curve = law.curve(model, place, shared, local)
             self.at = curve.at(curve.knots[0])
 
     def held(self) -> _Start:
         """The same law, its parameters held."""
-        local = lax.stop_gradient(self.local)
-        return _Start(self.law, self.model, self.place, local)
+        shared, local = lax.stop_gradient((self.shared, self.local))
+        return _Start(self.law, self.model, self.place, shared, local)
+
+    def entropy(self) -> Array:
+        """Entropy of the free coordinate less the mean log slope: `-E log q(x_0)`."""
+        if self.kind == "fixed":
+            return jnp.zeros((), self.model.init_mean.dtype)
+        size = self.model.dim
+        entropy = 0.5 * size * (1.0 + jnp.log(2.0 * jnp.pi))
+        return entropy + self._log_slope(self.at.mean)
 
     def draw(self, z: Float[Array, " u"]) -> tuple[Array, Array]:
         """First state of standard normals, and its log density."""

@@ -64,7 +64,7 @@ class MatchedELBO(ELBO):
             bounds: list[Array] = []
 
             def statement() -> None:
-                bounds.append(guide.path_bound(self.num_times, args, kwargs))
+                bounds.append(guide.path_bound(model, self.num_times, args, kwargs))
 
             log_q, drawn = log_density(seed(statement, key_guide), (), {}, param_map)
             rest = replay(seed(parameters, key_model), drawn)

@@ -87,7 +87,13 @@ class PathLaw(eqx.Module):
     owns_start: ClassVar[bool] = False
 
     def start(
-        self, init: Any, model: StateSpaceModel, place: Place, params: Any, local: Any
+        self,
+        init: Any,
+        model: StateSpaceModel,
+        place: Place,
+        params: Any,
+        shared: Any,
+        local: Any,
     ) -> Any:
         """The first state's law.
 
@@ -96,9 +102,10 @@ class PathLaw(eqx.Module):
             model: the path and its instruments.
             place: where it stands.
             params: from `starts.start_params`; None with `owns_start`, or for a fixed start.
-            local: the law's own parameters.
+            shared: the law's parameters that all series share.
+            local: those of this series.
         """
-        del local
+        del shared, local
         return StartLaw(place.start, init, model, place.along, params)
 
     @abstractmethod
@@ -437,10 +444,11 @@ def encode(encoder: Any, model: StateSpaceModel, place: Place) -> Float[Array, "
         # Data have units that a network need not know.
         count = jnp.maximum(jnp.sum(seen, 0), 1.0)
         mean = jnp.sum(values * seen, 0) / count
-        scale = jnp.sqrt(jnp.sum(seen * (values - mean) ** 2, 0) / count)
+        centred = values - mean[None]
+        scale = jnp.sqrt(jnp.sum(seen * centred**2, 0) / count)
         scale = jnp.where(scale > 0, scale, 1.0)
-        parts += [seen * (values - mean) / scale, seen]
-    reference = (place.along.guide.reference - place.center) / place.spread
+        parts += [seen * centred / scale[None], seen]
+    reference = (place.along.guide.reference - place.center[None]) / place.spread[None]
     steps = jnp.concatenate([jnp.asarray(model.dt), jnp.zeros(1)]) / observation_spacing(model)
     inputs = jnp.concatenate([*parts, bounded_input(reference), steps[:, None]], axis=1)
 

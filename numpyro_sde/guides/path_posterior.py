@@ -205,7 +205,7 @@ class PathPosterior:
                 reference = reference_from_data(model)
             reference = jnp.asarray(reference, jnp.result_type(float))
             place = place_of(model, reference, self.theta, self.kind)
-            law = self.family.start(self.site.path.init, model, place, start, local)
+            law = self.family.start(self.site.path.init, model, place, start, self.shared, local)
             return action(model, place, law, local, *flat[:count])
 
         own, every = tuple(self._own.values()), (*dims, *(dim for _, dim in self._own.values()))
@@ -238,6 +238,13 @@ class PathPosterior:
     ) -> tuple[dict[str, Array], Float[Array, " steps"]]:
         """Parameters of all series after natural-gradient steps, and their bounds before each."""
         dims = law.local_dims()
+        plates = [self._plates[frame.name] for frame in self.plan.frames]
+        part = [plate.name for plate in plates if plate.size != plate.subsample_size]
+        if part:
+            raise ValueError(
+                f"natural-gradient steps need all series, and plates {part} are subsampled: train "
+                "this guide by SVI"
+            )
 
         def one(model: Any, place: Any, start: Any, local: Any) -> Any:
             own = {key: local[key] for key in dims}
@@ -254,14 +261,16 @@ class PathPosterior:
 
         def one(
             model: Any, place: Any, start: Any, local: Any, key: PRNGKeyArray
-        ) -> tuple[Array, Array]:
+        ) -> tuple[Array, Array, Array]:
             del start
-            first, bound = law.bound(model, place, local, key, num_times)
-            return model.visible(first), bound
+            first, weights, bound = law.bound(model, place, self.shared, local, key, num_times)
+            return model.visible(first), weights, bound
 
-        first, bound = self.map(one, (keys,), (0,))
+        first, weights, bound = self.map(one, (keys,), (0,))
         if self.kind != "fixed":
-            bound = bound + self.site.path.init.log_prob(first)
+            axis = len(self.site.lead)
+            log_p = self.site.path.init.log_prob(jnp.moveaxis(first, axis, 0))
+            bound = bound + jnp.sum(jnp.moveaxis(log_p, 0, axis) * weights, -1)
         ratios = [self._plates[f.name] for f in self.plan.frames]
         scale = math.prod(p.size / p.subsample_size for p in ratios)
         return scale * jnp.sum(bound)

@@ -94,6 +94,15 @@ def value_outside(name: str, handler: Messenger) -> Any:
     return None
 
 
+def substituted_here(names: Iterable[str]) -> dict[str, Any]:
+    """Values that `substitute` handlers around the present statement have for some sites."""
+    found: dict[str, Any] = {}
+    for h in _PYRO_STACK:  # the innermost last
+        if isinstance(h, substitute) and h.data:
+            found.update({name: h.data[name] for name in names if name in h.data})
+    return found
+
+
 def known_values(handler: Messenger) -> dict[str, Any]:
     """Values of the sites run so far, as traces outside a handler have them."""
     known: dict[str, Any] = {}

@@ -431,6 +431,11 @@ def _controlled(case):
     yield from _path_law(case, nsde.guides.ControlledPath(hidden_dims=(4,)))
 
 
+@engine("MatchedPath", ())
+def _matched_path(case):
+    yield from _path_law(case, nsde.guides.MatchedPath())
+
+
 @engine("ConditionalScorePath", ONE)
 def _score_path(case):
     yield from _path_law(case, nsde.guides.ConditionalScorePath(hidden_dims=(4,)))

@@ -54,7 +54,7 @@ def test_bands_cover_under_local_linear_steps():
     """
     scheme = nsde.schemes.LocalLinear()
     kernel = NUTS(lambda x: model(x, scheme), init_strategy=init_to_median)
-    mcmc = MCMC(kernel, num_warmup=200, num_samples=200, progress_bar=False, jit_model_args=True)
+    mcmc = MCMC(kernel, num_warmup=150, num_samples=150, progress_bar=False, jit_model_args=True)
 
     @jax.jit
     @jax.vmap
