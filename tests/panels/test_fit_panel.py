@@ -14,6 +14,7 @@ import panel_models as models
 import pytest
 
 import numpyro_sde as nsde
+from numpyro_sde.panels.chain import _compiled
 
 DATA = models.series(7)
 quiet = {"progress": False}
@@ -131,8 +132,9 @@ class Submitter:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["processes", "dask", "submitit"])
-def test_other_processes_compile_once_each(kind, tmp_path):
+def test_other_processes_compile_once_each(kind, tmp_path, monkeypatch):
     """Two workers: the same draws as here, and the programs of one chain in each of them."""
+    _compiled.cache_clear()  # of the tests before
     data = models.series(12)
     run = partial(nsde.fit_panel, models.marginal, data, models.short_chain, batch_size=2, **quiet)
     alone = run()
@@ -149,6 +151,8 @@ def test_other_processes_compile_once_each(kind, tmp_path):
             fits = run(executor=client.get_executor())
     else:
         pytest.importorskip("submitit")
+        roots = (str(Path(__file__).parent), str(Path(nsde.__file__).parents[1]))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(roots))  # as a script's folder would be
         with nsde.SubmititExecutor(tmp_path, cluster="local", timeout_min=10) as executor:
             fits = run(executor=executor, batch_size=6)
     np.testing.assert_array_equal(fits.draws()["level"], alone.draws()["level"])
