@@ -4,6 +4,7 @@ from numpyro_sde.runtime import clock as _clock  # first: it takes the time of i
 
 # isort: split
 from numpyro_sde import (
+    checking,
     data,
     datasets,
     diagnostics,
@@ -23,6 +24,7 @@ from numpyro_sde import (
     snapshots,
 )
 from numpyro_sde.accumulate import accumulate
+from numpyro_sde.checking.run import check
 from numpyro_sde.diagnostics.prediction.forecast import forecast
 from numpyro_sde.distributions.compound_poisson import CompoundPoisson
 from numpyro_sde.distributions.jump_path import JumpPath
@@ -93,6 +95,8 @@ __all__ = [
     "TimeGrid",
     "accumulate",
     "average",
+    "check",
+    "checking",
     "configure_cpu",
     "data",
     "datasets",

@@ -50,6 +50,7 @@ LAYERS = [
     ["observe", "accumulate", "collapse", "handlers", "reparam", "states", "effects"],
     ["guides", "infer", "multiscale", "snapshots"],
     ["diagnostics", "datasets", "testing", "panels"],
+    ["checking"],
 ]
 PURE = (
     *(

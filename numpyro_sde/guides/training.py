@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +34,7 @@ def fit_svi(
     window: int = 200,
     patience: int | None = 5,
     init_state: SVIState | None = None,
+    time_limit: float | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> SVIRunResult:
@@ -53,6 +55,7 @@ def fit_svi(
         patience: windows without a rise of one standard error after which to stop; None for
             none.
         init_state: state to go on from.
+        time_limit: seconds after which no further window begins; None for none.
         progress_bar: show progress and the smoothed loss.
         **kwargs: keyword arguments of model and guide.
 
@@ -92,6 +95,7 @@ def fit_svi(
     compiled: Callable[..., Any] = jax.jit(run, static_argnums=1)
     losses: list[np.ndarray] = []
     best, idle, done = math.inf, 0, 0
+    end = math.inf if time_limit is None else time.perf_counter() + time_limit
     with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
         try:
             while done < num_steps and (patience is None or idle < patience):
@@ -110,6 +114,8 @@ def fit_svi(
                 error = float(finite.std()) / math.sqrt(finite.size)
                 idle = 0 if mean < best - _MIN_GAIN * error else idle + 1
                 best = min(best, mean)
+                if time.perf_counter() > end:
+                    break
                 bar.update(length)
                 bar.set_postfix_str(f"loss {mean:.4f}, best {best:.4f}", refresh=False)
         except KeyboardInterrupt:

@@ -231,7 +231,7 @@ class Replicator:
             bad = 0 if values is None else int(np.sum(~np.isfinite(values)))
             if bad or not np.isfinite(true):
                 raise FloatingPointError(f"{label}: truth {true:g}, {bad} draws not finite")
-        rows = [_rank(true, draws, recipe.num_ranks, exact, random) for true, draws in pairs]
+        rows = [rank_truth(true, draws, recipe.num_ranks, exact, random) for true, draws in pairs]
         pit, true, mean, sd, kept = np.array(rows).T
         return Outcome(index, pit, true, mean, sd, kept, "")
 
@@ -316,7 +316,7 @@ def _places(site: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[int, ...
     return {place(element): element for element in elements}
 
 
-def _rank(
+def rank_truth(
     truth: float,
     draws: np.ndarray | None,
     num_ranks: int,
@@ -327,6 +327,19 @@ def _rank(
 
     Draws are thinned, evenly, to their effective size. A rank among M draws, spread evenly over
     its share of [0, 1), is uniform for any M: ranks of replicates that mixed unequally join.
+
+    Args:
+        truth: The true value.
+        draws: Draws, `(chain, draw)`, or None.
+        num_ranks: Largest number of them to count.
+        independent: Whether they are independent.
+        random: Breaks ties.
+
+    Example:
+        >>> draws = np.linspace(-1.0, 1.0, 100)[None]
+        >>> pit, *_, kept = rank_truth(0.0, draws, 31, True, np.random.default_rng(0))
+        >>> 0.45 < pit < 0.55, kept
+        (True, 31.0)
     """
     if draws is None:
         return np.nan, truth, np.nan, np.nan, np.nan

@@ -152,12 +152,14 @@ def read_fit(
     model_kwargs: Mapping[str, Any] | None = None,
     group_by_chain: bool = False,
 ) -> Draws:
-    """Recognise a fit; arguments as for `to_arviz`. A guide is not yet sampled.
+    """Recognise a fit, unless it has been; arguments as for `to_arviz`. No guide is sampled yet.
 
     Raises:
         TypeError: If `fit` is none of the kinds in the module's description.
         ValueError: If an `MCMC` has not run, or draws disagree in their number.
     """
+    if isinstance(fit, Draws):
+        return fit
     if isinstance(fit, MCMC):
         return _from_mcmc(fit, model, model_args, model_kwargs)
     if isinstance(fit, Mapping):
