@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # Pages that fit or compile for more than ten seconds; the README's example stands for them.
 SLOW = {
+    "check",
     "inputs_and_doses",
     "learned_drifts",
     "many_series",

@@ -17,6 +17,8 @@ MODULES = {
 PUBLIC = public_objects()
 # Those that compile for more than five seconds.
 SLOW = {
+    *("checking.calibrated", "checking.fitting", "checking.predictive"),
+    *("checking.run", "checking.sensitivity"),
     "diagnostics.compare.guide_quality",
     "diagnostics.prediction.forecast",
     "diagnostics.prediction.leave_future",

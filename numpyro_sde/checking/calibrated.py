@@ -184,7 +184,7 @@ def spread_p_values(pit: Float[np.ndarray, "N Q"]) -> Float[np.ndarray, " Q"]:
 
     Example:
         >>> spread_p_values(np.array([[0.5], [0.02], [0.98], [0.01]])).round(3).tolist()
-        [0.004]
+        [0.016]
     """
     scores = ndtri(np.clip(pit, _EDGE, 1.0 - _EDGE))
     tail = chdtr(len(pit), np.sum(scores**2, axis=0))

@@ -79,8 +79,8 @@ def check(
         ...     numpyro.sample("y", nsde.SDEPath(walk, np.arange(10.0), init=0.0), obs=y)
         >>> y = np.array([0.0, 0.3, -0.1, 0.4, 1.2, 0.9, 1.5, 1.1, 1.0, 1.8])
         >>> report = nsde.check(model, y, time_budget=20.0, progress=False)
-        >>> report.ok, report["fit"].words
-        (True, 'use it (y observed)')
+        >>> report.ok, report["sensitivity to grid"].words
+        (True, 'the transition is exact, whatever the step')
     """
     budget = Budget(time_budget)
     key = jax.random.key(0) if rng_key is None else rng_key

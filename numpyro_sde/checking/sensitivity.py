@@ -266,7 +266,7 @@ def power_scaling(fit: CheckedFit) -> Step:
         >>> def model(y):
         ...     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
         ...     numpyro.sample("y", dist.Normal(a, 10.0), obs=y)
-        >>> found = nsde.checking.fit(model, 30.0, progress=False)
+        >>> found = nsde.checking.fit(model, 100.0, progress=False)
         >>> nsde.checking.power_scaling(found).level  # the prior speaks, against the data
         'look'
     """

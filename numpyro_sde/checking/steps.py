@@ -68,8 +68,8 @@ def show_table(table: Any) -> str:
     Example:
         >>> import pandas as pd
         >>> print(show_table(pd.DataFrame({"mean": [0.12345]}, index=["rate"])))
-               mean
-        rate  0.123
+              mean
+        rate 0.123
     """
     return table.to_string(float_format=_three_digits)
 
