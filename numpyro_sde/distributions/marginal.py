@@ -24,6 +24,7 @@ from numpyro_sde.distributions.observation import EmissionPath
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import (
     ObservedPath,
+    Readings,
     data_under_law,
     draw_starts,
     with_starts,
@@ -36,6 +37,7 @@ from numpyro_sde.distributions.statement import (
 )
 from numpyro_sde.filters.forward import ForwardResult
 from numpyro_sde.filters.rao_blackwell import RaoBlackwellResult
+from numpyro_sde.runtime.entry import subprogram
 from numpyro_sde.sde import broadcast_batch
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
@@ -137,10 +139,8 @@ class MarginalPath(dist.Distribution):
         return stack_replicates(self.statement, self.batch_shape, self.lead, self.power)
 
     def _run(self, data: list[tuple[Statement, Any]], lead: tuple[int, ...], what: str) -> Array:
-        def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
-            return getattr(method, what)(model)
-
-        return ObservedPath(self.path, lead, tuple(data)).run(self.method, evaluate)
+        readings = tuple((statement, Readings.of(statement, y)) for statement, y in data)
+        return _integrated(ObservedPath(self.path, lead, readings), self.method, what)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
         statement, y, lead, batch = self.laid_out(value)
@@ -261,6 +261,16 @@ class MarginalPath(dist.Distribution):
         dims = (1 + len(shape), *(c.ndim - len(self.lead) for c in consts))
         seen = map_batch(one, lead, (states, *consts), dims)
         return seen, seen.shape[len(lead) + 1 :]
+
+
+@subprogram
+def _integrated(observed: ObservedPath, method: AbstractFilter, what: str) -> Array:
+    """What a filter makes of a path and its data; one program in all that evaluates the model."""
+
+    def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
+        return getattr(method, what)(model)
+
+    return observed.run(method, evaluate)
 
 
 def _sum_from(terms: Array, rows: np.ndarray, present: Array) -> Array:

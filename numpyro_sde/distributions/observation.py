@@ -31,6 +31,7 @@ from numpyro_sde.distributions.moments import (
     is_gaussian,
 )
 from numpyro_sde.events import Rule
+from numpyro_sde.runtime.entry import subprogram
 from numpyro_sde.schemes.events import open_state
 from numpyro_sde.sde import (
     Code,
@@ -430,7 +431,7 @@ class EmissionPath(dist.Distribution):
             )
         lead = jnp.broadcast_shapes(lead, self.batch_shape)
         value = jnp.broadcast_to(value, lead + self.event_shape)
-        terms = self._map(log_prob_of_present, lead, (value,), (self.event_dim,))
+        terms = _terms_of(self, value, lead)
         if not self.structure.exact:
             return terms
         # What a reading without noise says is in the law of the path, not in that of the reading.
@@ -445,18 +446,14 @@ class EmissionPath(dist.Distribution):
                 value.shape[: value.ndim - self.event_dim], self.batch_shape
             )
             value = jnp.broadcast_to(value, lead + self.event_shape)
-            return jnp.sum(self._map(met, lead, (value,), (self.event_dim,)), -1)
+            return jnp.sum(_agreement_of(self, value, lead), -1)
         return jnp.sum(self.log_prob_pointwise(value), -1)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
         lead = sample_shape + self.batch_shape
         keys = jax.random.split(key, (*lead, self.event_shape[0]))
-
-        def draw(law: dist.Distribution, key: PRNGKeyArray) -> Array:
-            return jnp.asarray(law.sample(key))
-
-        return self._map(draw, lead, (keys,), (keys.ndim - len(lead),))
+        return _draw_of(self, keys, lead)
 
     @property
     def mean(self) -> Array:
@@ -465,6 +462,27 @@ class EmissionPath(dist.Distribution):
     @property
     def variance(self) -> Array:
         return self._map(lambda law: jnp.asarray(law.variance), self.batch_shape)
+
+
+# What a model asks of a law, each one program.
+
+
+@subprogram
+def _terms_of(law: EmissionPath, value: Array, lead: tuple[int, ...]) -> Array:
+    return law._map(log_prob_of_present, lead, (value,), (law.event_dim,))
+
+
+@subprogram
+def _agreement_of(law: EmissionPath, value: Array, lead: tuple[int, ...]) -> Array:
+    return law._map(met, lead, (value,), (law.event_dim,))
+
+
+@subprogram
+def _draw_of(law: EmissionPath, keys: Array, lead: tuple[int, ...]) -> Array:
+    def draw(law: dist.Distribution, key: PRNGKeyArray) -> Array:
+        return jnp.asarray(law.sample(key))
+
+    return law._map(draw, lead, (keys,), (keys.ndim - len(lead),))
 
 
 @promote_batch_shape.register

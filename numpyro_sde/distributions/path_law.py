@@ -32,6 +32,7 @@ from numpyro_sde.dynamics import AbstractDynamics, Structure
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
 from numpyro_sde.schemes import AbstractScheme
+from numpyro_sde.runtime.entry import subprogram
 from numpyro_sde.schemes.events import Forcing
 
 _DIMS = ("leaf_dims", "lead_dims")
@@ -284,16 +285,20 @@ class AbstractPathLaw(dist.Distribution):
                 f"{type(self.scheme).__name__} has no transition density: "
                 f"{self.scheme.remedy(otherwise)}"
             )
+        arguments.refuse_undeclared(self.undeclared, self.batch_shape, shape)
+        if self.num_times > 1:
+            arguments.refuse_without_noise(self.sde, self.state_shape)
+        if self.init._validate_args:  # its checks are for values that are known
+            self._expanded_init().log_prob(self._take(value, 0))
+        return _density_of(self, lead, value, what)
 
+    def _density_now(self, lead: tuple[int, ...], value: Array, what: str) -> tuple[Array, Any]:
         def transitions(
             sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
         ) -> Array:
             density: Array = getattr(scheme, what)(sde, times, dt, x, cache)
             return density
 
-        arguments.refuse_undeclared(self.undeclared, self.batch_shape, shape)
-        if self.num_times > 1:
-            arguments.refuse_without_noise(self.sde, self.state_shape)
         start = self._expanded_init().log_prob(self._take(value, 0))
         if self.num_times == 1:
             return start, None
@@ -315,7 +320,9 @@ class AbstractPathLaw(dist.Distribution):
 
     def _simulate(self, x0: Array, keys: Array, lead: tuple[int, ...]) -> Array:
         """Draw paths of a scheme that is no map of Gaussian innovations."""
+        return _simulated(self, x0, keys, lead)
 
+    def _simulate_now(self, x0: Array, keys: Array, lead: tuple[int, ...]) -> Array:
         def simulate(
             sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, key: Any
         ) -> Array:
@@ -356,6 +363,10 @@ class AbstractPathLaw(dist.Distribution):
             x0.shape[: x0.ndim - state_dim],
             innovations.shape[: innovations.ndim - dim],
         )
+        return _forward(self, x0, innovations, lead)
+
+    def _forward_now(self, x0: Array, innovations: Array, lead: tuple[int, ...]) -> Array:
+        state_dim, dim = len(self.state_shape), len(self.innovation_shape)
 
         def simulate(
             sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x0: Array, z: Array
@@ -410,6 +421,26 @@ class AbstractPathLaw(dist.Distribution):
 
     def _take(self, path: Array, index: int) -> Array:
         return lax.index_in_dim(path, index, path.ndim - self.event_dim, keepdims=False)
+
+
+# What a model asks of a law, each one program.
+
+
+@subprogram
+def _density_of(
+    law: AbstractPathLaw, lead: tuple[int, ...], value: Array, what: str
+) -> tuple[Array, Any]:
+    return law._density_now(lead, value, what)
+
+
+@subprogram
+def _forward(law: AbstractPathLaw, x0: Array, innovations: Array, lead: tuple[int, ...]) -> Array:
+    return law._forward_now(x0, innovations, lead)
+
+
+@subprogram
+def _simulated(law: AbstractPathLaw, x0: Array, keys: Array, lead: tuple[int, ...]) -> Array:
+    return law._simulate_now(x0, keys, lead)
 
 
 @vmap_over.register

@@ -30,13 +30,47 @@ from numpyro_sde.statespace.model import AbstractFilter, FilterResult, Instrumen
 from numpyro_sde.statespace.updates import covariance_uses_state
 
 
+class Readings(eqx.Module):
+    """Data of a statement as an argument of a program, and what the host knows of their gaps.
+
+    Attributes:
+        values: the data, `(*lead, *replicates, K, *observation)`.
+        present: where the data of each path are not missing, `(*replicates, K, *observation)`; a
+            host array. None where that is not known before tracing, or not the same for all.
+    """
+
+    values: Array
+    present: np.ndarray | None
+
+    @classmethod
+    def of(cls, statement: Statement, y: Any, *, gaps: bool = True) -> Readings:
+        """The data of a statement; without `gaps`, only that there are none is taken as known."""
+        known = isinstance(y, np.ndarray) and y.dtype.kind in "fiub"
+        present = None
+        if known:
+            found = ~np.isnan(y)
+            one = found.ndim == len(statement.event_shape)
+            if found.all() or (one and gaps):
+                present = np.ones(statement.event_shape, bool) if found.all() else found
+        return cls(jnp.asarray(y), present)
+
+    def mark(self, path: AbstractPathLaw, statement: Statement, times: Any, found: Any) -> Any:
+        """Instruments with what is missing as the host knows it: filters then see it."""
+        if self.present is None:
+            return found
+        known = path.instruments(statement, times, np.where(self.present, 0.0, np.nan))
+        pairs = zip(found, known, strict=True)
+        return [one._replace(present=same.present) for one, same in pairs]
+
+
 class ObservedPath(eqx.Module):
     """A path and all that is said of it: what every engine that treats paths by states takes.
 
     Attributes:
         path: its law.
         lead: batch shape around it, plates included.
-        data: the statements that observe it, with their data `(*lead, *replicates, K, *obs)`.
+        data: the statements that observe it, with their data `(*lead, *replicates, K, *obs)`, or
+            `Readings` of them.
         name: its site, for messages.
         mask: True, or where its density counts.
     """
@@ -82,7 +116,7 @@ class ObservedPath(eqx.Module):
         flat: list[Any] = []
         flat_dims: list[Any] = []
         for statement, y in self.data:
-            flat += [statement, y]
+            flat += [statement, y.values if isinstance(y, Readings) else y]
             flat_dims += [statement.leaf_event_dims(), len(statement.event_shape)]
 
         def one(
@@ -97,8 +131,13 @@ class ObservedPath(eqx.Module):
         ) -> Any:
             observed, others = rest[: len(flat)], rest[len(flat) :]
             instruments: list[Instrument] = []
-            for statement, y in zip(observed[::2], observed[1::2], strict=True):
-                instruments += path.instruments(statement, times, y)
+            for statement, y, (_, given) in zip(
+                observed[::2], observed[1::2], self.data, strict=True
+            ):
+                laid_out = path.instruments(statement, times, y)
+                if isinstance(given, Readings):
+                    laid_out = given.mark(path, statement, times, laid_out)
+                instruments += laid_out
             model = StateSpaceModel(
                 sde=sde,
                 scheme=scheme,

@@ -321,9 +321,8 @@ class MarkovFBM(AbstractNoise):
                 known = np.asarray(hurst, dtype=float)
                 if not np.all((known > 0) & (known < 1)):
                     raise ValueError(f"hurst must be between 0 and 1, got {hurst}")
-                # A known index stays one in a model that is being traced.
-                with jax.ensure_compile_time_eval():
-                    self.hurst = jnp.asarray(known, jnp.result_type(float))
+                # A known index stays one in a model that is being traced, or an argument.
+                self.hurst = known.astype(jnp.result_type(float))
         self.num_terms, self.kind, self.fit = int(num_terms), kind, fit
 
     @property

@@ -12,7 +12,7 @@ import dis
 import types
 from collections.abc import Callable
 from functools import lru_cache, partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -43,12 +43,15 @@ class Held:
         True
     """
 
-    __slots__ = ("_hash", "_key", "value")
+    __slots__ = ("_hash", "_key", "lasting", "value")
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self._key = _snapshot(value, {}, 0)
         self._hash = hash(self._key)
+        # Whether a program made for it can be found again: it holds nothing that belongs to one
+        # trace, and nothing that may change unseen.
+        self.lasting = _lasts(self._key)
 
     def __reduce__(self) -> tuple[Any, tuple[Any]]:
         return Held, (self.value,)
@@ -58,6 +61,10 @@ class Held:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Held) and self._key == other._key
+
+
+class _Unknown:
+    """Equal to nothing else: a value that may change unseen."""
 
 
 class _Same:
@@ -79,12 +86,12 @@ def _snapshot(value: Any, seen: dict[int, int], depth: int) -> Any:
         return type(value), repr(value) if isinstance(value, float) else value
     if isinstance(value, np.ndarray):
         # An array of objects holds what may change.
-        data = object() if value.dtype.hasobject else value.tobytes()
+        data = _Unknown() if value.dtype.hasobject else value.tobytes()
         return np.ndarray, value.shape, value.dtype.str, data
     if id(value) in seen:  # a function that calls itself
         return "seen", seen[id(value)]
-    if depth > _MOST_DEPTH:
-        return object()
+    if depth > _MOST_DEPTH or isinstance(value, jax.core.Tracer):
+        return _Unknown()
     again = partial(_snapshot, seen={**seen, id(value): len(seen)}, depth=depth + 1)
     if isinstance(value, tuple | list):
         return type(value), tuple(again(v) for v in value)
@@ -102,8 +109,17 @@ def _snapshot(value: Any, seen: dict[int, int], depth: int) -> Any:
         return value._key
     fixed = types.ModuleType, type, types.BuiltinFunctionType, eqx.Module
     if isinstance(value, (*fixed, jax.Array)) or _of_a_library(type(value)):
-        return _Same(value)
-    return object()
+        leaves = [] if isinstance(value, type) else jax.tree_util.tree_leaves(value)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        return _Unknown() if traced else _Same(value)
+    return _Unknown()
+
+
+def _lasts(key: Any) -> bool:
+    """Whether a snapshot is equal to one taken anew of the same value."""
+    if isinstance(key, tuple):
+        return all(_lasts(part) for part in key)
+    return not isinstance(key, _Unknown)
 
 
 def _captured(fn: types.FunctionType) -> list[Any]:
@@ -197,15 +213,58 @@ def entry_point(fn: Callable[P, R]) -> Callable[P, R]:
         [4.0, 4.0]
     """
 
-    @partial(jax.jit, static_argnums=0)
-    @wraps(fn, updated=(), assigned=("__name__", "__qualname__", "__module__"))
-    def run(static: Any, data: list[Any]) -> Any:
-        args, kwargs = join(static, data)
-        return fn(*args, **kwargs)
+    run = _compiled(fn)
 
     @wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         static, data = split((args, kwargs))
-        return run(static, data)
+        return cast("R", run(static, data))
 
     return call
+
+
+def subprogram(fn: Callable[P, R]) -> Callable[P, R]:
+    """Compile what models evaluate as one program, by itself, under a gradient, or in a larger one.
+
+    NumPyro takes its first gradient of a model operation by operation, each a small program that
+    XLA compiles. Here that is one program, found again by a second call as an `entry_point` is; and
+    what traces the model again finds it traced. Where it could not be found again (a function that
+    closes over traced values, or reads what may change unseen) `fn` runs as it is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> @subprogram
+        ... def total(x, fn):
+        ...     return fn(x).sum()
+        >>> [float(jax.grad(total)(jnp.ones(2), lambda x: a * x)[0]) for a in (2.0, 3.0)]
+        [2.0, 3.0]
+    """
+    run = _compiled(fn)
+
+    @wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        static, data = split((args, kwargs))
+        return cast("R", run(static, data)) if _can_be_found(static) else fn(*args, **kwargs)
+
+    return call
+
+
+def _compiled(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], list[Any]], Any]:
+    @partial(jax.jit, static_argnums=0)
+    @wraps(fn, updated=(), assigned=("__name__", "__qualname__", "__module__"))
+    def run(static: tuple[Any, ...], data: list[Any]) -> Any:
+        args, kwargs = join(static, data)
+        return fn(*args, **kwargs)
+
+    return run
+
+
+def _can_be_found(static: tuple[Any, ...]) -> bool:
+    _, held, functions = static
+    if not all(h is None or h.lasting for h in (*held, *functions)):
+        return False
+    try:
+        hash(static)
+    except TypeError:  # a law of the user's with parts that have no hash
+        return False
+    return True

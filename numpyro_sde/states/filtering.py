@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike
 from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.observation import Emission
 from numpyro_sde.distributions.path_law import AbstractPathLaw
-from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.distributions.state_space import ObservedPath, Readings
 from numpyro_sde.distributions.statement import Statement, make_statement
 from numpyro_sde.distributions.step_check import warn_coarse_step
 from numpyro_sde.filters.ensemble import EnsembleKalman
@@ -74,7 +74,7 @@ def filter_path(
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
     if isinstance(method, Particle):  # its result holds the model
         return _run_particles(path, statement, jnp.asarray(y), method, lead)
-    result = _run(path, statement, jnp.asarray(y), method, _filter, lead, _is_complete(y))
+    result = _run(path, statement, _readings(statement, y), method, _filter, lead)
     if isinstance(method, ExtendedKalman | UnscentedKalman | EnsembleKalman):
         states = result.mean if path.state_shape else result.mean[..., 0]
         warn_coarse_step(path, states)
@@ -148,7 +148,7 @@ def filter_additive(
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
 
     run = partial(_sums, functional=functional, num_backward=num_backward)
-    return _run(path, statement, jnp.asarray(y), method, run, lead, _is_complete(y))
+    return _run(path, statement, _readings(statement, y), method, run, lead)
 
 
 def two_filter(
@@ -216,25 +216,20 @@ def two_filter(
     statement, lead, y = _checked(path, emission, obs, method, params, event_dims, inputs, at)
 
     run = partial(_both_ways, join=join)
-    return _run(path, statement, jnp.asarray(y), method, run, lead, _is_complete(y))
+    return _run(path, statement, _readings(statement, y), method, run, lead)
 
 
 @entry_point
 def _run(
     path: AbstractPathLaw,
     statement: Statement,
-    y: Array,
+    readings: Readings,
     method: AbstractFilter,
     fn: Callable[[Any, StateSpaceModel], Any],
     lead: tuple[int, ...],
-    complete: bool,
 ) -> Any:
     """Map `fn(method, model)` over the batch; compiled once for a structure."""
-
-    def run(method: AbstractFilter, model: StateSpaceModel) -> Any:
-        return fn(method, _without_gaps(model) if complete else model)
-
-    return ObservedPath(path, lead, ((statement, y),)).run(method, run)
+    return ObservedPath(path, lead, ((statement, readings),)).run(method, fn)
 
 
 @entry_point
@@ -259,20 +254,9 @@ def _both_ways(method: Particle, model: StateSpaceModel, join: str) -> TwoFilter
     return method.two_filter(model, join=join)
 
 
-def _is_complete(y: Any) -> bool:
-    """Whether data are known before tracing to have no gaps, so that filters need no masks."""
-    known = isinstance(y, np.ndarray) and y.dtype.kind in "fiub"
-    return known and not np.any(np.isnan(y))
-
-
-def _without_gaps(model: StateSpaceModel) -> StateSpaceModel:
-    """The model, told on the host that nothing is missing at the times observed."""
-    instruments = []
-    for instrument in model.instruments:
-        present: Any = np.zeros(instrument.present.shape, bool)
-        present[instrument.rows] = True
-        instruments.append(instrument._replace(present=present))
-    return model._replace(instruments=tuple(instruments))
+def _readings(statement: Statement, y: Any) -> Readings:
+    """Data as an argument; other gaps, of new data, are no reason to compile anew."""
+    return Readings.of(statement, y, gaps=False)
 
 
 def _require_particles(method: Any) -> None:
