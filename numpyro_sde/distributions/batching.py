@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import _PYRO_STACK, plate
@@ -52,7 +53,7 @@ def map_batch(
     for arg, declared in zip(args, event_dims, strict=True):
         flat, treedef = jax.tree_util.tree_flatten(arg)
         treedefs.append(treedef)
-        leaves += flat
+        leaves += [_in_precision(leaf) for leaf in flat]
         dims += [declared] * len(flat) if isinstance(declared, int) else list(declared)
     if len(dims) != len(leaves):
         raise ValueError(f"got {len(dims)} event dimensions for {len(leaves)} leaves")
@@ -95,6 +96,16 @@ def map_batch(
 
 def _listed(fn: Callable[..., Any], shape: tuple[int, ...], *flat: Any) -> Any:
     return fn(shape, list(flat))
+
+
+def _in_precision(leaf: Any) -> Any:
+    """A host array in the precision that JAX computes in.
+
+    Its constants are not cast where a loop in a compiled function is batched (JAX 0.10).
+    """
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
+        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+    return leaf
 
 
 def _element(leaf: Any, event_dim: int, at: Sequence[Any]) -> Any:

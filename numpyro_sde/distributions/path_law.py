@@ -31,8 +31,8 @@ from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_val
 from numpyro_sde.dynamics import AbstractDynamics, Structure
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
-from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.runtime.entry import subprogram
+from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.schemes.events import Forcing
 
 _DIMS = ("leaf_dims", "lead_dims")

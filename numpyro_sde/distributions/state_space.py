@@ -58,7 +58,8 @@ class Readings(eqx.Module):
         """Instruments with what is missing as the host knows it: filters then see it."""
         if self.present is None:
             return found
-        known = path.instruments(statement, times, np.where(self.present, 0.0, np.nan))
+        blank: Any = np.where(self.present, 0.0, np.nan)
+        known = path.instruments(statement, times, blank)
         pairs = zip(found, known, strict=True)
         return [one._replace(present=same.present) for one, same in pairs]
 

@@ -15,8 +15,10 @@ from numpyro.util import identity
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.filters.rao_blackwell import check_switching
 from numpyro_sde.infer import conditional_regimes
+from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
 from numpyro_sde.models.survey import survey
+from numpyro_sde.runtime.entry import Held, entry_point
 from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.smc.backward import invertible
 from numpyro_sde.smc.conditional import RENEWALS, conditional_smc, first_path
@@ -176,16 +178,27 @@ class ConditionalSMC(MCMCKernel):
         z = {name: jnp.asarray(value, _kept_type(value)) for name, value in init_params.items()}
         survey(self._model, model_args, kwargs).refuse_other_uses()
 
+        # A race may give the kernel another proposal: it decides the program too.
+        proposal, threshold = self.setting.proposal, self.setting.ess_threshold
+        held = Held((threshold, jax.tree.leaves(proposal)))
         # Compiled as one: a sweep outside `jit` would compile every operation apart.
-        def first(key: PRNGKeyArray, z: dict[str, Array]) -> ConditionalSMCState:
-            # Paths drawn by filters: those of the prior, which Gibbs hands over, may be such that
-            # no other one ever replaces them.
-            key, *keys = jax.random.split(key, 1 + len(z))
-            for name, own in zip(tuple(z), keys, strict=True):
-                z = {**z, name: self._first(self._observed(model_args, kwargs, name, z), own)}
-            return self.sample(ConditionalSMCState(z, {}, {}, key), model_args, kwargs)
+        state: ConditionalSMCState = with_data_as_arguments(
+            self._model,
+            model_args,
+            kwargs,
+            lambda given: _first_sweep(self, proposal, held, given, rng_key, z),
+        )
+        return state
 
-        return jax.jit(first)(rng_key, z)
+    def _begin(
+        self, key: PRNGKeyArray, z: dict[str, Array], args: Any, kwargs: Any
+    ) -> ConditionalSMCState:
+        # Paths drawn by filters: those of the prior, which Gibbs hands over, may be such that no
+        # other one ever replaces them.
+        key, *keys = jax.random.split(key, 1 + len(z))
+        for name, own in zip(tuple(z), keys, strict=True):
+            z = {**z, name: self._first(self._observed(args, kwargs, name, z), own)}
+        return self.sample(ConditionalSMCState(z, {}, {}, key), args, kwargs)
 
     def sample(
         self, state: ConditionalSMCState, model_args: Any, model_kwargs: Any
@@ -305,6 +318,20 @@ class ConditionalSMC(MCMCKernel):
     def select_sites(self, model_trace: Any) -> tuple[str, ...]:
         """Names of the sites it updates, found in a trace of the model."""
         return latent_paths(model_trace) if self.sites is None else self.sites
+
+
+@entry_point
+def _first_sweep(
+    kernel: ConditionalSMC,
+    proposal: Proposal,  # noqa: ARG001
+    options: Held,  # noqa: ARG001
+    arguments: Any,
+    key: PRNGKeyArray,
+    z: dict[str, Array],
+) -> ConditionalSMCState:
+    """The first state of a kernel, compiled once for its proposal and options."""
+    args, kwargs = released(arguments)
+    return kernel._begin(key, z, args, kwargs)
 
 
 def _kept_type(value: Any) -> Any:

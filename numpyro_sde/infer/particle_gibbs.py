@@ -15,6 +15,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_sde.infer.conditional import ConditionalSMC
+from numpyro_sde.infer.interweaving import Interweaving
 from numpyro_sde.infer.racing import (
     ProposalRace,
     fingerprint,
@@ -52,6 +53,10 @@ class ParticleGibbs(Gibbs):
             `inner_options`.
         sites: names of the path sites; None for all.
         inner_options: keyword arguments of `inner`.
+        interweave: move the other sites a second time in each sweep, given the standard normals
+            that make the paths, which then move along: what a path ties down (the parameters of its
+            diffusion) is free there. None: where the paths' innovations can be read off. Costs a
+            kernel more to compile, and gradients of a whitened path.
         **options: as of `ConditionalSMC`: `proposal`, `own_share`, `renewal`, `resampling`,
             `ess_threshold`. Under proposal="auto" of a model that is not linear and normal,
             "guided", "defensive" and "bootstrap" are raced at 16 points about the start, for each
@@ -90,6 +95,7 @@ class ParticleGibbs(Gibbs):
         *,
         sites: Sequence[str] | None = None,
         inner_options: dict[str, Any] | None = None,
+        interweave: bool | None = None,
         **options: Any,
     ) -> None:
         paths = ConditionalSMC(model, sites, num_particles, **options)
@@ -101,6 +107,12 @@ class ParticleGibbs(Gibbs):
         super().__init__([(paths, paths.select_sites), (rest, None)])
         # The copy that runs: Gibbs binds its kernels to the model given the other sites.
         self._paths = self.blocks[0][0]
+        self._asked_interweaving = interweave
+        self._interweaving: Interweaving | None = None
+        if interweave is not False:
+            self._interweaving = Interweaving(
+                model, inner, inner_options or {}, self._paths, self.blocks[1][0]
+            )
         self._is_raced = paths.setting.proposal == Auto() and paths.own_share is None
         self.proposals: ProposalRace | None = None
         self._races: dict[Any, ProposalRace | None] = {}
@@ -129,7 +141,41 @@ class ParticleGibbs(Gibbs):
                 flat = jnp.asarray(self.proposals.best_point, flat.dtype)
             spread = start.factor @ jax.random.normal(spread_key, flat.shape, flat.dtype)
             init_params = back(flat + _SPREAD * spread)
-        return super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
+        state = super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
+        return self._with_interweaving(state, num_warmup, model_args, model_kwargs)
+
+    def _with_interweaving(
+        self, state: GibbsState, num_warmup: int, args: Any, kwargs: Any
+    ) -> GibbsState:
+        """The state with that of the second move of the parameters, where there is one."""
+        if self._interweaving is None:
+            return state
+        rng_key, own_key = jax.random.split(state.rng_key)
+        kwargs = {} if kwargs is None else kwargs
+        try:
+            own = self._interweaving.init(own_key, num_warmup, state.block_states, args, kwargs)
+        except (TypeError, ValueError):
+            if self._asked_interweaving:
+                raise
+            return state  # paths without innovations to hold
+        return state._replace(block_states=(*state.block_states, own), rng_key=rng_key)
+
+    def sample(self, state: GibbsState, model_args: Any, model_kwargs: Any) -> GibbsState:
+        """One sweep: paths given the rest, the rest given paths, and given their innovations."""
+        state = super().sample(state, model_args, model_kwargs)
+        if self._interweaving is None or len(state.block_states) == 2:
+            return state
+        kwargs = {} if model_kwargs is None else model_kwargs
+        moved = self._interweaving.move(state.block_states, model_args, kwargs)
+        return state._replace(z=self._merge_z(moved), block_states=moved)
+
+    def wrap_model(self, wrapper: Callable[..., Any]) -> ParticleGibbs:
+        """The same kernel on a wrapped model."""
+        new: ParticleGibbs = super().wrap_model(wrapper)
+        new._paths, rest = (kernel for kernel, _ in new.blocks)
+        if self._interweaving is not None:
+            new._interweaving = self._interweaving.wrapped(wrapper, new._paths, rest)
+        return new
 
     def _race(self, start: Start, key: PRNGKeyArray, args: Any, kwargs: Any) -> None:
         """Take the proposal that wins on these data; what was found is kept with them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ from numpyro_sde.infer.racing import (
     regimes_are_linear,
 )
 from numpyro_sde.infer.start import approximate_mode
+from numpyro_sde.models.arguments import released, with_data_as_arguments
+from numpyro_sde.runtime.entry import Held, entry_point
 from numpyro_sde.smc.proposals import Proposal
 from numpyro_sde.smc.resampling import Resampling
 from numpyro_sde.smc.settings import make_setting
@@ -295,24 +298,18 @@ class PMMH(MCMCKernel):
         size = _FIRST_PARTICLES
         while True:
             method = self._estimator(size, proposal)
-
-            def pair(point: Array, key: PRNGKeyArray, method: Any = method) -> Array:
-                keep_key, *two = jax.random.split(key, 3)
-                first, fresh = (self._fresh(k) for k in two)
-                second = self._renewed(keep_key, first, fresh)
-                return jnp.stack(
-                    [
-                        estimated_log_density(
-                            self._model, method.with_key(k), back(point), args, kwargs
-                        )
-                        for k in (first, second)
-                    ]
-                )
-
-            run = jax.jit(lambda p, k, pair=pair: lax.map(lambda a: pair(*a), (p, k)))
             count = max(_REPLICATES // len(points), _LEAST_REPLICATES)
             keys = jax.random.split(jax.random.fold_in(key, size), count * len(points))
-            values = np.asarray(run(jnp.asarray(np.repeat(points, count, axis=0)), keys))
+            at = jax.vmap(back)(jnp.asarray(np.repeat(points, count, axis=0)))
+            estimate: Any = partial(
+                _pairs,
+                self._model,
+                method=method,
+                correlation=Held(self.correlation),
+                points=at,
+                keys=keys,
+            )
+            values = np.asarray(with_data_as_arguments(self._model, args, kwargs, estimate))
             with np.errstate(invalid="ignore"):
                 differences = np.diff(values.astype(float), axis=1).reshape(len(points), count)
             sds = np.sqrt(np.mean(differences**2, axis=1) / 2.0)
@@ -345,33 +342,16 @@ class PMMH(MCMCKernel):
         # Chains in one program come with a batch of keys.
         rng_key = typed_key(rng_key)
         self._find(rng_key if rng_key.ndim == 0 else rng_key[0], model_args, kwargs)
-        start, factor = self.tuning.z, self.tuning.factor
-
-        def one(key: PRNGKeyArray, params: Any) -> PMMHState:
-            key, move_key, noise_key = jax.random.split(key, 3)
-            flat, back = ravel_pytree(start)
-            if params is None:
-                spread = jnp.asarray(factor, flat.dtype) @ jax.random.normal(move_key, flat.shape)
-                z = back(flat + 0.5 * spread.astype(flat.dtype))
-            else:
-                z = params
-            keys = self._fresh(noise_key)
-            density = self._log_density(z, keys, model_args, kwargs)
-            zero = jnp.zeros((), flat.dtype)
-            return PMMHState(
-                jnp.zeros((), int),
-                z,
-                density,
-                keys,
-                zero,
-                zero,
-                jnp.asarray(factor, flat.dtype),
-                key,
-            )
-
-        if rng_key.ndim == 0:
-            return jax.jit(one)(rng_key, init_params)
-        return jax.jit(jax.vmap(one))(rng_key, init_params)
+        tuned, correlation = self.tuning, self.correlation
+        method: Any = tuned.method
+        rest = (Held(correlation), tuned.z, jnp.asarray(tuned.factor), rng_key, init_params)
+        state: PMMHState = with_data_as_arguments(
+            self._model,
+            model_args,
+            kwargs,
+            lambda given: _first_states(self._model, given, method, *rest),
+        )
+        return state
 
     def _find(self, key: PRNGKeyArray, args: Any, kwargs: Any) -> None:
         """Use what was found for these data, or find it."""
@@ -388,20 +368,6 @@ class PMMH(MCMCKernel):
             )
         self.tune(key, *args, **kwargs)
 
-    def _fresh(self, key: PRNGKeyArray) -> PRNGKeyArray:
-        if self.correlation == 0:
-            return key
-        # As many stretches as keep the wanted share when about one of them is renewed.
-        return jax.random.split(key, int(np.ceil(1.0 / (1.0 - self.correlation))))
-
-    def _renewed(self, key: PRNGKeyArray, kept: PRNGKeyArray, fresh: PRNGKeyArray) -> PRNGKeyArray:
-        """Random numbers of a proposal: all fresh, or some stretches of them."""
-        if self.correlation == 0:
-            return fresh
-        renew = jax.random.bernoulli(key, 1.0 - self.correlation, fresh.shape)
-        fresh, kept = jax.random.key_data(fresh), jax.random.key_data(kept)
-        return jax.random.wrap_key_data(jnp.where(renew[:, None], fresh, kept))
-
     def sample(self, state: PMMHState, model_args: Any, model_kwargs: Any) -> PMMHState:
         kwargs = {} if model_kwargs is None else model_kwargs
         if not is_prng_key(state.rng_key):
@@ -413,7 +379,8 @@ class PMMH(MCMCKernel):
         flat, back = ravel_pytree(state.z)
         direction = jax.random.normal(move_key, flat.shape, flat.dtype)
         z = back(flat + state.factor @ direction)
-        keys = self._renewed(keep_key, state.keys, self._fresh(noise_key))
+        fresh = _fresh(noise_key, self.correlation)
+        keys = _renewed(keep_key, state.keys, fresh, self.correlation)
         density = self._log_density(z, keys, args, kwargs)
         log_ratio = density - state.log_density
         # A start of density zero takes any finite proposal.
@@ -452,6 +419,76 @@ class PMMH(MCMCKernel):
         kwargs = {} if model_kwargs is None else model_kwargs
         self._find(jax.random.key(0), model_args, kwargs)
         return self.tuning.postprocess(*model_args, **kwargs)
+
+
+def _fresh(key: PRNGKeyArray, correlation: float) -> PRNGKeyArray:
+    """Random numbers of an estimate, by stretches of time."""
+    if correlation == 0:
+        return key
+    # As many stretches as keep the wanted share when about one of them is renewed.
+    return jax.random.split(key, int(np.ceil(1.0 / (1.0 - correlation))))
+
+
+def _renewed(
+    key: PRNGKeyArray, kept: PRNGKeyArray, fresh: PRNGKeyArray, correlation: float
+) -> PRNGKeyArray:
+    """Random numbers of a proposal: all fresh, or some stretches of them."""
+    if correlation == 0:
+        return fresh
+    renew = jax.random.bernoulli(key, 1.0 - correlation, fresh.shape)
+    fresh, kept = jax.random.key_data(fresh), jax.random.key_data(kept)
+    return jax.random.wrap_key_data(jnp.where(renew[:, None], fresh, kept))
+
+
+@entry_point
+def _pairs(
+    model: Callable[..., Any],
+    arguments: Any,
+    method: LikelihoodEstimator | RegimeEstimator,
+    correlation: Held,
+    points: dict[str, Array],
+    keys: PRNGKeyArray,
+) -> Float[Array, "J 2"]:
+    """Two estimates at each point that could follow one another in a chain."""
+    args, kwargs = released(arguments)
+
+    def pair(point: dict[str, Array], key: PRNGKeyArray) -> Array:
+        keep_key, *two = jax.random.split(key, 3)
+        first, fresh = (_fresh(k, correlation.value) for k in two)
+        second = _renewed(keep_key, first, fresh, correlation.value)
+        each = [method.with_key(k) for k in (first, second)]
+        return jnp.stack([estimated_log_density(model, m, point, args, kwargs) for m in each])
+
+    return lax.map(lambda a: pair(*a), (points, keys))
+
+
+@entry_point
+def _first_states(
+    model: Callable[..., Any],
+    arguments: Any,
+    method: LikelihoodEstimator | RegimeEstimator,
+    correlation: Held,
+    start: dict[str, Array],
+    factor: Array,
+    rng_key: PRNGKeyArray,
+    given: Any,
+) -> PMMHState:
+    """States of one chain or of several; compiled once for a model and the shapes of its data."""
+    args, kwargs = released(arguments)
+
+    def one(key: PRNGKeyArray, z: Any) -> PMMHState:
+        key, move_key, noise_key = jax.random.split(key, 3)
+        flat, back = ravel_pytree(start)
+        if z is None:
+            spread = jnp.asarray(factor, flat.dtype) @ jax.random.normal(move_key, flat.shape)
+            z = back(flat + 0.5 * spread.astype(flat.dtype))
+        keys = _fresh(noise_key, correlation.value)
+        density = estimated_log_density(model, method.with_key(keys), z, args, kwargs)
+        zero = jnp.zeros((), flat.dtype)
+        first = jnp.zeros((), int), z, density, keys, zero, zero, jnp.asarray(factor, flat.dtype)
+        return PMMHState(*first, key)
+
+    return one(rng_key, given) if rng_key.ndim == 0 else jax.vmap(one)(rng_key, given)
 
 
 def _adapt(factor: Array, direction: Array, excess: Array, i: Array) -> Array:

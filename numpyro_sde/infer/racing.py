@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from numpyro_sde.filters.particle import Particle, is_above
 from numpyro_sde.filters.rao_blackwell import RaoBlackwell
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.start import Start
+from numpyro_sde.models.arguments import released, with_data_as_arguments
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.smc.defensive import is_linear_gaussian
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.statespace.bounds import largest_log_likelihood
@@ -214,30 +217,46 @@ def race_proposals(
     keys = jax.random.split(run_key, NUM_RUNS)
     raced, values, times = [], [], []
     refused: ValueError | None = None
+    at = jax.vmap(back)(jnp.asarray(points))
     for name in names:
         method = LikelihoodEstimator(num_particles, proposal=name, **options)
-
-        def estimate(points: Array, method: LikelihoodEstimator = method) -> Array:
-            def one(point: Array, key: PRNGKeyArray) -> Array:
-                own = method.with_key(key)
-                return estimated_log_density(model, own, back(point), args, kwargs)
-
-            return lax.map(lambda p: lax.map(lambda k: one(p, k), keys), points)
-
-        run = jax.jit(estimate)
+        run = partial(
+            with_data_as_arguments,
+            model,
+            args,
+            kwargs,
+            partial(_estimates, model, method=method, points=at, keys=keys),
+        )
         try:
-            jax.block_until_ready(run(jnp.asarray(points)))
+            jax.block_until_ready(run())
         except ValueError as error:
             # A proposal that this model does not allow: its scheme, or components seen exactly.
             refused = refused or error
             continue
         raced.append(name)
         before = time.process_time()
-        values.append(np.asarray(jax.block_until_ready(run(jnp.asarray(points))), np.float64))
+        values.append(np.asarray(jax.block_until_ready(run()), np.float64))
         times.append(1e3 * (time.process_time() - before) / (NUM_POINTS * NUM_RUNS))
     if not raced and refused is not None:
         raise refused
     return judge(tuple(raced), np.array(values), np.array(times), points, num_particles)
+
+
+@entry_point
+def _estimates(
+    model: Callable[..., Any],
+    arguments: Any,
+    method: LikelihoodEstimator,
+    points: dict[str, Array],
+    keys: PRNGKeyArray,
+) -> Float[Array, "J R"]:
+    """Log densities at points, each by several filters."""
+    args, kwargs = released(arguments)
+
+    def one(point: dict[str, Array], key: PRNGKeyArray) -> Array:
+        return estimated_log_density(model, method.with_key(key), point, args, kwargs)
+
+    return lax.map(lambda p: lax.map(lambda k: one(p, k), keys), points)
 
 
 def judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.forward import Forward
 from numpyro_sde.filters.regimes import IMM
 from numpyro_sde.handlers import marginalize, observed_paths
+from numpyro_sde.models.arguments import released, with_data_as_arguments
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 
 # Scale of a proposal in a direction where the approximation says nothing, unconstrained.
@@ -74,26 +77,47 @@ def approximate_mode(
         validate_grad=False,
     )
     z = info.param_info.z
-    flat, back = ravel_pytree(z)
+    flat, _ = ravel_pytree(z)
     found = flat, _PLAIN_SCALE * jnp.eye(flat.shape[0], dtype=flat.dtype)
     for method in (ExtendedKalman(), IMM(ExtendedKalman()), Forward()):
-        approximate = marginalize(model, method=method)
-
-        def potential(flat: Array, approximate: Any = approximate) -> Array:
-            return potential_energy(approximate, args, kwargs, back(flat))
-
         try:
-            found = _search(potential, flat)
+            search = partial(_search, model, method=method, z=z)
+            found = with_data_as_arguments(model, args, kwargs, search)
             break
-        except (ValueError, TypeError):  # refused by name: not a model for this filter
-            continue
-    return Start(back(found[0]), found[1]), info.postprocess_fn
+        except (ValueError, TypeError):
+            continue  # refused by name: not a model for this filter
+    return Start(ravel_pytree(z)[1](found[0]), found[1]), info.postprocess_fn
 
 
-def _search(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, Array]:
-    both = jax.jit(jax.value_and_grad(potential))
+@entry_point
+def _potential_and_slope(
+    model: Callable[..., Any], arguments: Any, method: AbstractFilter, z: dict[str, Array]
+) -> tuple[Array, dict[str, Array]]:
+    """Minus the log density of unconstrained values with paths integrated out, and its gradient."""
+    value, slope = jax.value_and_grad(_potential(model, arguments, method))(z)
+    return value, slope
+
+
+def _potential(
+    model: Callable[..., Any], arguments: Any, method: AbstractFilter
+) -> Callable[[dict[str, Array]], Array]:
+    args, kwargs = released(arguments)
+    approximate = marginalize(model, method=method)
+    return lambda z: potential_energy(approximate, args, kwargs, z)
+
+
+def _search(
+    model: Callable[..., Any], arguments: Any, method: AbstractFilter, z: dict[str, Array]
+) -> tuple[Array, Array]:
+    flat, back = ravel_pytree(z)
+
+    def both(flat: Array) -> tuple[Array, Array]:
+        value, slope = _potential_and_slope(model, arguments, method, back(flat))
+        return value, ravel_pytree(slope)[0]
+
     if isinstance(both(flat)[0], jax.core.Tracer):
-        return jax.jit(lambda flat: _descend(potential, flat))(flat)
+        potential = _potential(model, arguments, method)
+        return jax.jit(lambda flat: _descend(lambda x: potential(back(x)), flat))(flat)
     return _descend_on_host(both, flat)
 
 

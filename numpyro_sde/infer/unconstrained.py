@@ -20,6 +20,9 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from numpyro.util import identity, is_prng_key
 
+from numpyro_sde.models.arguments import released, with_data_as_arguments
+from numpyro_sde.runtime.entry import entry_point
+
 
 class UnconstrainedKernel(MCMCKernel):
     """A kernel that moves all unconstrained values of a model together.
@@ -92,8 +95,15 @@ class UnconstrainedKernel(MCMCKernel):
         if z is None:
             raise ValueError("a kernel with potential_fn needs init_params in MCMC.run")
         z = jax.tree.map(lambda a: jnp.asarray(a, jnp.result_type(float)), z)
-        first = partial(self._first, args=model_args, kwargs=kwargs)
-        return jax.jit(first if single else jax.vmap(first))(rng_key, z)
+        if self._model is None:
+            first = partial(self._first, args=model_args, kwargs=kwargs)
+            return jax.jit(first if single else jax.vmap(first))(rng_key, z)
+        return with_data_as_arguments(
+            self._model,
+            model_args,
+            kwargs,
+            lambda given: _first_state(self, num_warmup, single, given, rng_key, z),
+        )
 
     def sample(self, state: Any, model_args: Any, model_kwargs: Any) -> Any:
         kwargs = {} if model_kwargs is None else model_kwargs
@@ -136,3 +146,18 @@ class UnconstrainedKernel(MCMCKernel):
         """The state after other blocks have moved the rest of the model."""
         del model_args, model_kwargs
         return state
+
+
+@entry_point
+def _first_state(
+    kernel: UnconstrainedKernel,
+    num_warmup: int,  # noqa: ARG001
+    single: bool,
+    arguments: Any,
+    key: PRNGKeyArray,
+    z: Any,
+) -> Any:
+    """First states of a kernel's chains; compiled once for the length of its warm-up."""
+    args, kwargs = released(arguments)
+    first = partial(kernel._first, args=args, kwargs=kwargs)
+    return (first if single else jax.vmap(first))(key, z)

@@ -212,7 +212,6 @@ def entry_point(fn: Callable[P, R]) -> Callable[P, R]:
         >>> [float(total(np.ones(2), jnp.ones(2), lambda x: x + a)) for _ in range(2)]
         [4.0, 4.0]
     """
-
     run = _compiled(fn)
 
     @wraps(fn)

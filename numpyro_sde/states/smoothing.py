@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
-from numpyro.handlers import block, seed, substitute, trace
+from numpyro.handlers import seed, substitute
 
 from numpyro_sde.collapse import collapse, smooth_weights
 from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_parts
@@ -17,8 +17,9 @@ from numpyro_sde.distributions.state_space import ObservedPath, data_under_law
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.joining import join_clocks
+from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.models.survey import survey
-from numpyro_sde.runtime.entry import Held, entry_point, holds_same_numbers
+from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.states.jump_times import JumpSizes, draw_jumps, fitted_jumps
 from numpyro_sde.statespace.model import AbstractFilter
@@ -109,51 +110,19 @@ def smooth(
         raise ValueError(f"samples must have one leading axis of draws, got lengths {num_draws}")
 
     keys = jax.random.split(rng_key, next(iter(num_draws.values())))
-    observed = _observed_values(inner, model_args, model_kwargs)
 
     def run(size: JumpSizes | None) -> dict[str, Any]:
         transformed = bool(uses.transformed)
         rest = (method, tuple(sorted(names)), transformed, times, size, batch_size, kept, keys)
-        try:
-            # Data as arguments of the program: new data of the same shape find it.
-            return _smoothed(inner, _held((model_args, model_kwargs), observed), *rest)
-        except jax.errors.JAXTypeError:  # the model asks for the numbers of its data
-            return _smoothed(inner, _held((model_args, model_kwargs), []), *rest)
+        return with_data_as_arguments(
+            inner, model_args, model_kwargs, lambda arguments: _smoothed(inner, arguments, *rest)
+        )
 
     if not at_jumps:
         return run(None)
     if times is not None:
         raise ValueError("smooth: at_jumps=True gives the times of jumps, so times= is not taken")
     return fitted_jumps(run)
-
-
-def _observed_values(model: Callable[..., Any], args: Any, kwargs: Any) -> list[np.ndarray]:
-    """Arrays that a run of the model observes as they are."""
-    found: list[np.ndarray] = []
-
-    def run() -> int:
-        with block(), trace() as recorded, seed(rng_seed=0):
-            model(*args, **kwargs)
-        for site in recorded.values():
-            value = site.get("value")
-            known = not isinstance(value, jax.core.Tracer)
-            if site["type"] == "sample" and site["is_observed"] and known:
-                found.append(np.asarray(value))
-        return 0
-
-    jax.eval_shape(run)
-    return found
-
-
-def _held(arguments: Any, observed: list[np.ndarray]) -> Any:
-    """Arguments of a model: those that are observed as arrays, the others as they are."""
-
-    def hold(leaf: Any) -> Any:
-        array = isinstance(leaf, jax.Array | np.ndarray)
-        is_data = array and any(holds_same_numbers(leaf, y) for y in observed)
-        return jnp.asarray(leaf) if is_data else Held(leaf)
-
-    return jax.tree.map(hold, arguments)
 
 
 @entry_point
@@ -170,9 +139,7 @@ def _smoothed(
     keys: PRNGKeyArray,
 ) -> dict[str, Any]:
     """Draws of all paths; compiled once for a model and the shapes of its data."""
-    args, kwargs = jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, Held) else leaf, arguments
-    )
+    args, kwargs = released(arguments)
 
     def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Any]:
         draw, key = inputs

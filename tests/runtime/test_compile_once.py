@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.infer import MCMC, SVI, Trace_ELBO
+from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
 from numpyro_sde.runtime.clock import Stopwatch
@@ -93,6 +94,64 @@ def test_what_may_change_unseen_is_compiled_again():
     assert float(scaled(jnp.ones(()), fn)) == 1.0
     settings.scale = 3.0
     assert float(scaled(jnp.ones(()), fn)) == 3.0
+
+
+def density(rate, x):
+    return path(rate).log_prob(x)
+
+
+def whitened(rate, x):
+    z = jnp.asarray(x[1:])
+    return jnp.sum(path(rate).forward(jnp.asarray(x[0]), z) ** 2)
+
+
+def integrated(rate, x):
+    def model():
+        at = numpyro.sample("x", path(rate))
+        nsde.observe("y", at, lambda t, x: dist.Normal(x, 0.1), obs=x)
+
+    marginal = nsde.handlers.marginalize(model, method=nsde.filters.ExtendedKalman())
+    return log_density(marginal, (), {}, {})[0]
+
+
+@pytest.mark.parametrize("fn", [density, whitened, integrated])
+def test_a_gradient_outside_jit_compiles_once(fn):
+    """NumPyro takes its first gradient so; it need not be operation by operation."""
+    gradient = jax.value_and_grad(fn)
+
+    def run(rate, seed):
+        return gradient(jnp.asarray(rate), data(seed))
+
+    first, _ = programs(run, 1.0, 0)
+    assert first > 0
+    again, found = programs(run, 0.7, 1)
+    assert again == 0
+    expected = jax.jit(gradient)(jnp.asarray(0.7), jnp.asarray(data(1)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_gaps_known_before_tracing_are_gaps():
+    y = data(0)
+    y[[2, 5]] = np.nan
+    expected = nsde.filter_path(
+        path(0.7), lambda t, x: dist.Normal(x, 0.1), y, method=nsde.filters.ExtendedKalman()
+    ).log_likelihood
+    np.testing.assert_allclose(integrated(jnp.asarray(0.7), y), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(integrated)(jnp.asarray(0.7), jnp.asarray(y)), expected, rtol=1e-5
+    )
+
+
+def test_a_drift_that_closes_over_a_traced_rate():
+    def closed(rate, x):
+        sde = nsde.SDE(lambda t, x: -rate * x, lambda t, x: 0.5)
+        law = nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0), scheme=nsde.schemes.Euler())
+        return law.log_prob(x)
+
+    for rate in (0.7, 1.2):
+        found = jax.grad(closed)(jnp.asarray(rate), data(0))
+        expected = jax.grad(density)(jnp.asarray(rate), data(0))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_smooth_draws():
