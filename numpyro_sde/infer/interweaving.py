@@ -12,15 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 from numpyro.handlers import reparam
-from numpyro.infer.gibbs import conditioned, with_conditioning
+from numpyro.infer.gibbs import any_changed, conditioned, with_conditioning
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.infer.conditional import ConditionalSMC
 from numpyro_sde.models.stack import peel
 from numpyro_sde.reparam.path import InnovationReparam
+from numpyro_sde.schemes.base import GaussianScheme
+from numpyro_sde.schemes.memory import MemoryScheme
 
 
 class _Whiten:
@@ -91,17 +95,28 @@ class Interweaving:
     ) -> tuple[Any, Any, Any]:
         """New states of the paths, of the rest and of the second kernel."""
         path_state, rest_state, own = states
-        held = self._innovations(path_state.z, self._values(rest_state, args, kwargs), args, kwargs)
+        before, z = dict(path_state.z), _sites(rest_state, self._rest)
+        held = self._innovations(before, self._values(rest_state, args, kwargs), args, kwargs)
         given = with_conditioning(kwargs, held)
-        own = own._replace(**{self._kernel.sample_field: _sites(rest_state, self._rest)})
+        own = own._replace(**{self._kernel.sample_field: z})
         own = self._kernel.sample(self._kernel.refresh(own, args, given), args, given)
-        moved = rest_state._replace(**{self._rest.sample_field: _sites(own, self._kernel)})
+        new_z = _sites(own, self._kernel)
+        moved = rest_state._replace(**{self._rest.sample_field: new_z})
         values = self._values(moved, args, kwargs)
-        paths = dict(path_state.z)
-        for name in paths:
-            law = self._law(name, paths, values, args, kwargs)
+        after = {}
+        for name, path in before.items():
+            law = self._law(name, before, values, args, kwargs)
             start: Any = held.get(f"{name}_init", law.fixed_start)
-            paths[name] = law.forward(start, held[f"{name}_innov"]).astype(paths[name].dtype)
+            after[name] = law.forward(start, held[f"{name}_innov"]).astype(path.dtype)
+        # A path whose parameters have stayed stays as it is, to the last digit.
+        finite = [jnp.all(jnp.isfinite(path)) for path in after.values()]
+        taken = jnp.all(jnp.stack([any_changed(z, new_z), *finite]))
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(taken, new, old)
+
+        paths, z = jax.tree.map(choose, (after, new_z), (before, z))
+        moved = moved._replace(**{self._rest.sample_field: z})
         moved = self._rest.refresh(moved, args, with_conditioning(kwargs, paths))
         return path_state._replace(z=paths), moved, own
 
@@ -115,10 +130,22 @@ class Interweaving:
         self, name: str, paths: dict[str, Array], values: dict[str, Array], args: Any, kwargs: Any
     ) -> SDEPath:
         given = with_conditioning(kwargs, values)
-        law = self._paths._observed(args, given, name, paths).path
+        observed = self._paths._observed(args, given, name, paths)
+        law = observed.path
         if not isinstance(law, SDEPath):
             raise TypeError(f"path {name!r} follows a {type(law).__name__}: it has no innovations")
-        law.scheme.require_smooth("ParticleGibbs(interweave=True)")
+        scheme = law.scheme
+        one_to_one = isinstance(scheme, GaussianScheme) and not isinstance(scheme, MemoryScheme)
+        if not one_to_one or law.innovation_shape[1:] != law.state_shape or not scheme.smooth:
+            raise ValueError(
+                f"path {name!r}: the innovations of {type(scheme).__name__} are not one to one "
+                "with the states, so that they cannot be held while parameters move"
+            )
+        if any(statement.structure.exact for statement, _ in observed.data):
+            raise ValueError(
+                f"path {name!r} is seen without noise (a Delta emission): no parameter can move "
+                "with its innovations held"
+            )
         return law
 
     def _innovations(

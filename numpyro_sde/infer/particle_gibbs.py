@@ -154,10 +154,10 @@ class ParticleGibbs(Gibbs):
         kwargs = {} if kwargs is None else kwargs
         try:
             own = self._interweaving.init(own_key, num_warmup, state.block_states, args, kwargs)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             if self._asked_interweaving:
                 raise
-            return state  # paths without innovations to hold
+            return state  # paths without innovations to hold, or that rounding takes out of bounds
         return state._replace(block_states=(*state.block_states, own), rng_key=rng_key)
 
     def sample(self, state: GibbsState, model_args: Any, model_kwargs: Any) -> GibbsState:

@@ -6,10 +6,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, SVI, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
+from numpyro_sde.diagnostics import compiled_chain
 from numpyro_sde.runtime.clock import Stopwatch
 from numpyro_sde.runtime.entry import entry_point
 
@@ -174,14 +175,7 @@ def test_smooth_draws():
 
 
 def test_a_second_posterior_compiles_what_numpyro_insists_on():
-    def model(y):
-        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
-        well = nsde.processes.DoubleWell(1.0, 1.0, scale)
-        law = nsde.SDEPath(well, TIMES, dist.Normal(0.0, 1.0), scheme=nsde.schemes.Euler())
-        x = numpyro.sample("x", law)
-        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
-
-    guided = numpyro.handlers.reparam(model, config={"x": nsde.reparam.GuidedReparam()})
+    guided = numpyro.handlers.reparam(well, config={"x": nsde.reparam.GuidedReparam()})
     kernel = nsde.infer.SplitNUTS(guided)
 
     def run(seed):
@@ -193,6 +187,62 @@ def test_a_second_posterior_compiles_what_numpyro_insists_on():
     again, draws = programs(run, 1)
     assert again <= 2  # the loop over draws, which NumPyro makes anew, and a cast at most
     assert np.all(np.isfinite(draws["x"]))
+
+
+def well(y):
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    sde = nsde.processes.DoubleWell(1.0, 1.0, scale)
+    law = nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 1.0), scheme=nsde.schemes.Euler())
+    x = numpyro.sample("x", law)
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
+
+
+def white():
+    return numpyro.handlers.reparam(well, config={"x": nsde.reparam.InnovationReparam()})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nsde.infer.UnderdampedLangevin(white()),
+        pytest.param(lambda: nsde.infer.BlackJAX(white(), "nuts"), marks=pytest.mark.slow),
+        pytest.param(lambda: nsde.infer.PMMH(well, num_particles=8), marks=pytest.mark.slow),
+    ],
+    ids=["UnderdampedLangevin", "BlackJAX", "PMMH"],
+)
+def test_a_second_chain_compiles_numpyros_loop_alone(make):
+    kernel = make()
+
+    def run(seed):
+        mcmc = MCMC(kernel, num_warmup=5, num_samples=5, progress_bar=False)
+        mcmc.run(jax.random.key(seed), data(seed))
+        return mcmc.get_samples()["x"]
+
+    run(0)
+    again, draws = programs(run, 1)
+    assert again <= 2  # the loop over draws, which NumPyro makes anew, and a cast at most
+    assert np.all(np.isfinite(draws))
+
+
+@pytest.mark.slow
+def test_compiled_chain():
+    integrated = nsde.handlers.marginalize(well, method=nsde.filters.ExtendedKalman())
+    chain = compiled_chain(NUTS(integrated), 5, 5)
+    first = chain(jax.random.key(0), data(0))["scale"]
+    again, second = programs(lambda: chain(jax.random.key(0), data(1))["scale"])
+    assert again == 0
+    assert float(np.abs(second - first).max()) > 1e-3
+
+
+@pytest.mark.slow
+def test_guided_metric():
+    def metric(seed):
+        return nsde.infer.guided_metric(well, data(seed))["inverse_mass_matrix"][("scale",)]
+
+    first = metric(0)
+    again, second = programs(metric, 1)
+    assert again == 0
+    assert float(np.abs(second - first).max()) > 1e-4
 
 
 @pytest.mark.slow
