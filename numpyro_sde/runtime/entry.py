@@ -25,6 +25,8 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), range, np.dtype, np
 # What these packages define does not change between calls.
 _LIBRARIES = {"builtins", "equinox", "jax", "jaxlib", "numpy", "numpyro", "numpyro_sde", "scipy"}
 _MOST_DEPTH = 20
+# Host arrays that a program of a model is compared by are this small together, in bytes.
+_MOST_HELD = 2**20
 
 
 class Held:
@@ -228,7 +230,8 @@ def subprogram(fn: Callable[P, R]) -> Callable[P, R]:
     NumPyro takes its first gradient of a model operation by operation, each a small program that
     XLA compiles. Here that is one program, found again by a second call as an `entry_point` is; and
     what traces the model again finds it traced. Where it could not be found again (a function that
-    closes over traced values, or reads what may change unseen) `fn` runs as it is.
+    closes over traced values, or reads what may change unseen), or would be compared by large host
+    arrays (the clocks of a panel), `fn` runs as it is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -242,6 +245,10 @@ def subprogram(fn: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        leaves = jax.tree_util.tree_leaves((args, kwargs))
+        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, np.ndarray))
+        if size > _MOST_HELD:
+            return fn(*args, **kwargs)
         static, data = split((args, kwargs))
         return cast("R", run(static, data)) if _can_be_found(static) else fn(*args, **kwargs)
 
