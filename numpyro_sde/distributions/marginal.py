@@ -21,6 +21,7 @@ from numpyro_sde.checks.data import as_data
 from numpyro_sde.distributions.batching import map_batch
 from numpyro_sde.distributions.clocks import Clock
 from numpyro_sde.distributions.observation import EmissionPath
+from numpyro_sde.distributions.parts import part_bytes
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.state_space import (
     ObservedPath,
@@ -140,7 +141,8 @@ class MarginalPath(dist.Distribution):
 
     def _run(self, data: list[tuple[Statement, Any]], lead: tuple[int, ...], what: str) -> Array:
         readings = tuple((statement, Readings.of(statement, y)) for statement, y in data)
-        return _integrated(ObservedPath(self.path, lead, readings), self.method, what)
+        observed = ObservedPath(self.path, lead, readings)
+        return _integrated(observed, self.method, what, part_bytes())
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002
         statement, y, lead, batch = self.laid_out(value)
@@ -264,8 +266,13 @@ class MarginalPath(dist.Distribution):
 
 
 @subprogram
-def _integrated(observed: ObservedPath, method: AbstractFilter, what: str) -> Array:
-    """What a filter makes of a path and its data; one program in all that evaluates the model."""
+def _integrated(
+    observed: ObservedPath,
+    method: AbstractFilter,
+    what: str,
+    budget: int,  # noqa: ARG001
+) -> Array:
+    """What a filter makes of a path and its data: one program, for a budget of memory."""
 
     def evaluate(method: AbstractFilter, model: StateSpaceModel) -> Array:
         return getattr(method, what)(model)

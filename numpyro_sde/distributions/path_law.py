@@ -28,6 +28,7 @@ from numpyro_sde.distributions.batching import (
     undeclared_dims,
 )
 from numpyro_sde.distributions.clocks import Clock, remember_clock, remember_value
+from numpyro_sde.distributions.parts import as_constant
 from numpyro_sde.dynamics import AbstractDynamics, Structure
 from numpyro_sde.events import Events
 from numpyro_sde.grid import TimeGrid, check_times
@@ -290,7 +291,8 @@ class AbstractPathLaw(dist.Distribution):
             arguments.refuse_without_noise(self.sde, self.state_shape)
         if self.init._validate_args:  # its checks are for values that are known
             self._expanded_init().log_prob(self._take(value, 0))
-        return _density_of(self, lead, value, what)
+        known = not isinstance(value, jax.core.Tracer)
+        return _density_of(self, lead, as_constant(value) if known else value, what)
 
     def _density_now(self, lead: tuple[int, ...], value: Array, what: str) -> tuple[Array, Any]:
         def transitions(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_sde.distributions.moments import is_flat, is_gaussian, start_moments
+from numpyro_sde.distributions.parts import as_constant
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.projection import path_for
 from numpyro_sde.distributions.statement import Statement
@@ -52,7 +53,7 @@ class Readings(eqx.Module):
             one = found.ndim == len(statement.event_shape)
             if found.all() or (one and gaps):
                 present = np.ones(statement.event_shape, bool) if found.all() else found
-        return cls(jnp.asarray(y), present)
+        return cls(y if isinstance(y, jax.core.Tracer) else as_constant(y), present)
 
     def mark(self, path: AbstractPathLaw, statement: Statement, times: Any, found: Any) -> Any:
         """Instruments with what is missing as the host knows it: filters then see it."""
