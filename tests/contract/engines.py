@@ -338,11 +338,13 @@ def _particle_gibbs(case):
     b, x = _exact_pairs(case, count, np.random.default_rng(16))
 
     def sweep(b, x, key):
-        path, rest = start.block_states
-        keys = jax.random.split(key, 3)
+        path, rest, *held = start.block_states
+        keys = jax.random.split(key, 4)
         path = path._replace(z={"x": x}, rng_key=keys[0])
         rest = rest._replace(z={"b": b}, rng_key=keys[1])
-        state = start._replace(block_states=(path, rest), rng_key=keys[2])
+        # The second move of the parameters, where the path's innovations can be held.
+        held = [move._replace(rng_key=keys[3]) for move in held]
+        state = start._replace(block_states=(path, rest, *held), rng_key=keys[2])
         return kernel.sample(kernel.refresh(state, case.args, {}), case.args, {}).z
 
     moved = jax.jit(jax.vmap(sweep))(jnp.asarray(b), x, jax.random.split(key, count))
