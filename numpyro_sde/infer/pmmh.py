@@ -342,14 +342,10 @@ class PMMH(MCMCKernel):
         # Chains in one program come with a batch of keys.
         rng_key = typed_key(rng_key)
         self._find(rng_key if rng_key.ndim == 0 else rng_key[0], model_args, kwargs)
-        tuned, correlation = self.tuning, self.correlation
-        method: Any = tuned.method
-        rest = (Held(correlation), tuned.z, jnp.asarray(tuned.factor), rng_key, init_params)
+        tuned, correlation = self.tuning, Held(self.correlation)
+        rest = (tuned.method, correlation, tuned.z, jnp.asarray(tuned.factor), rng_key, init_params)
         state: PMMHState = with_data_as_arguments(
-            self._model,
-            model_args,
-            kwargs,
-            lambda given: _first_states(self._model, given, method, *rest),
+            self._model, model_args, kwargs, lambda given: _first_states(self._model, given, *rest)
         )
         return state
 

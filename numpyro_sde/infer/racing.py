@@ -220,22 +220,21 @@ def race_proposals(
     at = jax.vmap(back)(jnp.asarray(points))
     for name in names:
         method = LikelihoodEstimator(num_particles, proposal=name, **options)
-        run = partial(
-            with_data_as_arguments,
-            model,
-            args,
-            kwargs,
-            partial(_estimates, model, method=method, points=at, keys=keys),
-        )
+        estimate: Any = partial(_estimates, model, method=method, points=at, keys=keys)
+
+        def compiled(given: Any, estimate: Any = estimate) -> Any:
+            jax.block_until_ready(estimate(given))
+            return given
+
         try:
-            jax.block_until_ready(run())
+            given = with_data_as_arguments(model, args, kwargs, compiled)
         except ValueError as error:
             # A proposal that this model does not allow: its scheme, or components seen exactly.
             refused = refused or error
             continue
         raced.append(name)
         before = time.process_time()
-        values.append(np.asarray(jax.block_until_ready(run()), np.float64))
+        values.append(np.asarray(jax.block_until_ready(estimate(given)), np.float64))
         times.append(1e3 * (time.process_time() - before) / (NUM_POINTS * NUM_RUNS))
     if not raced and refused is not None:
         raise refused
