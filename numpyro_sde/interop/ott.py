@@ -6,8 +6,11 @@ arXiv:2201.12324.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+_FAR = 1e8  # cost of a pair of which one cell is not there
 
 
 def solve_unbalanced(
@@ -48,14 +51,18 @@ def solve_unbalanced(
         from ott.solvers.linear.sinkhorn import Sinkhorn
     except ImportError as error:
         raise ImportError("unbalanced bridges (tau=) need ott-jax: pip install ott-jax") from error
-    problem = LinearProblem(
-        Geometry(cost_matrix=-log_kernel, epsilon=1.0), a=a, b=b, tau_a=tau, tau_b=tau
-    )
+    there = (a[:, None] > 0) & (b[None] > 0)
+    both = jnp.where(there, a[:, None] * b[None], 1.0)
+    # The measure that masses are compared with is the reference's coupling, a probability: so that
+    # they depend neither on the unit of the state nor on the number of cells.
+    raw = jnp.where(there, log_kernel + jnp.log(both), -_FAR)
+    total = jax.nn.logsumexp(raw)
+    cost = jnp.where(there, total - raw, _FAR)
+    problem = LinearProblem(Geometry(cost_matrix=cost, epsilon=1.0), a=a, b=b, tau_a=tau, tau_b=tau)
     solver = Sinkhorn(threshold=tol, max_iterations=max_iterations, lse_mode=True)
     out = solver(problem)
-    # Its potentials hold the weights, ours do not; rows that are not there have none.
-    f = jnp.where(a > 0, out.f - jnp.log(jnp.where(a > 0, a, 1.0)), 0.0)
-    g = jnp.where(b > 0, out.g - jnp.log(jnp.where(b > 0, b, 1.0)), 0.0)
+    f = jnp.where(a > 0, out.f - total, 0.0)
+    g = jnp.where(b > 0, out.g, 0.0)
     coupling = a[:, None] * b[None] * jnp.exp(log_kernel + f[:, None] + g[None])
     miss = jnp.sum(jnp.abs(coupling.sum(1) - a))
     return f, g, miss, jnp.asarray(out.n_iters, jnp.int32)

@@ -157,6 +157,7 @@ def _rotations(cloud: np.ndarray, rng: np.random.Generator, count: int) -> np.nd
         return np.zeros(0)
     white = centred @ vectors / np.sqrt(values)
     order = rng.permutation(n)
+    count = max(count, int(4 / _SIGNIFICANT))  # the smaller of two p-values, times two
     left, right = white[order[: n // 2]], white[order[n // 2 :]]
     found = []
     for i, j in itertools.combinations(range(d), 2):

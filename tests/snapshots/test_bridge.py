@@ -275,8 +275,15 @@ def test_unbalanced_by_ott():
     same = nsde.schrodinger_bridge(sde, [0.0, 1.0], clouds, tau=1.0)
     np.testing.assert_allclose(same.couplings, exact.couplings, atol=1e-6)
     loose = nsde.schrodinger_bridge(sde, [0.0, 1.0], clouds, tau=0.5)
-    f, g = np.asarray(loose.f[0]), np.asarray(loose.g[0])
-    # First order: a potential is minus its penalty's slope, with lambda = tau / (1 - tau) = 1.
+    # First order, with lambda = tau / (1 - tau) = 1: the log ratio to the reference's coupling and
+    # those of both marginals to the snapshots cancel, for every pair.
     pi = np.asarray(loose.couplings[0])
-    np.testing.assert_allclose(f, -np.log(pi.sum(1) * 30), atol=1e-4)
-    np.testing.assert_allclose(g, -np.log(pi.sum(0) * 30), atol=1e-4)
+    r = clouds[1][None] - clouds[0][:, None]
+    reference = np.exp(-0.5 * r**2)
+    reference /= reference.sum()
+    left, right = np.log(pi.sum(1) * 30), np.log(pi.sum(0) * 30)
+    np.testing.assert_allclose(np.log(pi / reference) + left[:, None] + right[None], 0.0, atol=1e-4)
+    ragged = [clouds[0], clouds[1][:20]]
+    some = nsde.schrodinger_bridge(sde, [0.0, 1.0], ragged, tau=0.9)
+    assert np.isfinite(some.couplings).all()
+    np.testing.assert_array_equal(some.couplings[0][:, 20:], 0.0)
