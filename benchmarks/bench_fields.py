@@ -1,7 +1,7 @@
 """Weights of a learned drift: integrated out, or sampled by NUTS; effective draws a second.
 
-Double well `4 (x - x^3)`, 2,000 points, `dt = 0.02`, 24 sines, amplitude and length inferred, one
-chain. CPU seconds of the first 500 + 500 draws with compilation, and of a draw after that.
+Double well `4 (x - x^3)`, 2,000 and 20,000 points, `dt = 0.02`, 24 sines, amplitude and length
+inferred, one chain. CPU seconds of the first 500 + 500 draws with compilation, and of a draw after.
 """
 
 import time
@@ -15,7 +15,6 @@ from numpyro.infer import MCMC, NUTS
 
 import numpyro_sde as nsde
 
-TIMES = np.arange(2001) * 0.02
 MORE = 4500
 PRIOR = nsde.fields.HSGP(dim=1, box=2.5, num=24)
 
@@ -28,7 +27,7 @@ def model(x):
     f = PRIOR.register("f", amplitude=dist.HalfNormal(10.0), length=dist.InverseGamma(5.0, 5.0))
     scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
     sde = nsde.SDE(lambda t, x, p: p["f"](x), lambda t, x, p: p["s"], params={"f": f, "s": scale})
-    numpyro.sample("x", nsde.SDEPath(sde, TIMES, init=float(x[0])), obs=x)
+    numpyro.sample("x", nsde.SDEPath(sde, np.arange(len(x)) * 0.02, init=float(x[0])), obs=x)
 
 
 def run(name, model, x):
@@ -62,16 +61,20 @@ def run(name, model, x):
 
 def main():
     nsde.configure_cpu()
-    path = nsde.SDEPath(nsde.SDE(well, lambda t, x: 1.0), np.arange(20001) * 0.002, init=1.0)
-    x = np.array(path.sample(jax.random.key(0)))[::10]
-    assert np.abs(x).max() < 2.5
-    ours = run("collapsed", nsde.handlers.collapse(model, "f"), x)
-    theirs = run("weights", model, x)
-    ratio, first = ours[0] / theirs[0], ours[1] / theirs[1]
-    print(
-        f"effective draws of the amplitude a CPU second: {ratio:.1f} times while sampling, "
-        f"{first:.1f} times in the first run with its compilation"
-    )
+    steps = 200_000
+    path = nsde.SDEPath(nsde.SDE(well, lambda t, x: 1.0), np.arange(steps + 1) * 0.002, init=1.0)
+    every = np.array(path.sample(jax.random.key(0)))[::10]
+    assert np.abs(every).max() < 2.5
+    for num in (2_000, 20_000):
+        print(f"{num} points")
+        x = every[: num + 1]
+        ours = run("collapsed", nsde.handlers.collapse(model, "f"), x)
+        theirs = run("weights", model, x)
+        ratio, first = ours[0] / theirs[0], ours[1] / theirs[1]
+        print(
+            f"effective draws of the amplitude a CPU second: {ratio:.1f} times while sampling, "
+            f"{first:.1f} times in the first run with its compilation"
+        )
 
 
 if __name__ == "__main__":

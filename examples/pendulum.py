@@ -105,7 +105,7 @@ def fit(kind, y, start, draws):
     if kind == "network":
         guide = AutoNormal(model, init_loc_fn=init_to_median, init_scale=0.02)
         svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
-        result = svi.run(jax.random.key(1), 8 * draws, y, start, progress_bar=False)
+        result = svi.run(jax.random.key(1), 4 * draws, y, start, progress_bar=False)
         return guide.sample_posterior(jax.random.key(2), result.params, sample_shape=(draws,))
     mcmc = MCMC(
         NUTS(model, init_strategy=init_to_median),

@@ -79,6 +79,17 @@ def test_multiscale_examples_write_their_picture(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_pendulum_writes_its_friction(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = ROOT / "examples" / "pendulum.py"
+    command = [sys.executable, script, "--quick", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "friction inside its 90 % band" in run.stdout
+    assert (tmp_path / "pendulum_friction.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
