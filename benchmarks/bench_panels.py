@@ -4,7 +4,7 @@ Run: python benchmarks/bench_panels.py [gradient devices fits population], all w
 
 - gradient: the marginal likelihood of 1e3 to 1e5 series of 50 irregular points, own clocks, under
   `Kalman`, clocks and data as arguments: time and memory of a gradient, time to compile.
-- devices: 2,000 series over one and over two forced host devices: time of a gradient.
+- devices: 2,000 and 20,000 series over one and over two forced host devices: time of a gradient.
 - fits: 1,000 separate fits by one and by two worker processes.
 - population: 1e5 series simulated from a known population; two stages and the amortised guide.
 """
@@ -146,17 +146,18 @@ def devices() -> None:
 
 def one_process() -> None:
     """Wall time of a gradient over the devices of this process."""
-    args = nsde.shard_panel(None, *simulate(2_000, 50))
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    run, _ = compiled(value_of, params, *args)
-    taken = []
-    for _ in range(30):
-        start = time.perf_counter()
-        jax.block_until_ready(run(params, *args))
-        taken.append(time.perf_counter() - start)
-    sums = run.as_text().count(" all-reduce(")
-    text = f"{1e3 * min(taken):.2f} ms, {sums} sums over devices"
-    print(f"devices: 2,000 series over {jax.device_count()}: {text}", flush=True)
+    for series in (2_000, 20_000):
+        args = nsde.shard_panel(None, *simulate(series, 50))
+        params = jax.tree.map(jnp.asarray, PARAMS)
+        run, _ = compiled(value_of, params, *args)
+        taken = []
+        for _ in range(30):
+            start = time.perf_counter()
+            jax.block_until_ready(run(params, *args))
+            taken.append(time.perf_counter() - start)
+        sums = run.as_text().count(" all-reduce(")
+        text = f"{1e3 * min(taken):.2f} ms, {sums} sums over devices"
+        print(f"devices: {series} series over {jax.device_count()}: {text}", flush=True)
 
 
 def fits() -> None:
