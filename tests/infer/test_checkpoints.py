@@ -153,7 +153,8 @@ kernels = {{
     "nuts": lambda: NUTS(nsde.handlers.marginalize(model, method=nsde.filters.Kalman())),
     "gibbs": lambda: nsde.infer.ParticleGibbs(model, num_particles=8),
     "pmmh": lambda: nsde.infer.PMMH(model, num_particles=30),
-    "split": lambda: nsde.infer.SplitNUTS(model),
+    "split": lambda: nsde.infer.SplitNUTS(numpyro.handlers.reparam(
+        model, config={{"x": nsde.reparam.InnovationReparam()}})),
     "discrete": lambda: DiscreteHMCGibbs(NUTS(with_coin)),
 }}
 folder, kind, kill = sys.argv[1], sys.argv[2], int(sys.argv[3])
