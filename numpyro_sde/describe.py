@@ -1,4 +1,4 @@
-"""How objects print: what they are, with parameter values, on a line; as a table in notebooks."""
+"""How objects print: on a line inside others, as a block by `print`, as a table in notebooks."""
 
 from __future__ import annotations
 
@@ -116,6 +116,30 @@ def describe_module(module: eqx.Module) -> str:
         if not (plain and value == default):
             entries.append((field.name, describe_value(value)))
     return one_line(type(module).__name__, entries)
+
+
+def block(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A title and a line for each entry, what `print` shows.
+
+    Example:
+        >>> print(block("OU", [("rate", "1"), ("noise", "Brownian()")]))
+        OU
+          rate   1
+          noise  Brownian()
+    """
+    entries = list(rows)
+    width = max((len(key) for key, _ in entries), default=0)
+    return "\n".join([title, *(f"  {key:<{width}}  {value}" for key, value in entries)])
+
+
+def html_text(text: str) -> str:
+    """Text as it stands, for notebooks.
+
+    Example:
+        >>> html_text("k-hat < 0.7")
+        '<pre>k-hat &lt; 0.7</pre>'
+    """
+    return f"<pre>{escape(text)}</pre>"
 
 
 def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:

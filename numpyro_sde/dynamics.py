@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from numpyro_sde.describe import html_table, one_line
+from numpyro_sde.describe import block, html_table, one_line
 from numpyro_sde.noise import AbstractNoise
 from numpyro_sde.noise.jumps import AbstractJumps
 
@@ -117,6 +117,9 @@ class AbstractDynamics(eqx.Module):
 
     def __repr__(self) -> str:
         return one_line(type(self).__name__, self._described())
+
+    def __str__(self) -> str:
+        return block(type(self).__name__, self._described())
 
     def _repr_html_(self) -> str:
         return html_table(type(self).__name__, self._described())

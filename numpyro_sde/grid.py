@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from numpyro_sde.describe import html_table
+
 # A quotient such as 0.3 / 0.1 exceeds 3 by rounding alone; it must still give three steps.
 _ROUNDING = 1e-9
 # Times closer than this, against the largest, are the same.
@@ -306,6 +308,15 @@ class TimeGrid:
         # Arrays of JAX are not hashable, and so neither is a grid of them.
         times = self.times.tobytes() if self.on_host else self.times
         return hash((times, self.index.tobytes()))
+
+    def _repr_html_(self) -> str:
+        first, last = self.times.min(), self.times.max()
+        rows = [
+            ("observation times", str(self.index.size)),
+            ("grid times", f"{self.times.shape[-1]}, {first:g} to {last:g}"),
+            ("longest step", f"{self.dt.max() if self.dt.size else 0.0:.4g}"),
+        ]
+        return html_table(type(self).__name__, rows)
 
     def __repr__(self) -> str:
         counts = f"{self.index.size} observation times, {np.shape(self.times)[-1]} grid times"

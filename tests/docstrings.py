@@ -16,13 +16,14 @@ import numpyro_sde
 
 ROOT = Path(numpyro_sde.__file__).parent
 PUBLIC_MODULES = [
-    "data",
+    *("checking", "data"),
     *("datasets", "diagnostics", "distributions", "filters", "guides", "handlers", "infer"),
     "jumps",
     "laws",
     *("multiscale", "noise", "processes", "reparam", "schemes", "testing"),
 ]
 NEEDS = {
+    "checking": ("arviz", "matplotlib.pyplot"),
     "diagnostics": ("arviz", "matplotlib.pyplot"),
     "schemes.diffrax_solver": ("diffrax",),
     "infer.blackjax": ("blackjax",),

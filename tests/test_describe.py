@@ -66,3 +66,22 @@ def test_results_print_themselves():
     found = nsde.diagnostics.Residuals({"y": pit}, {"y": np.arange(50.0)}, 100)
     assert repr(found) == str(found)
     assert repr(found).startswith("One-step residuals")
+
+
+def test_print_shows_a_block_and_notebooks_a_table():
+    ou = nsde.processes.OrnsteinUhlenbeck(rate=1.25, mean=0.0, scale=0.5)
+    assert str(ou).splitlines() == [
+        "OrnsteinUhlenbeck",
+        "  mean   0",
+        "  rate   1.25",
+        "  scale  0.5",
+    ]
+    grid = nsde.TimeGrid([0.0, 1.0, 2.0], 0.5)
+    lines = str(nsde.SDEPath(ou, grid, dist.Normal(0.0, 1.0))).splitlines()
+    assert lines[0] == "SDEPath"
+    assert lines[1].split(maxsplit=1) == ["sde", repr(ou)]
+    assert "<th>longest step</th><td>0.5</td>" in grid._repr_html_()
+    pit = np.random.default_rng(0).uniform(size=50)
+    residuals = nsde.diagnostics.Residuals({"y": pit}, {"y": np.arange(50.0)}, 100)
+    for shown in (nsde.filters.Kalman(), residuals):
+        assert shown._repr_html_().startswith("<pre>")

@@ -53,6 +53,15 @@ class CheckedFit:
         seconds: What fitting took, compilation included.
         num_steps: Warm-up iterations of a chain, or steps of a guide, that were needed.
         seconds_per_iteration: What one of either took, without compiling.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> def model(y):
+        ...     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+        >>> found = nsde.checking.fit(model, 0.5, num_chains=2, progress=False)
+        >>> found.sites.parameters, found.is_variational
+        (('a',), False)
     """
 
     model: Callable[..., Any]

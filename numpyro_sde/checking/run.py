@@ -95,33 +95,7 @@ def check(
         model_kwargs=model_kwargs,
         progress=progress,
     )
-    _tell(progress, found.step)
-    steps = {"fit": replace(found.step, code=_CODE["fit"])}
-
-    def add(made: Callable[[], Step | list[Step]], name: str) -> None:
-        for step in _guarded(made, name):
-            steps[step.name] = replace(step, code=_CODE.get(step.name, ""))
-            _tell(progress, step)
-
-    add(lambda: predictive_check(found, rng_key=keys[1]), "posterior predictive")
-    add(lambda: residual_check(found, rng_key=keys[2]), "one-step residuals")
-    add(lambda: power_scaling(found), "strength of prior and data")
-    calibration = _CALIBRATION_SHARE * budget.left
-    if budget.left < found.seconds:
-        late = Step("posterior calibration", "not done", f"{max(budget.left, 0):.0f} s are left")
-        add(lambda: late, late.name)
-    else:
-        add(
-            lambda: posterior_sbc(
-                found, time_budget=calibration, rng_key=keys[3], progress=progress
-            ),
-            "posterior calibration",
-        )
-    rest = max(budget.left, 1e-3)
-    add(
-        lambda: sensitivity(found, time_budget=rest, rng_key=keys[4], progress=progress),
-        "sensitivity",
-    )
+    steps = _criticised(found, budget, keys[1:], progress)
     result = CheckReport(
         title=getattr(model, "__name__", type(model).__name__),
         steps=steps,
@@ -133,6 +107,44 @@ def check(
     if report is not None:
         result.write(report)
     return result
+
+
+def _criticised(
+    found: CheckedFit, budget: Budget, keys: PRNGKeyArray, progress: bool
+) -> dict[str, Step]:
+    """All steps on a fit, the cheap ones first."""
+    _tell(progress, found.step)
+    steps = {"fit": replace(found.step, code=_CODE["fit"])}
+
+    def add(made: Callable[[], Step | list[Step]], name: str) -> None:
+        for step in _guarded(made, name):
+            steps[step.name] = replace(step, code=_CODE.get(step.name, ""))
+            _tell(progress, step)
+
+    add(lambda: predictive_check(found, rng_key=keys[0]), "posterior predictive")
+    add(lambda: residual_check(found, rng_key=keys[1]), "one-step residuals")
+    add(lambda: power_scaling(found), "strength of prior and data")
+    calibration = _CALIBRATION_SHARE * budget.left
+    if budget.left < found.seconds:
+        late = Step("posterior calibration", "not done", f"{max(budget.left, 0):.0f} s are left")
+        add(lambda: late, late.name)
+    else:
+        add(
+            lambda: posterior_sbc(
+                found, time_budget=calibration, rng_key=keys[2], progress=progress
+            ),
+            "posterior calibration",
+        )
+    rest = max(budget.left, 1e-3)
+    if found.step.level == "bad":  # two fits that are wrong say nothing of each other
+        useless = Step("sensitivity", "not done", "the fit itself is not to be trusted")
+        add(lambda: useless, useless.name)
+    else:
+        add(
+            lambda: sensitivity(found, time_budget=rest, rng_key=keys[3], progress=progress),
+            "sensitivity",
+        )
+    return steps
 
 
 def _guarded(made: Callable[[], Step | list[Step]], name: str) -> list[Step]:

@@ -18,7 +18,7 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
 from numpyro_sde.checks.data import as_data
-from numpyro_sde.describe import html_table, one_line, path_entries
+from numpyro_sde.describe import block, html_table, one_line, path_entries
 from numpyro_sde.distributions import arguments, moments
 from numpyro_sde.distributions.batching import (
     align_new_axes,
@@ -187,6 +187,9 @@ class AbstractPathLaw(dist.Distribution):
 
     def __repr__(self) -> str:
         return one_line(type(self).__name__, path_entries(self))
+
+    def __str__(self) -> str:
+        return block(type(self).__name__, path_entries(self))
 
     def _repr_html_(self) -> str:
         return html_table(type(self).__name__, path_entries(self))

@@ -41,6 +41,7 @@ from numpyro.infer.initialization import init_to_median
 from numpyro.nn import AutoregressiveNN, BlockNeuralAutoregressiveNN
 from scipy.special import ndtri
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.guides.flows import (
     CouplingFlow,
     CouplingKind,
@@ -165,6 +166,9 @@ class AutoFlow(AutoContinuous):
 
     def __repr__(self) -> str:
         return f"AutoFlow(flow={self.flow!r}, num_flows={self.num_flows})"
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # Before NumPyro's own set-up, which would try to enumerate a discrete site.

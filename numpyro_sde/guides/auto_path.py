@@ -15,6 +15,7 @@ from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.initialization import init_to_value
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.fields.field import recorded_fields
 from numpyro_sde.guides.auto import AutoFlow
 from numpyro_sde.guides.matched import MatchedPath
@@ -140,6 +141,9 @@ class AutoPathGuide(AutoGuide):
 
     def __repr__(self) -> str:
         return f"AutoPathGuide(parameters={self.parameters!r}, path={type(self.path).__name__})"
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self))
 
     @property
     def has_parameters(self) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.infer.parameter_space import ParameterSpace
 from numpyro_sde.infer.profile import Profile
 
@@ -118,6 +119,9 @@ class LikelihoodFit:
 
     def __repr__(self) -> str:  # what an interactive session shows
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         head = (

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from numpyro_sde.describe import describe_module
+from numpyro_sde.describe import describe_module, html_text
 from numpyro_sde.linear.small import matvec
 from numpyro_sde.linear.smoothing import BackwardKernel, draw_backward, moments_backward
 from numpyro_sde.schemes.base import AbstractScheme, GaussianScheme
@@ -370,6 +370,9 @@ class AbstractFilter(eqx.Module):
 
     def __repr__(self) -> str:
         return describe_module(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self))
 
     def check(self, model: StateSpaceModel) -> None:
         """Raise a `ValueError` where the method cannot treat this model."""

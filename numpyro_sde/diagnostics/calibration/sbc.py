@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.diagnostics.calibration.replicates import (
     Outcome,
     Recipe,
@@ -131,6 +132,9 @@ class SBCResult:
 
     def __repr__(self) -> str:  # what an interactive session shows
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         number = len(self.pit)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer import MCMC
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.diagnostics.compare.timing import Timing
 
 # The method of a fit that is one point, without a posterior.
@@ -54,6 +55,9 @@ class SVIFit(NamedTuple):
         losses = np.asarray(getattr(self.result, "losses", ()))
         trained = f", {losses.size} steps, last loss {losses[-1]:.4g}" if losses.size else ""
         return f"SVIFit({name}{trained})"
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self))
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ class RefinedFit:
 
     def __repr__(self) -> str:  # what an interactive session shows
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         return (

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.diagnostics.compare.arviz_compat import make_dataset, make_tree
 from numpyro_sde.diagnostics.compare.path_places import PathPlace, find_paths
 from numpyro_sde.diagnostics.prediction.ahead import ForecastPlan
@@ -85,6 +86,9 @@ class Forecast(Mapping[str, np.ndarray]):
         shapes = ", ".join(f"{name} {value.shape}" for name, value in self.draws.items())
         span = f"{self.times.min():g} to {self.times.max():g}"
         return f"Forecast({self.times.shape[-1]} times, {span}; {shapes})"
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self))
 
     def log_score(self, site: str, y: ArrayLike) -> Float[np.ndarray, "*batch F"]:
         """Log density of data at each time under the mixture of all draws; NaN where missing.

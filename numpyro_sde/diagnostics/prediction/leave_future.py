@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 from scipy.special import logsumexp
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.diagnostics.compare.arviz_compat import smooth_log_weights
 from numpyro_sde.diagnostics.prediction.increments import Increments, increments_by_time
 from numpyro_sde.diagnostics.prediction.reading import read_predictive
@@ -71,6 +72,9 @@ class LeaveFutureOut:
 
     def __repr__(self) -> str:  # what an interactive session shows
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         fits = len(self.refits)

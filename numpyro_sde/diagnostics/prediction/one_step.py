@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.diagnostics.prediction.direct import predict_direct
 from numpyro_sde.diagnostics.prediction.predictive import observed_times, predict_path, slots
 from numpyro_sde.diagnostics.prediction.reading import (
@@ -100,6 +101,9 @@ class Predictions:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {site.data.shape}" for name, site in self.sites.items())
         return f"Predictions({self.horizon} ahead of {shapes}; {self.num_draws} draws)"
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self))
 
 
 def k_step(

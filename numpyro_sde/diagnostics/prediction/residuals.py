@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 from scipy.special import chdtr, chdtrc, ndtr, ndtri
 
+from numpyro_sde.describe import html_text
 from numpyro_sde.diagnostics.prediction.one_step import Predictions, predict
 from numpyro_sde.diagnostics.prediction.reading import read_predictive
 from numpyro_sde.statespace.model import AbstractFilter
@@ -89,6 +90,9 @@ class Residuals:
 
     def __repr__(self) -> str:  # what an interactive session shows
         return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         values = self.p_values
