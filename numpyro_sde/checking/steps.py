@@ -31,6 +31,7 @@ class Step:
         seconds: What it took.
 
     Example:
+        >>> from numpyro_sde.checking import Step
         >>> Step("fit", "good", "use it")
         [ok] fit: use it
     """
