@@ -258,6 +258,7 @@ def main() -> None:
         "population": population,
         "one_process": one_process,
     }
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} processors, jax {jax.__version__}")
     for name in sys.argv[1:] or ("gradient", "devices", "fits", "population"):
         cases[name]()
 
