@@ -197,8 +197,9 @@ def population(series: int = 100_000) -> None:
     # Of so many series the posterior of two parameters is normal: its mode and curvature do.
     normal = AutoLaplaceApproximation(full)
     svi = SVI(full, normal, numpyro.optim.Minimize(), Trace_ELBO())
-    state = svi.run(jax.random.key(0), 1, stage, progress_bar=False)
-    found = normal.sample_posterior(jax.random.key(3), state.params, stage, sample_shape=(4_000,))
+    state, _ = jax.jit(svi.update)(svi.init(jax.random.key(0), stage), stage)
+    draw = functools.partial(normal.sample_posterior, sample_shape=(4_000,))
+    found = draw(jax.random.key(3), svi.get_params(state), stage)
     report("two stages", found, first, time.perf_counter() - start)
     start = time.perf_counter()
     model = integrated(functools.partial(of_series, size=500))
