@@ -276,8 +276,11 @@ def _noise_scale(gamma: Any) -> NoiseScale:
     return NoiseScale(float(gamma), None)
 
 
-def _pair_totals(coupling: Any, cells: Cells) -> Array | None:
-    """Probabilities of pairs summed up, `(K - 1, n * n)`; None where no matrix is given."""
+def _pair_totals(coupling: Any, cells: Cells) -> tuple[Array, Array] | None:
+    """Probabilities of starts `(K - 1, n)`, and of ends given each `(K - 1, n, n)`, summed up.
+
+    None where no matrix is given.
+    """
     gaps, n = cells.values.shape[0] - 1, cells.values.shape[1]
     if isinstance(coupling, str):
         if coupling not in ("independent", "paired"):
@@ -307,8 +310,11 @@ def _pair_totals(coupling: Any, cells: Cells) -> Array | None:
                 f"{'' if pi.shape not in wanted else ' with negative entries, or none'}"
             )
         out[k, : pi.shape[0], : pi.shape[1]] = pi
-    total = np.cumsum(out.reshape(gaps, n * n), axis=1)
-    return jnp.asarray(total / total[:, -1:], cells.values.dtype)
+    starts = np.cumsum(out.sum(2), axis=1)
+    ends = np.cumsum(out, axis=2)
+    last = np.where(ends[..., -1:] > 0, ends[..., -1:], 1.0)
+    real = cells.values.dtype
+    return jnp.asarray(starts / starts[:, -1:], real), jnp.asarray(ends / last, real)
 
 
 class _Optimizer(eqx.Module):
@@ -328,7 +334,7 @@ class _Optimizer(eqx.Module):
 def _train(
     field: LearnedVelocity,
     cells: Cells,
-    pairs: Array | None,
+    pairs: tuple[Array, Array] | None,
     key: PRNGKeyArray,
     optimizer: _Optimizer,
     sizes: tuple[int, int, bool],
@@ -366,13 +372,13 @@ def _misfit(field: LearnedVelocity, gap: Array, s: Array, x: Array, pace: Array,
 def _draw_batch(
     field: LearnedVelocity,
     cells: Cells,
-    pairs: Array | None,
+    pairs: tuple[Array, Array] | None,
     key: PRNGKeyArray,
     count: int,
     paired: bool,
 ) -> tuple[Array, ...]:
     """Gaps, shares of them, points of the interpolant, displacements over time and noise."""
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 4)
     gaps, n, d = cells.values.shape[0] - 1, cells.values.shape[1], cells.values.shape[2]
     real = cells.values.dtype
     gap = jax.random.randint(keys[0], (count,), 0, gaps)
@@ -381,23 +387,36 @@ def _draw_batch(
     s = EDGE + (1.0 - 2.0 * EDGE) * u
     if paired:
         i = j = jax.random.randint(keys[2], (count,), 0, n)
-    elif pairs is None:
-        logs = jnp.where(cells.weights > 0, jnp.log(jnp.maximum(cells.weights, 1e-30)), -jnp.inf)
-        i = jax.random.categorical(keys[2], logs[gap])
-        j = jax.random.categorical(keys[3], logs[gap + 1])
     else:
-        i, j = _draw_pairs(pairs, gap, keys[2], n)
+        u = jax.random.uniform(keys[2], (2, count), real)
+        if pairs is None:
+            totals = jnp.cumsum(cells.weights, axis=1)
+            i = _draw(lambda at: totals[gap, at], n, u[0] * totals[gap, -1])
+            j = _draw(lambda at: totals[gap + 1, at], n, u[1] * totals[gap + 1, -1])
+        else:
+            starts, ends = pairs
+            i = _draw(lambda at: starts[gap, at], n, u[0])
+            j = _draw(lambda at: ends[gap, i, at], n, u[1])
     x0, x1 = cells.values[gap, i], cells.values[gap + 1, j]
-    z = jax.random.normal(keys[4], (count, d), real)
+    z = jax.random.normal(keys[3], (count, d), real)
     length = field.times[gap + 1] - field.times[gap]
     scale = jax.vmap(field.noise)(s, length)[:, None]
     x = (1.0 - s[:, None]) * x0 + s[:, None] * x1 + scale * z
     return gap, s, x, (x1 - x0) / length[:, None], z
 
 
-def _draw_pairs(pairs: Array, gap: Array, key: PRNGKeyArray, n: int) -> tuple[Array, Array]:
-    """Pairs of cells by inversion of the cumulated probabilities: one search a pair."""
-    u = jax.random.uniform(key, gap.shape, pairs.dtype)
-    flat = jax.vmap(lambda g, u: jnp.searchsorted(pairs[g], u, side="right"))(gap, u)
-    flat = jnp.minimum(flat, n * n - 1)
-    return flat // n, flat % n
+def _draw(totals: Callable[[Array], Array], n: int, u: Array) -> Array:
+    """First places of n at which totals, increasing, exceed u: a search that holds no table.
+
+    Args:
+        totals: totals at given places, one for each u.
+        n: number of places.
+        u: numbers from 0 to the last total.
+    """
+    low, high = jnp.zeros(u.shape, jnp.int32), jnp.full(u.shape, n - 1, jnp.int32)
+    for _ in range(max(n - 1, 1).bit_length()):
+        middle = (low + high) // 2
+        beyond = totals(middle) > u
+        low, high = jnp.where(beyond, low, middle + 1), jnp.where(beyond, middle, high)
+        low = jnp.minimum(low, high)
+    return low

@@ -100,6 +100,18 @@ def test_a_few_steps_run_for_every_kind_of_cloud():
         several.with_noise(-1.0)
 
 
+def test_pairs_are_drawn_as_often_as_they_are_likely():
+    from numpyro_sde.snapshots.interpolant import _draw
+
+    weights = np.array([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    totals = jnp.asarray(np.cumsum(weights), jnp.float32)
+    u = jnp.asarray((np.arange(1000) + 0.5) / 1000, jnp.float32)
+    counts = np.bincount(np.asarray(_draw(lambda at: totals[at], 6, u)), minlength=6)
+    np.testing.assert_allclose(counts / 1000, weights, atol=2e-3)
+    one = _draw(lambda at: jnp.ones(at.shape), 1, u)
+    assert int(one.max()) == 0
+
+
 def judge(sde, forms, draw, times=(0.1, 0.3, 0.5, 0.7, 0.9)):
     """Mean squared errors of velocity and score, as shares of their variances."""
     out = []
