@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, init_to_median
 from scipy.optimize import linear_sum_assignment
 
 import numpyro_sde as nsde
@@ -176,7 +176,12 @@ def posterior(problem, quick):
     """The mechanism's parameters by NUTS, all clouds used."""
     clouds = simulate(problem, jax.random.key(7), 20 if quick else 50)
     steps = 20 if quick else 400
-    mcmc = MCMC(NUTS(family), num_warmup=steps, num_samples=steps, progress_bar=False)
+    mcmc = MCMC(
+        NUTS(family, init_strategy=init_to_median),
+        num_warmup=steps,
+        num_samples=steps,
+        progress_bar=False,
+    )
     mcmc.run(jax.random.key(3), clouds, problem, problem["times"])
     for name, draws in mcmc.get_samples().items():
         low, middle, high = np.quantile(np.asarray(draws), [0.05, 0.5, 0.95])

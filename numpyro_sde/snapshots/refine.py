@@ -27,7 +27,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.initialization import init_to_median
 
-from numpyro_sde.runtime.entry import entry_point
+from numpyro_sde.runtime.entry import Held, entry_point
 from numpyro_sde.sde import SDE
 from numpyro_sde.snapshots import sinkhorn
 from numpyro_sde.snapshots.bridge import BridgeResult, bridge_of, reference_law
@@ -178,8 +178,8 @@ class _Family:
     """A model as a map from unconstrained numbers to references."""
 
     model: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+    data: Array
+    further: Held
     site: str
     clock: Clock
     start: dict[str, Array]
@@ -195,12 +195,12 @@ class _Family:
         init_values: dict[str, Any],
     ) -> _Family:
         # An array of JAX is data of the program; one of NumPy would be part of it.
-        arguments = (jnp.asarray(data, jnp.result_type(float)), *args)
+        snapshots = jnp.asarray(data, jnp.result_type(float))
         first = handlers.substitute(
             handlers.seed(model, jax.random.key(0)), substitute_fn=init_to_median(num_samples=50)
         )
         sites = handlers.trace(handlers.substitute(first, init_values)).get_trace(
-            *arguments, **kwargs
+            snapshots, *args, **kwargs
         )
         name, law = _snapshot_site(sites)
         latent = {k: s for k, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
@@ -218,7 +218,9 @@ class _Family:
             k: jnp.asarray(biject_to(supports[k]).inv(s["value"]), jnp.result_type(float))
             for k, s in latent.items()
         }
-        family = cls(model, arguments, kwargs, name, law.clock, start, supports)
+        # What else the model takes is part of the program: numbers stay numbers.
+        further = Held((args, kwargs))
+        family = cls(model, snapshots, further, name, law.clock, start, supports)
         family.refuse_diffusion(np.asarray(data))
         return family
 
@@ -228,9 +230,7 @@ class _Family:
 
     def equation(self, place: Mapping[str, Array]) -> tuple[SDE, Any, Any]:
         """The equation, its transition and its growth rate."""
-        return _equation(
-            self.model, self.arguments, self.keywords, self.site, self.constrained(place)
-        )
+        return _equation(self.model, self.data, self.further, self.site, self.constrained(place))
 
     def refuse_diffusion(self, data: np.ndarray) -> None:
         """Raise a `ValueError` where the diffusion depends on a latent site."""
@@ -276,13 +276,14 @@ def _snapshot_site(sites: Mapping[str, Any]) -> tuple[str, SnapshotLaw]:
 
 def _equation(
     model: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    keywords: Mapping[str, Any],
+    data: Array,
+    further: Held,
     site: str,
     values: Mapping[str, Array],
 ) -> tuple[SDE, Any, Any]:
+    args, kwargs = further.value
     held = handlers.substitute(handlers.seed(model, jax.random.key(0)), dict(values))
-    law = handlers.trace(held).get_trace(*arguments, **keywords)[site]["fn"]
+    law = handlers.trace(held).get_trace(data, *args, **kwargs)[site]["fn"]
     while isinstance(law, _WRAPPERS):
         law = law.base_dist
     return cast("tuple[SDE, Any, Any]", law.equation)
@@ -303,8 +304,8 @@ def _descend(
         here = unravel(jnp.asarray(z, flat.dtype))
         value, slope = _objective(
             family.model,
-            family.arguments,
-            family.keywords,
+            family.data,
+            family.further,
             (family.site, cells.scalar),
             family.clock,
             transforms,
@@ -340,21 +341,21 @@ def _descend(
 @entry_point
 def _objective(
     model: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    keywords: Mapping[str, Any],
+    data: Array,
+    further: Held,
     names: tuple[str, bool],
     clock: Clock,
     transforms: Mapping[str, Any],
     place: dict[str, Array],
-    data: tuple[Array, Array, Array],
+    cells: tuple[Array, Array, Array],
 ) -> tuple[Array, dict[str, Array]]:
     """The objective and its gradient."""
     site, scalar = names
-    values, weights, tol = data
+    values, weights, tol = cells
 
     def objective(place: dict[str, Array]) -> Array:
         here = {k: transforms[k](v) for k, v in place.items()}
-        sde, chosen, rate = _equation(model, arguments, keywords, site, here)
+        sde, chosen, rate = _equation(model, data, further, site, here)
         law = reference_law(sde, chosen, rate, scalar=scalar)
         grids = jnp.asarray(gap_grids(clock, law.exact), values.dtype)
         gaps = (grids, values[:-1], values[1:], weights[:-1], weights[1:])
