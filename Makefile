@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # By file: tests of one file share their compiled functions.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench docs gallery wheel newest clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -43,5 +43,26 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -m '' -p no:xdist -s --benchmark-columns=median
 
+# The site, strictly: a warning or a broken link is an error. The pages of the gallery are made of the
+# examples' headers.
+DOCS_STAMP := $(VENV)/.docs
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+gallery: $(STAMP)
+	$(BIN)/python tools/gallery.py
+
+docs: $(DOCS_STAMP) gallery
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# A wheel, installed alone in a fresh environment, runs the first example; on each interpreter there is.
+wheel:
+	PYTHON=$(PYTHON) tools/check_wheel.sh
+
+# The newest NumPyro, JAX and ArviZ (1.x, whose trees are xarray's) on Python 3.12 and 3.13.
+newest:
+	tools/check_newest.sh
+
 clean:
-	rm -rf $(VENV) demo_output .test-all .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist $(VENV) demo_output .test-all .pytest_cache .ruff_cache .mypy_cache

@@ -7,6 +7,15 @@ conditional flow has no such limit. Where the potential of Y is known but for it
 are sampled with a flow over them (`AutoFlow`), and the drift is known better than they are.
 
     python examples/bimodal_fast_law.py --output multiscale_output
+
+:title: A fast variable with two wells
+:problem: a fast variable that no one sees drives a slow one
+:field: climate
+:engine: SVI with flows, averaged equation
+:data: simulated
+:tags: multiscale, averaging, flows
+:page: multiscale.md
+:picture: bimodal_fast_law.png
 """
 
 # ruff: noqa: ARG005

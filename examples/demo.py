@@ -13,6 +13,16 @@
 
 Everything runs in float32, JAX's default: a data set of some hundred points does not need more.
 Call `numpyro.enable_x64()` first where yours does. All random seeds are fixed.
+
+:title: Three real data sets
+:problem: a river, a rate and a volatility: fits compared
+:field: climate
+:engine: NUTS, SVI with flows, particle Gibbs
+:data: real
+:tags: comparing fits, flows, particles
+:page: first_model.md
+:picture: nile_level.png
+:run time: 4 minutes
 """
 
 import argparse

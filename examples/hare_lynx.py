@@ -5,6 +5,15 @@ forecast and held out. The SDE is fitted by SplitNUTS on the guided path, by par
 Metropolis-Hastings and by a variational guide of parameters and path, which share the model and
 nothing else; the ODE is the same model with its system noise held at zero.
 Run: python examples/hare_lynx.py [--quick] [--output folder]
+
+:title: Hares and lynx
+:problem: two species that eat each other, and a forecast
+:field: ecology
+:engine: SplitNUTS on the guided path, PMMH, a path guide
+:data: real, 21 years
+:tags: forecast, nonlinear, vector state, SDE against ODE
+:page: sde_vs_ode.md
+:picture: hare_lynx.png
 """
 
 # ruff: noqa: ARG001, ARG005

@@ -5,6 +5,15 @@ and their noises are correlated. Guided SplitNUTS walks along paths that meet ev
 Gibbs draws such paths by particles that meet them. They share the model and nothing else, and must
 agree within their Monte Carlo errors. Data are simulated from known parameters.
 Run: python examples/leverage.py [--quick] [--output folder]
+
+:title: Volatility with leverage
+:problem: prices seen exactly, a volatility that no one sees
+:field: finance
+:engine: SplitNUTS on the guided path, particle Gibbs
+:data: simulated, 1,000 days
+:tags: partly seen, stochastic volatility, particles
+:page: partly_seen.md
+:picture: leverage.png
 """
 
 # ruff: noqa: ARG005

@@ -6,6 +6,14 @@ the guided path, whose reference follows the parameters. The mode of so many eff
 where their posterior lies: a short run finds the place, and the long one has its metric there.
 Counts are simulated, so that the truth is known.
 Run: python examples/neurons.py [--quick] [--output folder]
+
+:title: Fifty neurons, one drive
+:problem: spikes of many neurons that share an input
+:field: neuroscience
+:engine: SplitNUTS on the guided path
+:data: simulated, 2,000 bins
+:tags: counts, many instruments
+:page: missing_data.md
 """
 
 # ruff: noqa: ARG005

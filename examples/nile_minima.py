@@ -2,6 +2,14 @@
 
 Maximum likelihood and the posterior under the exact law of fractional Gaussian noise, beside the
 published estimates. Run: python examples/nile_minima.py [--draws 1000]
+
+:title: Long memory of the Nile
+:problem: a series that forgets slowly
+:field: climate
+:engine: maximum likelihood and NUTS, exact law
+:data: real, 663 years
+:tags: fractional noise, Hurst index
+:page: fractional.md
 """
 
 from __future__ import annotations

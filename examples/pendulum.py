@@ -5,6 +5,14 @@ known. Friction is not: in truth linear and quadratic in the velocity. Three mod
 with linear friction; physics with a Gaussian process for what else there is; a network for the
 whole acceleration. Which of them foretells a swing from 137 degrees?
 Run: python examples/pendulum.py [--quick] [--output folder]
+
+:title: A pendulum whose friction is not known
+:problem: physics where it is known, a learned function where it is not
+:field: physics
+:engine: NUTS for the Gaussian process, SVI for the network
+:data: simulated
+:tags: learned drift, Gaussian process, network, forecast
+:page: learned_drifts.md
 """
 
 # ruff: noqa: ARG001, ARG005

@@ -6,6 +6,16 @@ simulated ones with a dose every twelve hours, whose concentration has system no
 linear, so that `Kalman` integrates the paths out exactly. The ODE is the same model with its system
 noise held at zero.
 Run: python examples/population.py [--data theophylline repeated] [--quick]
+
+:title: Twelve patients
+:problem: concentrations after doses, patients that differ
+:field: pharmacology
+:engine: NUTS, paths integrated out by Kalman in a plate
+:data: real, 12 patients; simulated, 24
+:tags: panel, random effects, doses, SDE against ODE
+:page: sde_vs_ode.md
+:picture: theophylline.png
+:run time: 29 s of processor time
 """
 
 # ruff: noqa: ARG005

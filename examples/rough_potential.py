@@ -7,6 +7,15 @@ with a small standard deviation. A scan over the step shows it; coarser data, or
 data, repair it.
 
     python examples/rough_potential.py --output multiscale_output
+
+:title: A rough potential
+:problem: a diffusion whose estimate hangs on the sampling step
+:field: physics
+:engine: NUTS, homogenised equation
+:data: simulated
+:tags: multiscale, homogenisation
+:page: multiscale.md
+:picture: rough_potential.png
 """
 
 # ruff: noqa: ARG005

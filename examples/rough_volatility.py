@@ -8,6 +8,14 @@ one. Beside its posterior stands the quasi likelihood of Harvey, Ruiz and Shepha
 Gaussian computation that shares nothing with it but the model. No estimate of H is published for
 the Treasury series.
 Run: python examples/rough_volatility.py [--draws 100]
+
+:title: Rough volatility
+:problem: how rough is a volatility that no one sees?
+:field: finance
+:engine: SplitNUTS on guided and whitened paths
+:data: simulated and real
+:tags: fractional noise, stochastic volatility
+:page: fractional.md
 """
 
 # ruff: noqa: ARG005

@@ -5,6 +5,14 @@ the earth mover's distance of their bridges to the held-out clouds, beside fresh
 Shen, Berlinghieri and Broderick (2024), arXiv:2408.06277, section 5.
 
     python examples/snapshots_lotka_volterra.py --output snapshots [--quick]
+
+:title: Snapshots of two species
+:problem: clouds of individuals, nobody seen twice
+:field: cell biology
+:engine: Schrodinger bridges, a refined reference
+:data: simulated
+:tags: snapshots, bridges
+:page: snapshots.md
 """
 
 from __future__ import annotations

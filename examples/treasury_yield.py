@@ -5,6 +5,14 @@ law of its increments, and the posterior with the noise made Markov, `SDEPath` w
 The econometricians' order of integration d is `H + 1/2` of this walk; the semiparametric
 estimator that the published figure is by, Robinson's (1995), is computed here too, for it depends
 on how many frequencies are used. Run: python examples/treasury_yield.py [--draws 1000]
+
+:title: Long memory of a yield
+:problem: is a walk rougher or smoother than Brownian?
+:field: finance
+:engine: maximum likelihood and NUTS, MarkovFBM
+:data: real, monthly 1953 to 1999
+:tags: fractional noise, Hurst index
+:page: fractional.md
 """
 
 # ruff: noqa: ARG005

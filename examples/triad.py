@@ -7,6 +7,14 @@ from the cell problem (exact) and from a simulation of the fast modes alone (Gre
 both are set against the full system.
 
     python examples/triad.py --output multiscale_output
+
+:title: Energy among three modes
+:problem: a closure for fast modes of turbulence
+:field: physics
+:engine: homogenisation, Green-Kubo
+:data: simulated
+:tags: multiscale, turbulence closure
+:page: multiscale.md
 """
 
 # ruff: noqa: ARG005

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCS = ROOT / "docs"
+FOLDERS = ("", "course", "migrate", "gallery")
+PAGES = sorted([ROOT / "README.md", *(p for f in FOLDERS for p in (DOCS / f).glob("*.md"))])
 # Pages that fit or compile for more than ten seconds; the README's example stands for them.
 SLOW = {
     "check",
+    *("4_the_first_posterior", "6_treatments_and_engines", "8_how_do_i_know", "pomp"),
+    *("7_several_series", "stan"),
     "inputs_and_doses",
     "learned_drifts",
     "many_series",
@@ -46,6 +50,10 @@ SLOW = {
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
+
+
 def blocks(page: Path) -> list[tuple[int, str]]:
     """First line number and text of each Python block."""
     text = page.read_text(encoding="utf-8")
@@ -55,7 +63,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
+        pytest.param(page, id=_name(page), marks=pytest.mark.slow if page.stem in SLOW else ())
         for page in PAGES
         if blocks(page)
     ],
@@ -72,7 +80,7 @@ def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     pyplot.close("all")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     prose = re.sub(
         r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S
