@@ -62,11 +62,16 @@ def page(example: dict[str, str]) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     shown = "" if image is None else f"![{example['summary']}]({image})\n\n"
     return (
-        f"# {example['title']}\n\n{example['summary']}\n\n{shown}{example['text'].strip()}\n\n"
+        f"# {example['title']}\n\n{example['summary']}\n\n{shown}{_prose(example['text'])}\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
         f"[The script](../../examples/{name}.py), which you run as it stands:\n\n"
         f"    python examples/{name}.py\n"
     )
+
+
+def _prose(text: str) -> str:
+    """A description without its line of usage, brackets and all."""
+    return re.sub(r"(Run: )?python examples/.*$", "", text, flags=re.MULTILINE).strip()
 
 
 def index(examples: list[dict[str, str]]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-_LINK = re.compile(r"(\]\()((?:\.\./)+)([^)#\s]+)((?:#[^)\s]*)?\))")
+_LINK = re.compile(r"(\]\(\s*)((?:\.\./)+)([^)#\s]+)((?:#[^)\s]*)?\))")
 _MATH = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 _LANGUAGES = {".py": "python", ".stan": "stan", ".sh": "bash", ".toml": "toml", ".json": "json"}
 
