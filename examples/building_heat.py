@@ -74,7 +74,7 @@ def main(output: Path, quick: bool) -> None:
     drawn = numpyro.handlers.trace(numpyro.handlers.seed(fixed, 4)).get_trace(grid, weather)
     y, truth = np.asarray(drawn["y"]["value"]), np.asarray(drawn["x"]["value"])
     marginal = nsde.handlers.marginalize(house, method=nsde.filters.Kalman())
-    draws = 20 if quick else 400
+    draws = 20 if quick else 250
     mcmc = MCMC(NUTS(marginal), num_warmup=draws, num_samples=draws, progress_bar=False)
     mcmc.run(jax.random.key(0), grid, weather, y)
     samples = mcmc.get_samples()

@@ -60,7 +60,7 @@ def main(output: Path, quick: bool) -> None:
     times, y = data.times[kept] - 2000.0, data.temperature[kept]
     seen = len(times) - 12
     marginal = nsde.handlers.marginalize(sea, method=nsde.filters.Kalman())
-    draws = 20 if quick else 300
+    draws = 20 if quick else 200
     mcmc = MCMC(NUTS(marginal), num_warmup=draws, num_samples=draws, progress_bar=False)
     mcmc.run(jax.random.key(0), times[:seen], y[:seen])
     samples = mcmc.get_samples()

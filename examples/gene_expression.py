@@ -61,7 +61,7 @@ def main(output: Path, quick: bool) -> None:
     truth = np.asarray(jumps.sample(jax.random.key(2)))[:, 0]
     light = GAIN * truth + ERROR * np.random.default_rng(0).normal(size=truth.shape)
     marginal = nsde.handlers.marginalize(expression, method=nsde.filters.ExtendedKalman())
-    draws = 20 if quick else 400
+    draws = 20 if quick else 250
     mcmc = MCMC(NUTS(marginal), num_warmup=draws, num_samples=draws, progress_bar=False)
     mcmc.run(jax.random.key(0), times, light)
     samples = mcmc.get_samples()

@@ -50,7 +50,7 @@ def main(output: Path, quick: bool) -> None:
     """Fit both, compare their predictions, draw the residuals."""
     bill = nsde.datasets.load_us_tbill()
     length = 40 if quick else len(bill.rate)
-    draws = 20 if quick else 400
+    draws = 20 if quick else 250
     fits = {}
     for kind in ("Vasicek", "square root"):
         start = init_to_value(values={"speed": 0.2, "mean": 5.0, "scale": 0.7})

@@ -53,7 +53,7 @@ def tracks(times, y):
 def main(output: Path, quick: bool) -> None:
     """Simulate tracks with lost frames, fit all of them together."""
     rng = np.random.default_rng(3)
-    number, frames, draws = (3, 12, 20) if quick else (TRACKS, FRAMES, 400)
+    number, frames, draws = (3, 12, 20) if quick else (TRACKS, FRAMES, 250)
     times = np.arange(frames) * STEP
     mobility = np.exp(CENTRE + SPREAD * rng.normal(size=number))
     moves = mobility[:, None] * np.sqrt(STEP) * rng.normal(size=(number, frames - 1))

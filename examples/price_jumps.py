@@ -56,7 +56,7 @@ def main(output: Path, quick: bool) -> None:
     """Simulate ten years of weeks and fit them with and without jumps."""
     rng = np.random.default_rng(0)
     weeks = 60 if quick else 520
-    times, draws = np.arange(weeks + 1) / 52.0, 20 if quick else 400
+    times, draws = np.arange(weeks + 1) / 52.0, 20 if quick else 250
     hits = rng.poisson(JUMP_RATE / 52.0, size=weeks)
     leaps = JUMP_MEAN * hits + JUMP_SD * np.sqrt(hits) * rng.normal(size=weeks)
     steps = 0.05 / 52.0 + VOLATILITY * np.sqrt(1.0 / 52.0) * rng.normal(size=weeks) + leaps

@@ -18,7 +18,7 @@ PUBLIC = public_objects()
 # Those that compile for more than five seconds.
 SLOW = {
     *("checking.calibrated", "checking.fitting", "checking.predictive"),
-    *("checking.run", "checking.sensitivity"),
+    *("checking.run", "checking.refits"),
     "diagnostics.compare.guide_quality",
     "diagnostics.prediction.forecast",
     "diagnostics.prediction.leave_future",

@@ -18,8 +18,8 @@ from numpyro_sde.checking.calibrated import posterior_sbc
 from numpyro_sde.checking.engines import Engine
 from numpyro_sde.checking.fitting import CheckedFit, fit
 from numpyro_sde.checking.predictive import predictive_check, residual_check
+from numpyro_sde.checking.refits import power_scaling, sensitivity
 from numpyro_sde.checking.report import CheckReport
-from numpyro_sde.checking.sensitivity import power_scaling, sensitivity
 from numpyro_sde.checking.steps import Budget, Step
 
 # Of the budget for the fit, and of what is left after the cheap steps for calibration.

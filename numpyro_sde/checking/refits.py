@@ -57,7 +57,7 @@ def changes(fit: CheckedFit) -> list[Change]:
 
     Example:
         >>> import numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
-        >>> from numpyro_sde.checking.sensitivity import changes
+        >>> from numpyro_sde.checking.refits import changes
         >>> def model(y):
         ...     rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
         ...     ou = nsde.processes.OrnsteinUhlenbeck(rate, 0.0, 0.5)
