@@ -22,7 +22,6 @@ import argparse
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import numpyro
@@ -44,8 +43,8 @@ def tracks(times, y):
     spread = numpyro.sample("spread", dist.HalfNormal(1.0))
     error = numpyro.sample("error", dist.LogNormal(-2.5, 0.7))
     with numpyro.plate("track", y.shape[0]):
-        level = nsde.random_effects("log_mobility", centre, spread)
-        walk = nsde.processes.BrownianMotion(0.0, jnp.exp(level))
+        mobility = nsde.random_effects("mobility", centre, spread)  # log-normal
+        walk = nsde.processes.BrownianMotion(0.0, mobility)
         x = numpyro.sample("x", nsde.SDEPath(walk, times, init=dist.Normal(0.0, 1.0)))
         nsde.observe("y", x, lambda t, x, sd: dist.Normal(x, sd), params=error, obs=y)
 
@@ -65,7 +64,7 @@ def main(output: Path, quick: bool) -> None:
     samples = mcmc.get_samples()
     for name, true in (("centre", CENTRE), ("spread", SPREAD), ("error", ERROR)):
         print(f"{name:7} {samples[name].mean():.3f} +- {samples[name].std():.3f} (true {true})")
-    found = np.exp(np.asarray(samples["log_mobility"]))
+    found = np.asarray(samples["mobility"])
     low, middle, high = np.quantile(found, [0.05, 0.5, 0.95], axis=0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.4), layout="constrained")
     left.plot(times, y.T, linewidth=0.8)

@@ -44,7 +44,7 @@ def prices(times, x):
         "jump_rate": numpyro.sample("jump_rate", dist.LogNormal(1.0, 1.0)),
     }
     jumps = nsde.CompoundPoisson(
-        lambda t, x, p: p["jump_rate"], dist.Normal(JUMP_MEAN, JUMP_SD), max_per_step=3
+        lambda t, x, p: p["jump_rate"], dist.Normal(JUMP_MEAN, JUMP_SD), max_per_step=6
     )
     sde = nsde.SDE(
         lambda t, x, p: p["drift"], lambda t, x, p: p["volatility"], params=p, jumps=jumps

@@ -130,3 +130,20 @@ def test_examples_of_data_shapes_draw_their_picture(
     assert run.returncode == 0, run.stderr
     for picture in pictures:
         assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("building_heat", "el_nino", "flu_outbreak", "gene_expression", "interest_rates"),
+        *("ion_channel", "lynx_misfit", "particle_tracks", "poor_guide", "price_jumps"),
+    ],
+)
+def test_examples_of_the_gallery_draw_their_picture(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = ROOT / "examples" / f"{name}.py"
+    command = [sys.executable, script, "--quick", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
