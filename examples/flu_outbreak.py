@@ -59,7 +59,7 @@ def main(output: Path, quick: bool) -> None:
     days = np.concatenate([[0.0], flu.times])
     confined = np.concatenate([[np.nan], flu.confined])
     marginal = nsde.handlers.marginalize(outbreak, method=nsde.filters.ExtendedKalman())
-    draws = 20 if quick else 200
+    draws = 20 if quick else 500
     mcmc = MCMC(NUTS(marginal), num_warmup=draws, num_samples=draws, progress_bar=False)
     mcmc.run(jax.random.key(0), days, confined)
     samples = mcmc.get_samples()
