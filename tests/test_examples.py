@@ -137,7 +137,7 @@ def test_examples_of_data_shapes_draw_their_picture(
     "name",
     [
         *("building_heat", "el_nino", "flu_outbreak", "gene_expression", "interest_rates"),
-        *("ion_channel", "lynx_misfit", "particle_tracks", "poor_guide", "price_jumps"),
+        *("ion_channel", "particle_tracks", "price_jumps"),
     ],
 )
 def test_examples_of_the_gallery_draw_their_picture(name: str, tmp_path: Path) -> None:
