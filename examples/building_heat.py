@@ -11,6 +11,7 @@ NUTS samples capacities and resistances. Simulated, so that the truth is known.
 :data: simulated
 :tags: inputs, partly seen, linear
 :page: inputs_and_doses.md
+:run time: 133 s
 """
 
 # ruff: noqa: ARG001, ARG005

@@ -10,6 +10,7 @@ Ornstein-Uhlenbeck process. Kalman integrates it out, and the last year is forec
 :data: real, 360 months
 :tags: season, forecast, linear
 :page: forecasting.md
+:run time: 89 s
 """
 
 # Functions of one protocol share its arguments, used or not.

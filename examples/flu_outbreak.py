@@ -10,6 +10,7 @@ filter integrates the path out, NUTS samples contact rate, recovery and the erro
 :data: real, 14 days
 :tags: reaction network, linear noise, counts
 :page: reaction_networks.md
+:run time: 133 s
 """
 
 # ruff: noqa: ARG005

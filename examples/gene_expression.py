@@ -11,6 +11,7 @@ finds both rates. Simulated, so that the truth is known.
 :data: simulated
 :tags: reaction network, linear noise
 :page: reaction_networks.md
+:run time: 103 s
 """
 
 # ruff: noqa: ARG005

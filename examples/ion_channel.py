@@ -11,6 +11,7 @@ states back. The current is simulated, so that the truth is known.
 :data: simulated
 :tags: discrete states, jump process, hidden Markov model
 :page: markov_jump_processes.md
+:run time: 101 s
 """
 
 # ruff: noqa: ARG005

@@ -11,6 +11,7 @@ plate, NUTS samples the population. Simulated, so that the truth is known.
 :data: simulated
 :tags: panel, random effects, missing data
 :page: batching.md
+:run time: 57 s
 """
 
 # ruff: noqa: ARG005

@@ -11,6 +11,7 @@ Simulated, so that the truth is known.
 :data: simulated
 :tags: jump-diffusion, observed directly
 :page: jump_diffusions.md
+:run time: 63 s
 """
 
 # ruff: noqa: ARG005
