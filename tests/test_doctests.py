@@ -26,7 +26,7 @@ SLOW = {
     "infer.conditional_forward",
     "infer.evidence",
     "states.filtering",
-    *("snapshots.bridge", "snapshots.interpolant", "snapshots.refine"),
+    *("snapshots.bridge", "snapshots.interpolant", "snapshots.law", "snapshots.refine"),
     "testing.construction",
     "testing.engines",
     *("testing.contract", "guides.auto", "guides.flows"),

@@ -80,7 +80,7 @@ def identifiability(
     Example:
         >>> import numpy as np, numpyro_sde as nsde
         >>> rng = np.random.default_rng(0)
-        >>> moving = np.stack([rng.exponential(size=(80, 2)) + t for t in (0.0, 1.0)])
+        >>> moving = np.stack([rng.exponential(size=(300, 2)) + t for t in (0.0, 1.0)])
         >>> nsde.snapshots.identifiability([0.0, 1.0], moving).ok
         True
     """
