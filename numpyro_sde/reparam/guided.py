@@ -186,8 +186,9 @@ class GuidedReparam(Reparam):
         if not data:
             return None, _guided_site(name, site, [], None, None)[0]
         plan = None
-        # States that the user gave are the reference as they are.
-        searched = self.frozen or isinstance(self.reference, str)
+        # States that the user gave are the reference as they are; with values of the sites the
+        # curvature there is still to be found.
+        searched = self.frozen or isinstance(self.reference, str) or self.at is not None
         if searched and run.is_concrete and _is_concrete(site.path, data):
             found = self._search(run, data)
             if found is not None:
