@@ -108,7 +108,8 @@ def fit(model, arguments, warmup, draws):
     marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
     # From medians: elsewhere absorption and elimination may change roles, which fits as well.
     kernel = NUTS(marginal, dense_mass=[("mean",), ("spread",)], init_strategy=init_to_median)
-    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=2, progress_bar=False)
+    quietly = {"chain_method": "sequential", "progress_bar": False}
+    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=2, **quietly)
     clocks = time.perf_counter(), time.process_time()
     mcmc.run(jax.random.key(1), *arguments, extra_fields=("diverging", "num_steps"))
     jax.block_until_ready(mcmc.get_samples())
