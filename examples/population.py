@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the script")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    warmup, draws = (20, 20) if options.quick else (400, 600)
+    warmup, draws = (20, 20) if options.quick else (400, 800)
     populations = {"theophylline": theophylline, "repeated": repeated}
     for name in options.data:
         arguments = populations[name]()
