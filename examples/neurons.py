@@ -2,8 +2,7 @@
 
 Each neuron fires with rate `exp(level + gain x)`, x an Ornstein-Uhlenbeck process that all of them
 see. Levels and gains of 50 neurons, two parameters of the process and its 2,000 states: NUTS along
-the guided path, whose reference follows the parameters. The mode of so many effects is far from
-where their posterior lies: a short run finds the place, and the long one has its metric there.
+the guided path, whose reference follows the parameters: they move level and size of the whole path.
 Counts are simulated, so that the truth is known.
 Run: python examples/neurons.py [--quick] [--output folder]
 
@@ -77,30 +76,27 @@ def simulated(neurons, bins):
     return rng.poisson(np.exp(level + gain * x)).astype(float), x, gain[:, 0]
 
 
-def sampler(guide, warmup, draws):
-    """NUTS along the guided path."""
-    guided = numpyro.handlers.reparam(population, config={"x": guide})
-    kernel = nsde.infer.SplitNUTS(guided)
-    return MCMC(kernel, num_warmup=warmup, num_samples=draws, progress_bar=False)
-
-
 def main() -> None:
     """Fit, and draw the drive and the gains beside the truth."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("neurons_output"), help="a folder")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the script")
-    parser.add_argument("--draws", type=int, default=800)
+    parser.add_argument("--draws", type=int, nargs=2, default=(100, 500), help="warm-up, draws")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     neurons, bins = (5, 60) if options.quick else (NEURONS, BINS)
     counts, truth, gains = simulated(neurons, bins)
-    first, warmup, draws = (15, 15, 15) if options.quick else (150, 60, options.draws)
+    warmup, draws = (15, 15) if options.quick else options.draws
 
+    guide = nsde.reparam.GuidedReparam(follow=2)
+    guided = numpyro.handlers.reparam(population, config={"x": guide})
+    mcmc = MCMC(
+        nsde.infer.SplitNUTS(guided),
+        num_warmup=warmup,
+        num_samples=draws,
+        progress_bar=False,
+    )
     clocks = time.perf_counter(), time.process_time()
-    guide = nsde.reparam.GuidedReparam(follow=1)
-    pilot = sampler(guide, first, first)
-    pilot.run(jax.random.key(1), counts)
-    mcmc = sampler(guide.refreshed("x", pilot.get_samples()), warmup, draws)
     mcmc.run(jax.random.key(0), counts, extra_fields=("num_steps", "diverging"))
     samples = jax.block_until_ready(mcmc.get_samples())
     seconds, cpu = time.perf_counter() - clocks[0], time.process_time() - clocks[1]

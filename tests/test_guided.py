@@ -511,15 +511,14 @@ def test_a_reference_that_follows_the_parameters_leaves_innovations_alone(x64):
     rng = np.random.default_rng(4)
     z = {"x_init_innov": rng.normal(), "x_innov": rng.normal(size=11)}
 
-    def pull(follow, gain, at=1.0):
-        reparam = GuidedReparam(follow=follow, at={"gain": at})
+    def pull(follow, gain):
+        reparam = GuidedReparam(follow=follow, at={"gain": 1.0})
         treated = handlers.reparam(model, config={"x": reparam})
         slope = jax.grad(lambda z: log_density(treated, (counts,), {}, {"gain": gain, **z})[0])(z)
         return np.linalg.norm(slope["x_innov"] + z["x_innov"])
 
-    still, once, twice = (pull(follow, 2.5) for follow in (0, 1, 2))
+    still, once = (pull(follow, 2.5) for follow in (0, 1))
     assert once < 0.3 * still
-    assert twice < 1.2 * pull(0, 2.5, at=2.5)  # as near as a guide made at these parameters
 
 
 @pytest.mark.slow
