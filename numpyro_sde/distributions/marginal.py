@@ -141,7 +141,8 @@ class MarginalPath(dist.Distribution):
 
     def _run(self, data: list[tuple[Statement, Any]], lead: tuple[int, ...], what: str) -> Array:
         readings = tuple((statement, Readings.of(statement, y)) for statement, y in data)
-        observed = ObservedPath(self.path, lead, readings)
+        # The states that a known start reaches are found on the host, before the program.
+        observed = ObservedPath(self.path, lead, readings).treated_by(self.method)
         return _integrated(observed, self.method, what, part_bytes())
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:  # noqa: ARG002

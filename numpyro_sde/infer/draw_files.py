@@ -159,6 +159,16 @@ def read_draws(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: no run stands there.
+
+    Example:
+        >>> import tempfile, jax, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
+        >>> folder = tempfile.mkdtemp()
+        >>> mcmc = nsde.infer.CheckpointedMCMC(
+        ...     numpyro.infer.NUTS(lambda: numpyro.sample("a", dist.Normal())), folder,
+        ...     num_warmup=5, num_samples=5, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0))
+        >>> nsde.infer.read_draws(folder)["z/a"].shape
+        (1, 5)
     """
     folder = Path(path).expanduser().absolute()
     table = json.loads((folder / _NAMES).read_text())

@@ -199,7 +199,16 @@ def join(static: tuple[Any, ...], data: list[Any]) -> Any:
     """Undo `split`, with other data perhaps."""
     treedef, held, _ = static
     rest = iter(data)
-    return treedef.unflatten([next(rest) if h is None else h.value for h in held])
+    return treedef.unflatten([next(rest) if h is None else _own(h.value) for h in held])
+
+
+def _own(value: Any) -> Any:
+    """Of an array of NumPy a copy, which only one trace sees.
+
+    JAX 0.10 keeps the buffer of a constant by the array's identity: what was a constant in double
+    precision would be handed, as it is, to a program in single precision.
+    """
+    return value.copy() if type(value) is np.ndarray else value
 
 
 def entry_point(fn: Callable[P, R]) -> Callable[P, R]:

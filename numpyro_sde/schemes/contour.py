@@ -70,7 +70,7 @@ def log_integral(at_real: Array, ratios: Complex[Array, " J"], step: Array) -> F
         >>> from numpyro_sde.schemes.contour import log_integral
         >>> u = 0.5 * jnp.arange(1.0, 20.0)  # of the standard normal law, at its mean
         >>> value = log_integral(jnp.zeros(()), jnp.exp(-0.5 * u**2 + 0j), jnp.array(0.5))
-        >>> round(float(value + 0.5 * math.log(2 * math.pi)), 6)
-        0.0
+        >>> abs(float(value + 0.5 * math.log(2 * math.pi))) < 1e-6
+        True
     """
     return at_real + jnp.log(step / math.pi * (0.5 + jnp.sum(jnp.real(ratios))))

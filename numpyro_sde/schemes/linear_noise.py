@@ -95,7 +95,7 @@ class LinearNoiseFrom(LinearNoise):
 
     Example:
         >>> import numpyro_sde as nsde
-        >>> decay = nsde.ReactionNetwork([[1]], [[0]], 0.5)
+        >>> decay = nsde.ReactionNetwork([[1]], [[0]], [0.5])
         >>> law = nsde.laws.LinearNoise(restart=False)
         >>> type(nsde.ReactionPath(decay, [0.0, 1.0], [20.0], law=law).scheme).__name__
         'LinearNoiseFrom'

@@ -264,7 +264,7 @@ def _bootstrap(case):
     )
 
 
-@engine("Particle guided", FEW)
+@engine("Particle guided", TWO)
 def _particle(case):
     yield from _unbiased(case, _estimated(case, nsde.filters.Particle(20, proposal="guided"), 20))
 
@@ -294,7 +294,7 @@ def _exact_draws(truth, rng, count):
     return draws
 
 
-@engine("ConditionalSMC", TWO)
+@engine("ConditionalSMC", ONE)
 def _conditional(case):
     latent(case)
     kernel = nsde.infer.ConditionalSMC(at_level(case.outside(case.model)), num_particles=6)
@@ -326,7 +326,7 @@ def _exact_pairs(case, count, rng):
     return b, x.reshape(count, *case.shape)
 
 
-@engine("ParticleGibbs", TWO)
+@engine("ParticleGibbs", ONE)
 def _particle_gibbs(case):
     latent(case)
     model = case.outside(case.model)
@@ -358,7 +358,7 @@ def _particle_gibbs(case):
         yield f"change of moment {power} in a sweep", change.mean(0), np.zeros(len(free)), error
 
 
-@engine("PMMH", ONE)
+@engine("PMMH", ())
 def _pmmh(case):
     kernel = nsde.infer.PMMH(case.outside(case.model), num_particles=20)
     kernel.tune(jax.random.key(1), *case.args)
@@ -423,12 +423,12 @@ def _path_law(case, law):
     yield "evidence from weights / truth", ratio.mean(), 1.0, 4 * error + 1e-7
 
 
-@engine("GaussianMarkovPath", FEW)
+@engine("GaussianMarkovPath", TWO)
 def _gaussian_markov(case):
     yield from _path_law(case, nsde.guides.GaussianMarkovPath())
 
 
-@engine("ControlledPath", TWO)
+@engine("ControlledPath", ONE)
 def _controlled(case):
     yield from _path_law(case, nsde.guides.ControlledPath(hidden_dims=(4,)))
 

@@ -68,6 +68,7 @@ def test_parameter_rows(comparison):
     )
 
 
+@pytest.mark.slow
 def test_distances_are_in_sds_of_the_reference(comparison):
     _, table, _ = comparison
     rows = table.parameters.loc["theta"]

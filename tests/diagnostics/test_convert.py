@@ -124,6 +124,7 @@ def test_mcmc_knows_its_model_data_and_statistics(conjugate_mcmc):
     np.testing.assert_allclose(log_lik, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_likelihood_leaves_missing_times_out(walk_tree):
     log_lik = get_group(walk_tree, "log_likelihood")["y"]
     path = get_group(walk_tree, "posterior")["x"].values

@@ -50,6 +50,7 @@ def test_every_treatment_gives_the_exact_law(treatment):
     assert np.corrcoef(ahead["x"][:, 1], ahead["x"][:, 0])[0, 1] > 0.2
 
 
+@pytest.mark.slow
 def test_between_the_data_by_a_filter_only():
     between = np.array([0.7, 2.9])
     ahead = nsde.forecast(DRAWS, between, model=model, method=nsde.filters.Kalman(), rng_key=KEY)

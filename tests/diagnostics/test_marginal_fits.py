@@ -47,6 +47,7 @@ def test_pointwise_terms_sum_to_the_marginal_likelihood(mcmc):
     assert "x" not in tree["posterior"]
 
 
+@pytest.mark.slow
 def test_smoothed_paths_on_request(mcmc):
     tree = nsde.diagnostics.to_arviz(mcmc, smooth=True)
     path = tree["posterior"]["x"]

@@ -222,6 +222,7 @@ def test_several_instruments_under_a_plate():
         np.testing.assert_allclose(found[place], norm.cdf(data[k], m, np.sqrt(v)), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "emission",
     [

@@ -69,6 +69,7 @@ def test_plates_and_times_stay(treatment):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_data_belong_to_the_state_that_is_named():
     tree = fit("integrated")
     shown = [len(axis.lines[-1].get_xdata()) for axis in plot_paths(tree, data="y", data_state=1)]

@@ -62,6 +62,7 @@ def test_band_of_a_collapsed_field_is_the_exact_normal_one(band, exact):
     np.testing.assert_allclose(band["states"], X, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_that_were_drawn_give_the_same_band_and_a_path_its_whole_drift(band):
     z = nsde.smooth(nsde.handlers.collapse(model, "f"), DRAWS, rng_key=jax.random.key(3))["f/z"]
     draws = DRAWS | {"f/z": np.asarray(z)}

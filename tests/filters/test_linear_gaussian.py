@@ -140,6 +140,7 @@ def test_ensemble_within_monte_carlo_error():
         assert np.abs(error[moving] / se[moving]).max() < 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_ensemble_is_a_fixed_function_of_its_seed():
     method = EnsembleKalman(50, seed=3)

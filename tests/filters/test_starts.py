@@ -159,6 +159,7 @@ def test_flat_start_inside_a_model_and_its_gradient(x64):
     np.testing.assert_allclose(jax.jit(jax.grad(posterior))(0.8), slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_draws_of_the_path_from_a_flat_start(x64):
     n = 20_000
     _, mean, cov = flat_law(ss.exact_steps(A, B, L, np.diff(TIMES)))

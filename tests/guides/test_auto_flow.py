@@ -105,6 +105,7 @@ MIXED_DATA = jnp.array([0.1, -0.2, 0.4, 0.9])
 
 
 class TestStart:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "flow",
         [pytest.param(f, marks=() if f == "affine" else pytest.mark.slow) for f in FLOWS],
@@ -313,6 +314,7 @@ class TestGuideInterface:
         np.testing.assert_allclose(posterior.log_prob(latent), expected, rtol=1e-3, atol=1e-3)
         assert isinstance(transform.parts[0], CouplingTransform)
 
+    @pytest.mark.slow
     def test_predictive_with_guide_and_params(self, fitted):
         guide, params = fitted
         predictive = Predictive(mixed_model, guide=guide, params=params, num_samples=7)

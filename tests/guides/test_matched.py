@@ -33,6 +33,7 @@ def stationary(y=None):
     nsde.observe("y", x, lambda t, x: dist.Normal(x, VAGUE), obs=y)
 
 
+@pytest.mark.slow
 def test_a_stationary_law_has_no_gap(x64):
     """Constant marginals: the bound is the evidence, whatever the times and draws."""
     y = jnp.zeros(4)

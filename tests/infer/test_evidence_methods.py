@@ -92,6 +92,7 @@ def test_the_law_of_a_bridge_has_a_density():
     np.testing.assert_allclose(law.log_density(points), theirs, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_tempered_smc_in_one_batch():
     found = nsde.evidence(
         counts, COUNTS, rng_key=jax.random.key(2), method="smc", num_particles=400

@@ -203,6 +203,7 @@ def test_noisy_labels_with_expected_jumps_and_times():
     np.testing.assert_allclose(smoothed[20], ref["smoothed_mid"], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_impossible_data():
     _, Q, gaps, log_emission = labels()
     law, P = jnp.ones(6) / 6, transition_matrices(Q, gaps)

@@ -232,6 +232,7 @@ def exact_paths(num):
     return grid[paths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("proposal", "renewal"),
     [

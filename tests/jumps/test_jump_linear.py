@@ -48,6 +48,7 @@ def test_mean_reversion_with_jumps_by_one_step(x64):
     np.testing.assert_allclose(np.log(both), REF["log_density"][1], atol=1e-8)
 
 
+@pytest.mark.slow
 def test_without_reversion_it_is_the_mixture_in_the_tails_too(x64):
     def brownian(sigma, size, most):
         return nsde.SDE(
@@ -76,6 +77,7 @@ def test_without_reversion_it_is_the_mixture_in_the_tails_too(x64):
     np.testing.assert_allclose(found, known, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_derivatives_and_draws(x64):
     def of(rate):
         return SCHEME.log_density(reverting(rate), 0.0, REF["d"], REF["x0"], 0.1)

@@ -104,6 +104,7 @@ def test_nuts_finds_the_posterior_known_by_quadrature(x64):
     assert np.all(np.abs(z.mean(0) - REF["post_mean_log"]) < 4.0 * error)
 
 
+@pytest.mark.slow
 def test_smooth_draws_states(x64):
     num = 3000
     draws = {"log_rates": jnp.broadcast_to(jnp.array(TRUE), (num, 2))}
@@ -308,6 +309,7 @@ def likelihood(model, *args):
     return value
 
 
+@pytest.mark.slow
 def test_finite_state_projection_of_a_network(x64):
     y = np.array([np.nan, *SIR["y"]])
     exact = nsde.handlers.marginalize(sir, method=nsde.filters.Forward(bounds=(27, 30)))

@@ -55,6 +55,7 @@ def test_linear_noise_with_restart_by_the_extended_kalman_filter(x64):
     np.testing.assert_allclose(result.log_likelihood, SIR["lna_restart"], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_linear_noise_without_restart(x64):
     law = laws.LinearNoise(80, restart=False)
     for method in (nsde.filters.ExtendedKalman(), nsde.filters.Kalman()):

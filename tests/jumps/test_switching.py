@@ -101,6 +101,7 @@ def model(y=None):
     nsde.observe("y", x, emission, obs=y)
 
 
+@pytest.mark.slow
 def test_gradient_and_prediction(x64):
     marginal = nsde.handlers.marginalize(model, method=nsde.filters.IMM())
 

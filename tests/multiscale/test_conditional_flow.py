@@ -30,6 +30,7 @@ def small(fast_dim, slow_dim, kind):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fast_dim", "kind"),
     [

@@ -67,6 +67,7 @@ def test_series_are_drawn_anew_from_their_posterior(x64):
     assert abs(np.mean(scaled**2) - 1.0) < 4 * np.sqrt(2 / 200)
 
 
+@pytest.mark.slow
 def test_plates_subsets_vectors_and_functions():
     rng = np.random.default_rng(0)
     draws = {"a": rng.normal(size=(6, 8, 2)), "b": rng.normal(size=(6, 8))}

@@ -52,6 +52,7 @@ def strong_order(scheme, scale, *, num_paths=400, finest=12, coarsest=3, end=4.0
     return -np.polyfit(levels, np.log2(errors), 1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "scale", "published"),
     [

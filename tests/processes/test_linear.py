@@ -30,6 +30,7 @@ def dense_law(A, b, L, x, dt):
     return stats.multivariate_normal(mean, integrate.quad_vec(noise, 0.0, dt)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_path_density_on_an_uneven_clock():
     times = np.array([0.0, 0.1, 0.2, 0.9, 1.0, 3.0])

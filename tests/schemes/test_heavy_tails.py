@@ -67,6 +67,7 @@ def model(scheme, y=None):
     nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.3), obs=y)
 
 
+@pytest.mark.slow
 def test_engines(x64):
     y = np.array([0.0, 0.2, 3.0, 2.9])
     scheme = nsde.schemes.StudentEuler(3.0)
@@ -102,6 +103,7 @@ def test_engines(x64):
                 at(other, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [nsde.schemes.StudentEuler(3.0), nsde.schemes.StableEuler(1.6)])
 def test_latent_paths_are_whitened(x64, scheme):
     y = np.array([0.0, 0.2, 3.0, 2.9])

@@ -313,6 +313,7 @@ def test_a_grid_contains_the_times_of_all_series():
     np.testing.assert_allclose(np.diff(grid.times), grid.dt)
 
 
+@pytest.mark.slow
 def test_the_gradient_costs_little_more_than_without_an_input():
     """The same program but for the offsets: counted in operations, which no other process slows."""
 

@@ -42,6 +42,7 @@ def wanted_sums(fine):
     return log_likelihood, sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fine", "proposal", "threshold"),
     [

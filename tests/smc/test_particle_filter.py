@@ -217,6 +217,7 @@ def test_hilbert_order_keeps_neighbours_together():
     assert np.mean(steps == 1) > 0.95  # cells by the sample's own spread: near all, not all
 
 
+@pytest.mark.slow
 def test_options_are_checked():
     with pytest.raises(ValueError, match="proposal must be one of"):
         Particle(10, proposal="magic")

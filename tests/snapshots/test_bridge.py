@@ -243,6 +243,7 @@ def test_paths_of_a_curved_reference_have_its_pinned_law():
     assert abs(kept.var() - middle.var()) < 4 * se
 
 
+@pytest.mark.slow
 def test_ragged_lists_float32_and_errors():
     rng = np.random.default_rng(5)
     clouds = [rng.normal(size=(n, 2)) + k for k, n in enumerate((20, 30, 25))]

@@ -52,6 +52,7 @@ def test_a_normal_start_is_symmetric_in_every_plane():
     assert scalar.ok
 
 
+@pytest.mark.slow
 def test_symmetry_is_what_hides_a_circulation():
     # The theorem behind the warning: two drifts, one of which circulates, move a normal start
     # about its rest point alike, and a start off it differently.

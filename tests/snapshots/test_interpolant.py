@@ -77,6 +77,7 @@ def test_likelihood_by_the_flow():
         np.testing.assert_allclose(found, stats.norm.logpdf(x, mean, np.sqrt(var)), atol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_few_steps_run_for_every_kind_of_cloud():
     rng = np.random.default_rng(0)
     clouds = [rng.normal(size=(n, 2)) + k for k, n in enumerate((30, 20, 25))]

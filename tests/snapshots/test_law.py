@@ -243,6 +243,7 @@ def test_data_that_do_not_fit_are_refused(clouds):
         nsde.SnapshotLaw(noisy, TIMES, clouds[0])
 
 
+@pytest.mark.slow
 def test_terms_reach_arviz(clouds):
     pytest.importorskip("arviz")
 
