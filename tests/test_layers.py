@@ -79,6 +79,7 @@ OPTIONAL = (
     *("cloudpickle", "submitit"),
     "blackjax",
     "ott",
+    "optax",
 )
 
 

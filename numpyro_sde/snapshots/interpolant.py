@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
@@ -317,6 +316,21 @@ def _pair_totals(coupling: Any, cells: Cells) -> tuple[Array, Array] | None:
     return jnp.asarray(starts / starts[:, -1:], real), jnp.asarray(ends / last, real)
 
 
+def _load_optax() -> Any:
+    """The module `optax`.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to install it.
+    """
+    try:
+        import optax
+    except ImportError as error:
+        raise ImportError(
+            "training an interpolant needs Optax: pip install 'numpyro-sde[optax]'"
+        ) from error
+    return optax
+
+
 class _Optimizer(eqx.Module):
     """Adam with a rate that falls to zero; compared by its numbers, so that programs are found."""
 
@@ -324,8 +338,9 @@ class _Optimizer(eqx.Module):
     num_steps: int = eqx.field(static=True)
 
     @property
-    def transform(self) -> optax.GradientTransformation:
+    def transform(self) -> Any:
         """The transformation of Optax."""
+        optax = _load_optax()
         rate = optax.cosine_decay_schedule(self.learning_rate, self.num_steps)
         return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
 
@@ -353,7 +368,7 @@ def _train(
         batch = _draw_batch(field, cells, pairs, key, batch_size, paired)
         value, slope = jax.value_and_grad(loss)(weights, batch)
         updates, state = transform.update(slope, state, weights)
-        return (optax.apply_updates(weights, updates), state), value
+        return (_load_optax().apply_updates(weights, updates), state), value
 
     start = (weights, transform.init(weights))
     (weights, _), values = lax.scan(step, start, jax.random.split(key, num_steps))
