@@ -22,7 +22,7 @@ for python in "${pythons[@]}"; do
     fi
     "$python" -m venv "$work/$python"
     "$work/$python/bin/python" -m pip install --quiet --disable-pip-version-check "$wheel"
-    (cd "$work" && "$work/$python/bin/python" "$root/tools/first_example.py")
+    (cd "$work" && env -u PYTHONPATH "$work/$python/bin/python" "$root/tools/first_example.py")
     ran=$((ran + 1))
     echo "passed: $(basename "$wheel") alone on $python"
 done
