@@ -17,6 +17,7 @@ from numpyro.primitives import Messenger
 from numpyro_sde.distributions.collapsed import (
     CollapsedPath,
     WeightPrior,
+    WeightsOf,
     draw_weights,
     is_gaussian,
     require_linear,
@@ -177,6 +178,7 @@ class collapse(Messenger):  # noqa: N801
                 fn(*args, **kwargs)
             leaves, treedef = jax.tree_util.tree_flatten(path_law(until.law))
             field = fields.get(self.name)
+            found["elementwise"] = isinstance(field, LinearField) and field.basis.elementwise
             found["arrays"] = [i for i, a in enumerate(leaves) if isinstance(a, jax.Array)]
             found["weights"] = [
                 i
@@ -196,7 +198,7 @@ class collapse(Messenger):  # noqa: N801
             )
         varying = [(i, place) for i, place in enumerate(arrays) if used[i]]
         place = found["weights"][0] if len(found["weights"]) == 1 else None
-        return _LawOfWeights(law, closed, varying, place)
+        return _LawOfWeights(law, closed, varying, place, found["elementwise"])
 
 
 class _LawOfWeights(NamedTuple):
@@ -208,12 +210,14 @@ class _LawOfWeights(NamedTuple):
         varying: which of its outputs change with the weights, and their places among the law's
             leaves.
         place: the place of a field's weights among them; None where it has none.
+        elementwise: whether each of those is a multiple of its own whitened weight.
     """
 
     here: SDEPath
     closed: Any
     varying: list[tuple[int, int]]
     place: int | None
+    elementwise: bool
 
     def law(self, z: Array) -> SDEPath:
         """The law at given weights."""
@@ -221,7 +225,7 @@ class _LawOfWeights(NamedTuple):
         return law
 
     @property
-    def law_and_weights(self) -> Callable[[Array], tuple[SDEPath, Array]] | None:
+    def law_and_weights(self) -> WeightsOf | None:
         """The same with its field's weights; None where it is not a field linear in them."""
         place = self.place
         if place is None:
@@ -231,7 +235,7 @@ class _LawOfWeights(NamedTuple):
             treedef, leaves = self._flat(z)
             return jax.tree_util.tree_unflatten(treedef, leaves), leaves[place]
 
-        return law_and_weights
+        return WeightsOf(law_and_weights, self.elementwise)
 
     def _flat(self, z: Array) -> tuple[Any, list[Any]]:
         leaves, treedef = jax.tree_util.tree_flatten(self.here)

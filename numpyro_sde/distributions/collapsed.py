@@ -49,6 +49,18 @@ class WeightPrior(NamedTuple):
         return self.loc.shape[: self.loc.ndim - self.event_dim]
 
 
+class WeightsOf(NamedTuple):
+    """How a field makes its weights of whitened ones.
+
+    Attributes:
+        at: the law at given whitened weights, and the weights that it holds, that very array.
+        elementwise: whether each weight is a multiple of its own whitened one.
+    """
+
+    at: Callable[[Array], tuple[SDEPath, Array]]
+    elementwise: bool
+
+
 class WeightPosterior(NamedTuple):
     """Weights given a path, and the log density of the path.
 
@@ -121,7 +133,7 @@ def weight_posterior(
     law_of: Callable[[Array], SDEPath],
     prior: WeightPrior,
     x: Float[ArrayLike, "*lead T *state"],
-    weights_of: Callable[[Array], tuple[SDEPath, Array]] | None = None,
+    weights_of: WeightsOf | None = None,
 ) -> WeightPosterior:
     """The weights given a path, and the path's log density with the weights integrated out.
 
@@ -129,8 +141,7 @@ def weight_posterior(
         law_of: the law of the path at given weights.
         prior: the weights' law.
         x: the path.
-        weights_of: the law, and the array of weights that its field has made of whitened ones; None
-            where there is no field.
+        weights_of: how the field makes weights of whitened ones; None where there is no field.
     """
     found = _from_known_design(prior, x, weights_of)
     if found is not None:
@@ -169,19 +180,23 @@ def weight_posterior(
 def _from_known_design(
     prior: WeightPrior,
     x: Any,
-    weights_of: Callable[[Array], tuple[SDEPath, Array]] | None,
+    weights_of: WeightsOf | None,
 ) -> WeightPosterior | None:
     """The same where no parameter changes the regressors; None elsewhere."""
     if weights_of is None or prior.plates or isinstance(x, jax.core.Tracer):
         return None
-    law, weights = weights_of(prior.loc)
+    law, weights = weights_of.at(prior.loc)
     design = known_design(law, weights, x)
     if design is None:
         return None
     columns = law.sde.diffusion_columns_at(law.times[0], jnp.zeros(law.state_shape))
     columns = columns.reshape(math.prod(law.state_shape), -1)
     # The field's weights are linear in the whitened ones.
-    mixing = jax.jacfwd(lambda z: weights_of(z)[1])(prior.loc).reshape(weights.size, -1)
+    if weights_of.elementwise:
+        ones = jnp.ones_like(prior.loc)
+        mixing = jax.jvp(lambda z: weights_of.at(z)[1], (prior.loc,), (ones,))[1].reshape(-1)
+    else:
+        mixing = jax.jacfwd(lambda z: weights_of.at(z)[1])(prior.loc).reshape(weights.size, -1)
     x = jnp.asarray(x, jnp.result_type(float))
     start = law.init.log_prob(x[..., 0] if law.event_dim == 1 else x[..., 0, :]).sum()
     found = _solved(design, columns, mixing, prior.scale, weights, start)
@@ -195,10 +210,16 @@ def _solved(
 ) -> WeightPosterior:
     """The regression solved for whitened weights, `w = at_mean + mixing (scale z)`."""
     gram, b, log_density = design.regression(columns @ columns.T)
-    at_mean, mixing = at_mean.reshape(-1), mixing * scale.reshape(1, -1)
+    at_mean, scale = at_mean.reshape(-1), scale.reshape(-1)
     log_density = log_density + b @ at_mean - 0.5 * at_mean @ gram @ at_mean
-    b = mixing.T @ (b - gram @ at_mean)
-    gram = mixing.T @ gram @ mixing
+    if mixing.ndim == 1:
+        mixing = mixing * scale
+        b = mixing * (b - gram @ at_mean)
+        gram = mixing[:, None] * gram * mixing[None]
+    else:
+        mixing = mixing * scale[None]
+        b = mixing.T @ (b - gram @ at_mean)
+        gram = mixing.T @ gram @ mixing
     total = log_density + start + _log_integral(gram, b)
     root = jnp.linalg.cholesky(gram + jnp.eye(len(b), dtype=b.dtype))
     half = jax.scipy.linalg.solve_triangular(root, b, lower=True)
@@ -275,7 +296,7 @@ class CollapsedPath(dist.Distribution):
         self,
         law_of: Callable[[Array], SDEPath],
         prior: WeightPrior,
-        weights_of: Callable[[Array], tuple[SDEPath, Array]] | None = None,
+        weights_of: WeightsOf | None = None,
     ) -> None:
         self.law_of, self.prior, self.weights_of = law_of, prior, weights_of
         law = law_of(prior.loc)

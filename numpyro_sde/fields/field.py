@@ -219,6 +219,11 @@ class AbstractBasis(eqx.Module):
     def vector_features(self) -> bool:
         """Whether a feature is itself a vector of `outputs`, with one weight for all of it."""
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether each weight is a multiple of one whitened weight, its own."""
+        return True
+
     def largest_features(self, own: Any) -> Array | None:  # noqa: ARG002
         """Largest absolute values of the features, of their shape; None where none is known.
 

@@ -123,6 +123,10 @@ class HSGP(AbstractGaussianPrior):
         return self.constraint in ("gradient", "divergence_free")
 
     @property
+    def elementwise(self) -> bool:
+        return not self.zero_at
+
+    @property
     def shortest_length(self) -> float:
         """Length below which the sines are too few, `1.75 L / num` in the worst dimension."""
         return max(1.75 * h / n for h, n in zip(self.half, self.num, strict=True))

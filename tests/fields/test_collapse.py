@@ -84,15 +84,26 @@ CASES = {
     "shared by a panel": (panel(True), AMPLITUDE, 2),
     "one for each series": (panel(False), {}, 4),
     "random features": (None, {}, 3),
+    "zero at a rest point": (None, AMPLITUDE, 4),
 }
 
 
-SLOW = ("state-dependent noise", "known factor", "random features", "shared by a panel")
+SLOW = (
+    *("state-dependent noise", "known factor", "random features", "shared by a panel"),
+    "zero at a rest point",
+)
 
 
 def random_features():
     prior = nsde.fields.RFF(1, 3)
     f = prior.register("f", amplitude=2.0, length=0.8)
+    sde = nsde.SDE(lambda t, x, p: p(x), lambda t, x, p: 0.5, params=f)
+    numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 0.5)), obs=X[0])
+
+
+def resting():
+    prior = HSGP(1, 2.5, 4, zero_at=[0.0])
+    f = prior.register("f", amplitude=dist.HalfNormal(3.0), length=0.8)
     sde = nsde.SDE(lambda t, x, p: p(x), lambda t, x, p: 0.5, params=f)
     numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(0.0, 0.5)), obs=X[0])
 
@@ -104,7 +115,8 @@ def random_features():
 def test_density_and_draws_are_those_of_the_joint_normal_law(x64, name):
     """A joint density that is quadratic in the weights: its integral and moments in closed form."""
     model, values, size = CASES[name]
-    model = model or random_features
+    if model is None:
+        model = random_features if name == "random features" else resting
     log_z, mean, cov = by_dense_algebra(model, values, size)
     collapsed = nsde.handlers.collapse(model, "f")
     got = jax.jit(lambda v: log_density(collapsed, (), {}, v)[0])(values)
