@@ -125,7 +125,7 @@ class ConditionalScorePath(SteeredPath):
         states = model.scheme.lift(model.sde, model.times, model.dt, path, model.cache)
         states = jnp.reshape(states, (model.num_times, -1))
         moved = jax.random.normal(key, states.shape, states.dtype)
-        x = jax.lax.stop_gradient(states + _JITTER * place.spread * moved)
+        x = jax.lax.stop_gradient(states + _JITTER * place.spread[None] * moved)
         gap = _residuals(model, place, network, x)
         jumps = np.zeros(model.num_times, bool)
         jumps[observed_rows(model)] = True
