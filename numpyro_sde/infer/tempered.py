@@ -39,7 +39,7 @@ from numpyro_sde.infer.rotation import (
 )
 from numpyro_sde.infer.tempering_report import TemperingReport, report_on
 from numpyro_sde.infer.unconstrained import UnconstrainedKernel
-from numpyro_sde.models.stack import progress_is_shown
+from numpyro_sde.models.stack import outside_all_meshes, progress_is_shown
 from numpyro_sde.runtime.progress import told
 from numpyro_sde.statespace.checks import check_choice, check_count, typed_key
 
@@ -50,6 +50,8 @@ _SHORTEST_JITTER = 0.7
 # Largest angle of a trajectory in quarter turns; further it would come back.
 _MOST_TURN = 1.2
 _NARROWEST_SCALE = 0.02
+# Of the draws of the prior that place the reference; any reference gives the same posterior.
+_REFERENCE_SEED = 0
 # Draws that are worth as much as not knowing a scale at all.
 _PSEUDO_DRAWS = 20.0
 
@@ -207,22 +209,26 @@ class Tempered(UnconstrainedKernel):
         assert self._model is not None
         keys = typed_key(rng_key)
         shown = progress_is_shown(sys._getframe(1))
-        with told("looking at the model and its prior", shown):
-            # The same reference for all chains of a run.
-            centre, reference = prior_reference(
-                prior_values(self._model, model_args, kwargs), keys if keys.ndim == 0 else keys[0]
-            )
+        draw = prior_values(self._model, model_args, kwargs)
+        # The same reference for all chains of a run, those that run in parallel included.
+        with (
+            told("looking at the model and its prior", shown),
+            outside_all_meshes(),
+            jax.ensure_compile_time_eval(),
+        ):
+            centre, reference = prior_reference(draw, jax.random.key(_REFERENCE_SEED))
         if shown:
             print("compiling the sampler: the bar moves when that is done", file=sys.stderr)
-        first = partial(self._begin, centre=centre, reference=reference)
+        first = partial(self._first, args=model_args, kwargs=kwargs)
+        begin = (init_params, centre, reference)
         if keys.ndim == 0:
-            return jax.jit(first)(keys, init_params)
-        return jax.jit(jax.vmap(first))(keys, init_params)
+            return jax.jit(first)(keys, begin)
+        return jax.jit(jax.vmap(first, in_axes=(0, (0, None, None))))(keys, begin)
 
-    def _begin(
-        self, key: PRNGKeyArray, params: Any, centre: Any, reference: Reference
-    ) -> TemperedState:
-        """All levels at draws of the reference, or the values given."""
+    def _first(self, key: PRNGKeyArray, z: Any, args: Any, kwargs: Any) -> TemperedState:
+        """All levels at draws of the reference, or at the values given."""
+        del args, kwargs
+        params, centre, reference = z
         flat, back = ravel_pytree(centre)
         levels, dim = self.num_levels, flat.size
         key, start_key = jax.random.split(key)
@@ -249,9 +255,6 @@ class Tempered(UnconstrainedKernel):
             spread=_no_spread(levels, dim, flat.dtype),
             rng_key=key,
         )
-
-    def _first(self, key: PRNGKeyArray, z: Any, args: Any, kwargs: Any) -> TemperedState:
-        raise NotImplementedError  # `init` needs no first values
 
     def _step(self, state: TemperedState, args: Any, kwargs: Any) -> TemperedState:
         assert self._model is not None
