@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
     svi_draws: int = 4000
     num_flows: int = 8
     path_steps: int = 6000
-    sweeps: int = 8000
+    sweeps: int = 4000
 
 
 CHAINS = 2  # in parallel, a device each
