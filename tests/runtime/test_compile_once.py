@@ -216,7 +216,7 @@ def test_a_second_chain_compiles_numpyros_loop_alone(make):
     def run(seed):
         mcmc = MCMC(kernel, num_warmup=5, num_samples=5, progress_bar=False)
         mcmc.run(jax.random.key(seed), data(seed))
-        return mcmc.get_samples()["x"]
+        return mcmc.get_samples()["scale"]
 
     run(0)
     again, draws = programs(run, 1)
