@@ -75,6 +75,10 @@ def test_influenza_in_a_boarding_school(x64, number):
     if number == 0:
         reference = REFERENCE["particle_repeats"]["bsflu_row1_J1e5"]["logmeanexp"]
         size, runs, errors = 50_000, 16, 2.0
+    elif number == 2:
+        # Far from the maximum: with 20,000 particles the error is 1.2, and the reference run's own
+        # (-88.69, 2 nats below ours with 120,000) is too small. The published value has its error.
+        reference, size = [row["published"], row["published_se"]], 120_000
     y = np.append(np.nan, epidemics.FLU.confined)
 
     def model():
