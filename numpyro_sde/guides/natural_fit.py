@@ -16,6 +16,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.guides.auto_path import AutoPathGuide
 from numpyro_sde.guides.path_laws import GaussianMarkovPath
+from numpyro_sde.guides.training import compiled_steps
 
 
 def fit_natural(
@@ -91,13 +92,7 @@ def fit_natural(
         with block(), seed(rng_seed=key), substitute(data={**params, **theta}):
             return guide.natural_update(natural_steps, args, kwargs)
 
-    def svi_step(state: SVIState) -> tuple[SVIState, Array]:
-        def step(state: SVIState, _: None) -> tuple[SVIState, Array]:
-            return svi.stable_update(state, *args, **kwargs)
-
-        return jax.lax.scan(step, state, None, svi_steps)
-
-    compiled_path, compiled_svi = jax.jit(path_step), jax.jit(svi_step)
+    compiled_path, compiled_svi = jax.jit(path_step), compiled_steps(svi, svi_steps, args, kwargs)
     losses: list[np.ndarray] = []
     with tqdm.trange(num_rounds, disable=not progress_bar) as bar:
         for _ in bar:

@@ -222,13 +222,7 @@ def fit_score(
         opt, losses = jax.lax.scan(step, opt, jax.random.split(key, score_steps))
         return optimizer.get_params(opt), losses
 
-    def m_step(state: SVIState) -> tuple[SVIState, Array]:
-        def step(state: SVIState, _: None) -> tuple[SVIState, Array]:
-            return svi.stable_update(state, *args, **kwargs)
-
-        return jax.lax.scan(step, state, None, svi_steps)
-
-    compiled_e, compiled_m = jax.jit(e_step), jax.jit(m_step)
+    compiled_e, compiled_m = jax.jit(e_step), compiled_steps(svi, svi_steps, args, kwargs)
     losses: list[np.ndarray] = []
     with tqdm.trange(num_rounds, disable=not progress_bar) as bar:
         for _ in bar:
@@ -244,3 +238,23 @@ def fit_score(
                 losses.append(np.asarray(some))
     every = np.concatenate(losses) if losses else np.zeros(0)
     return SVIRunResult(svi.get_params(state), state, jnp.asarray(every))
+
+
+def compiled_steps(
+    svi: SVI, num_steps: int, args: Any, kwargs: Any
+) -> Callable[[SVIState], tuple[SVIState, Array]]:
+    """Steps of an SVI as one program: a state to the next and the losses, `(num_steps,)`.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import SVI, Trace_ELBO, autoguide
+        >>> model = lambda: numpyro.sample("a", dist.Normal())
+        >>> svi = SVI(model, autoguide.AutoNormal(model), numpyro.optim.Adam(0.1), Trace_ELBO())
+        >>> compiled_steps(svi, 3, (), {})(svi.init(jax.random.key(0)))[1].shape
+        (3,)
+    """
+
+    def step(state: SVIState, _: None) -> tuple[SVIState, Array]:
+        return svi.stable_update(state, *args, **kwargs)
+
+    return jax.jit(lambda state: jax.lax.scan(step, state, None, num_steps))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +11,11 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import NUTS
 from numpyro.infer.hmc import HMC
-from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import unconstrain_fn
-from numpyro.util import identity
 
 from numpyro_sde.collapse import collapse
 from numpyro_sde.distributions.collapsed import draw_weights
+from numpyro_sde.infer.block import BlockKernel
 
 
 class CollapsedFieldState(NamedTuple):
@@ -39,7 +37,7 @@ class CollapsedFieldState(NamedTuple):
     rng_key: PRNGKeyArray
 
 
-class CollapsedField(MCMCKernel):
+class CollapsedField(BlockKernel):
     """Update parameters with the weights of an unknown drift integrated out, then the weights.
 
     A block of `numpyro.infer.gibbs.Gibbs` for latent paths with a learned drift:
@@ -175,12 +173,6 @@ class CollapsedField(MCMCKernel):
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> CollapsedField:
         """The same kernel on a wrapped model."""
-        new = copy.copy(self)
-        new._model = wrapper(self._model)
+        new = super().wrap_model(wrapper)
         new._bind()
         return new
-
-    def get_constrain_fn(self, model_args: Any, model_kwargs: Any) -> Callable[..., Any]:
-        """The identity: sites are kept as they are."""
-        del model_args, model_kwargs
-        return identity

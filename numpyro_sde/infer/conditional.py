@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
-from numpyro.infer.mcmc import MCMCKernel
-from numpyro.util import identity
 
 from numpyro_sde.distributions.state_space import ObservedPath
 from numpyro_sde.filters.rao_blackwell import check_switching
 from numpyro_sde.infer import conditional_regimes
+from numpyro_sde.infer.block import BlockKernel
 from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
 from numpyro_sde.models.survey import survey
@@ -52,7 +50,7 @@ class ConditionalSMCState(NamedTuple):
     rng_key: PRNGKeyArray
 
 
-class ConditionalSMC(MCMCKernel):
+class ConditionalSMC(BlockKernel):
     """Update paths given the rest of a model by conditional sequential Monte Carlo.
 
     A block kernel for `numpyro.infer.gibbs.Gibbs`:
@@ -296,24 +294,6 @@ class ConditionalSMC(MCMCKernel):
                 f"steps of {name} have none: {unseen} of {model.num_times} grid times have no "
                 "observation. Give renewal='none', or a grid of the observed times"
             )
-
-    def refresh(
-        self, state: ConditionalSMCState, model_args: Any, model_kwargs: Any
-    ) -> ConditionalSMCState:
-        """The state: nothing of the other sites is kept in it."""
-        del model_args, model_kwargs
-        return state
-
-    def wrap_model(self, wrapper: Callable[..., Any]) -> ConditionalSMC:
-        """The same kernel on a wrapped model."""
-        new = copy.copy(self)
-        new._model = wrapper(self._model)
-        return new
-
-    def get_constrain_fn(self, model_args: Any, model_kwargs: Any) -> Callable[..., Any]:
-        """The identity: paths are kept as they are."""
-        del model_args, model_kwargs
-        return identity
 
     def select_sites(self, model_trace: Any) -> tuple[str, ...]:
         """Names of the sites it updates, found in a trace of the model."""

@@ -7,7 +7,6 @@ the grid times and the present rates, and dropped afterwards.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +16,10 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import log_density
-from numpyro.util import identity
 
 from numpyro_sde.distributions.jump_path import JumpPath
+from numpyro_sde.infer.block import BlockKernel
 from numpyro_sde.jumps.bridges import draw_sparse_jumps, path_totals
 from numpyro_sde.jumps.uniformisation import largest_mean
 from numpyro_sde.statespace.checks import check_count
@@ -46,7 +44,7 @@ class GammaRatesState(NamedTuple):
     rng_key: PRNGKeyArray
 
 
-class GammaRates(MCMCKernel):
+class GammaRates(BlockKernel):
     """Draw rates with gamma priors given the states of a `JumpPath`.
 
     A block kernel for `numpyro.infer.gibbs.Gibbs`, beside `ConditionalForward` for the states:
@@ -227,24 +225,6 @@ class GammaRates(MCMCKernel):
         held = jnp.max(leaving) * jnp.max(jnp.diff(times)) <= largest_mean(self.num_terms)
         counts = jnp.where(held, jnp.sum(jumps, axis=0)[source, target], jnp.nan)
         return counts, jnp.sum(dwell, axis=0)[source]
-
-    def refresh(
-        self, state: GammaRatesState, model_args: Any, model_kwargs: Any
-    ) -> GammaRatesState:
-        """The state: nothing of the other sites is kept in it."""
-        del model_args, model_kwargs
-        return state
-
-    def wrap_model(self, wrapper: Callable[..., Any]) -> GammaRates:
-        """The same kernel on a wrapped model."""
-        new = copy.copy(self)
-        new._model = wrapper(self._model)
-        return new
-
-    def get_constrain_fn(self, model_args: Any, model_kwargs: Any) -> Callable[..., Any]:
-        """The identity: rates are kept as they are."""
-        del model_args, model_kwargs
-        return identity
 
 
 class _Seen(NamedTuple):
