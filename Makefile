@@ -21,13 +21,13 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output demo_output
 
 # Compiling is most of the work of the default suite: XLA leaves most optimisations out, and
-# tests/conftest.py asks for loops as single kernels. `make test-all` has the optimisations.
+# tests/conftest.py asks for loops as single kernels. The slow tests have the optimisations.
 test: $(STAMP)
 	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(PYTEST)
 
-# File by file, each with a time limit; `make test-all-2` is the second of four pieces. A run that
-# was cut off goes on where it stopped.
-test-all: $(STAMP)
+# The default suite, then the slow tests file by file, each with a time limit; `make test-all-2` is the
+# second of four pieces of these. A run that was cut off goes on where it stopped.
+test-all: test
 	PYTHON=$(BIN)/python tools/run_slow.sh
 
 test-all-%: $(STAMP)

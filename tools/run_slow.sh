@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run every test, the slow ones included, one file at a time: each in a process of its own with a
-# time limit, and a summary at the end. What passed at this commit is not run again, so a run that
-# was cut off goes on where it stopped.
+# Run the slow tests, one file at a time: each in a process of its own with a time limit, and a
+# summary at the end. What passed at this commit is not run again, so a run that was cut off goes on
+# where it stopped. Compiled programs are kept in .test-all/cache (or JAX_COMPILATION_CACHE_DIR).
 #
 #   tools/run_slow.sh [-p K/N] [-t SECONDS] [-l FOLDER] [-f] [FILE...]
 #
@@ -33,6 +33,7 @@ fi
 python=${PYTHON:-.venv/bin/python}
 if (($#)); then files=("$@"); else mapfile -t files < <(find tests -name 'test_*.py' | sort); fi
 mkdir -p "$logs"
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.test-all/cache}
 
 passed=0 kept=0 failed=()
 for i in "${!files[@]}"; do
@@ -44,8 +45,8 @@ for i in "${!files[@]}"; do
         continue
     fi
     start=$SECONDS
-    # 124: out of time; 5: the file has no tests.
-    timeout --kill-after=30 "$limit" "$python" -m pytest -n 0 -m 'slow or not slow' "$file" >"$log" 2>&1
+    # 124: out of time; 5: the file has no slow tests.
+    timeout --kill-after=30 "$limit" "$python" -m pytest -n 0 -m slow "$file" >"$log" 2>&1
     status=$? spent=$((SECONDS - start))
     case $status in
         0 | 5)
