@@ -13,6 +13,7 @@ Shen, Berlinghieri and Broderick (2024), arXiv:2408.06277, section 5.
 :data: simulated
 :tags: snapshots, bridges
 :page: snapshots.md
+:picture: snapshots_bands.png
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def draw(name, problem, clouds, paths, output):
 def posterior(problem, quick):
     """The mechanism's parameters by NUTS, all clouds used."""
     clouds = simulate(problem, jax.random.key(7), 20 if quick else 50)
-    steps = 20 if quick else 400
+    steps = 20 if quick else 150
     mcmc = MCMC(
         NUTS(family, init_strategy=init_to_median),
         num_warmup=steps,

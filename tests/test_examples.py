@@ -137,7 +137,7 @@ def test_examples_of_data_shapes_draw_their_picture(
     "name",
     [
         *("building_heat", "el_nino", "flu_outbreak", "gene_expression", "interest_rates"),
-        *("ion_channel", "particle_tracks", "price_jumps"),
+        *("ion_channel", "myoblasts", "particle_tracks", "price_jumps"),
     ],
 )
 def test_examples_of_the_gallery_draw_their_picture(name: str, tmp_path: Path) -> None:
@@ -147,3 +147,18 @@ def test_examples_of_the_gallery_draw_their_picture(name: str, tmp_path: Path) -
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["lotka_volterra", "repressilator"])
+def test_snapshots_are_judged_and_drawn(problem: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = ROOT / "examples" / "snapshots_lotka_volterra.py"
+    command = [sys.executable, script, "--quick", "--output", tmp_path, "--problems", problem]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for row in ("refined", "Brownian", "fresh draws", f"{problem}: posterior"):
+        assert row in run.stdout
+    for over in ("state", "time"):
+        picture = tmp_path / f"{problem}_{over}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")

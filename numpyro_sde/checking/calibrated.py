@@ -54,7 +54,7 @@ def posterior_sbc(
         num_replicates: Replicates at most.
         num_warmup: Warm-up iterations of each; a guide takes the steps that the fit took.
         num_draws: Draws of each.
-        time_budget: Seconds after which no further replicate begins.
+        time_budget: Seconds, after which a replicate is given up; a compilation is not interrupted.
         rng_key: None is `jax.random.key(1)`.
         progress: Show progress on standard error.
 
@@ -102,8 +102,11 @@ def posterior_sbc(
                     truth,
                     elements,
                     (simulate, refit, fit.is_variational),
+                    end,
                 )
                 cost = own() if index else own() / 2.0  # the first compiles
+            if row is None:
+                break
             if isinstance(row, str):
                 failures[index] = row
             else:
@@ -115,8 +118,10 @@ def posterior_sbc(
                 sys.stderr.flush()
         took = seconds()
     if not rows:
-        why = next(iter(failures.values()), "no replicate was run")
-        return Step(name, "bad" if failures else "not done", f"no refit succeeded: {why}")
+        if not failures:
+            return Step(name, "not done", f"a single refit did not end within {time_budget:.0f} s")
+        why = next(iter(failures.values()))
+        return Step(name, "bad", f"no refit succeeded: {why}")
     return _judged(name, _result(labels, rows, failures), took)
 
 
@@ -140,15 +145,18 @@ def _replicate(
     truth: Mapping[str, np.ndarray],
     elements: list[tuple[str, tuple[int, ...]]],
     functions: tuple[Any, Any, bool],
-) -> list[tuple[float, ...]] | str:
-    """A row of ranks for each quantity, or why there is none."""
+    end: float,
+) -> list[tuple[float, ...]] | str | None:
+    """A row of ranks for each quantity, or why there is none; None where time was up."""
     simulate, refit, independent = functions
     key_data, key_fit = jax.random.split(key)
     try:
         data = simulate({name: jnp.asarray(value) for name, value in truth.items()}, key_data)
-        draws = {name: np.asarray(value) for name, value in refit(key_fit, data).items()}
+        draws = refit(key_fit, data, end)
     except Exception as error:  # one replicate that fails must not lose the others
         return f"{type(error).__name__}: {error}"
+    if draws is None:
+        return None
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
     rows: list[tuple[float, ...]] = []
     for name, element in elements:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jaxtyping import Array, PRNGKeyArray
@@ -13,10 +15,10 @@ from numpyro import handlers
 from numpyro.infer import NUTS, SVI, Trace_ELBO
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_sde.diagnostics.calibration.compiled import compiled_chain
-
 _STATISTICS = ("potential_energy", "num_steps", "accept_prob", "diverging")
 _STEP_SIZE, _PARTICLES = 5e-3, 8
+_PIECE, _GUIDE_PIECE = 50, 500  # iterations between two looks at the clock, at most
+_SECONDS, _GROWTH = 1.0, 4  # what a piece should take, and how fast pieces grow
 
 Engine = Callable[[Callable[..., Any]], Any]
 
@@ -54,58 +56,112 @@ def build(engine: Engine, model: Callable[..., Any]) -> MCMCKernel | SVI:
     )
 
 
+class Pace:
+    """How many iterations to run before the next look at the clock: about a second's worth.
+
+    One at first; NUTS may take a thousand gradients for it or a single one.
+
+    Args:
+        most: Iterations at most.
+
+    Example:
+        >>> pace = Pace(50)
+        >>> pace.next(300)
+        1
+        >>> pace.took(1, 2.0), pace.took(1, 0.1), pace.next(300)  # the first one compiles
+        (None, None, 4)
+        >>> pace.took(4, 0.4), pace.next(300), pace.next(3)
+        (None, 10, 3)
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self._count, self._compiled = most, 1, False
+
+    def next(self, left: int) -> int:
+        """Iterations to run, of those that are left."""
+        return min(self._count, left)
+
+    def took(self, count: int, seconds: float) -> None:
+        """Learn what a piece took."""
+        if self._compiled:
+            fit = int(_SECONDS * count / max(seconds, 1e-9))
+            self._count = max(1, min(self.most, _GROWTH * count, fit))
+        self._compiled = True
+
+
 class Chain:
-    """One Markov chain that is run piece by piece, its pieces one compiled program.
+    """One Markov chain in pieces of any length, all of them one compiled program.
 
     Args:
         kernel: The kernel; chains of one model share it.
-        args: Positional arguments of the model.
-        kwargs: Its keyword arguments.
         num_warmup: Warm-up iterations.
-        piece: Iterations in a piece.
+        args: Positional arguments of the model that are no part of the program's input.
+        kwargs: Its keyword arguments.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> def model():
         ...     numpyro.sample("a", dist.Normal(0.0, 1.0))
-        >>> chain = Chain(NUTS(model), (), {}, num_warmup=10, piece=10)
+        >>> chain = Chain(NUTS(model), num_warmup=10)
         >>> state = chain.start(jax.random.key(0))
-        >>> state, draws, statistics = chain.advance(state)
-        >>> draws["a"].shape, sorted(statistics)[:2]
-        ((10,), ['accept_prob', 'diverging'])
+        >>> state, draws, statistics = chain.advance(state, 7)
+        >>> chain.constrain(draws)["a"].shape, sorted(statistics)[:2]
+        ((7,), ['accept_prob', 'diverging'])
     """
 
     def __init__(
-        self, kernel: MCMCKernel, args: Any, kwargs: Any, num_warmup: int, piece: int
+        self, kernel: MCMCKernel, num_warmup: int, args: Any = (), kwargs: Any = None
     ) -> None:
-        self.kernel, self.args, self.kwargs = kernel, args, kwargs
-        self.num_warmup, self.piece = num_warmup, piece
-        self._run = jax.jit(self._piece)
+        self.kernel, self.num_warmup = kernel, num_warmup
+        self.args, self.kwargs = args, kwargs or {}
+        self.pace = Pace(_PIECE)
+        self._begin, self._run = jax.jit(self._init), jax.jit(self._piece)
+        self._postprocess = jax.jit(self._constrained)
 
-    def start(self, rng_key: PRNGKeyArray) -> Any:
-        """The state before the first iteration."""
+    def start(self, rng_key: PRNGKeyArray, *data: Any) -> Any:
+        """The state before the first iteration, given arguments that may differ between chains."""
+        if data:
+            return self._begin(rng_key, *data)
         return self.kernel.init(rng_key, self.num_warmup, None, self.args, self.kwargs)
 
-    def advance(self, state: Any) -> tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """A piece: the new state, draws and statistics."""
-        state, draws, statistics = self._run(state)
-        return state, _numpy(draws), _numpy(statistics)
+    def advance(self, state: Any, count: int, *data: Any) -> tuple[Any, Any, Any]:
+        """`count` iterations: the new state, draws as the kernel has them, and statistics."""
+        begin = time.perf_counter()
+        state, kept = self._run(state, jnp.int32(count), *data)
+        draws, statistics = jax.tree.map(lambda rows: np.asarray(rows)[:count], kept)
+        self.pace.took(count, time.perf_counter() - begin)
+        return state, draws, statistics
 
-    def _piece(self, state: Any) -> Any:
-        kernel = self.kernel
+    def constrain(self, draws: Any, *data: Any) -> dict[str, np.ndarray]:
+        """Draws as sites of the model."""
+        return {name: np.asarray(v) for name, v in self._postprocess(draws, *data).items()}
 
-        def step(state: Any, _: None) -> tuple[Any, Any]:
-            state = kernel.sample(state, self.args, self.kwargs)
+    def _init(self, rng_key: PRNGKeyArray, *data: Any) -> Any:
+        return self.kernel.init(rng_key, self.num_warmup, None, (*self.args, *data), self.kwargs)
+
+    def _piece(self, state: Any, count: Array, *data: Any) -> Any:
+        kernel, args = self.kernel, (*self.args, *data)
+
+        def step(state: Any) -> tuple[Any, Any]:
+            state = kernel.sample(state, args, self.kwargs)
             known = {n: getattr(state, n) for n in _STATISTICS if hasattr(state, n)}
             return state, (getattr(state, kernel.sample_field), known)
 
-        state, (draws, statistics) = jax.lax.scan(step, state, None, self.piece)
-        constrain = kernel.postprocess_fn(self.args, self.kwargs)
-        return state, jax.lax.map(constrain, draws, batch_size=self.piece), statistics
+        def body(index: Array, carry: Any) -> Any:
+            state, rows = carry
+            state, row = step(state)
+            return state, jax.tree.map(lambda all, one: all.at[index].set(one), rows, row)
+
+        one = jax.eval_shape(step, state)[1]
+        rows = jax.tree.map(lambda leaf: jnp.zeros((_PIECE, *leaf.shape), leaf.dtype), one)
+        return jax.lax.fori_loop(0, count, body, (state, rows))
+
+    def _constrained(self, draws: Any, *data: Any) -> Any:
+        constrain = self.kernel.postprocess_fn((*self.args, *data), self.kwargs)
+        return jax.lax.map(constrain, draws, batch_size=_PIECE)
 
 
-def _numpy(tree: Any) -> Any:
-    return {name: np.asarray(value) for name, value in tree.items()}
+Refit = Callable[[PRNGKeyArray, Mapping[str, Any], float], "dict[str, np.ndarray] | None"]
 
 
 def refitter(
@@ -115,8 +171,10 @@ def refitter(
     names: tuple[str, ...],
     num_warmup: int,
     num_draws: int,
-) -> Callable[[PRNGKeyArray, Mapping[str, Any]], dict[str, Array]]:
-    """A function of key and data that fits a model and returns draws of some sites.
+) -> Refit:
+    """A function of key, data and deadline that fits a model and returns draws of some sites.
+
+    It returns None where the deadline, in seconds of `time.perf_counter`, comes first.
 
     Args:
         engine: As for `check`.
@@ -127,24 +185,42 @@ def refitter(
         num_draws: Number of draws.
     """
     made = build(engine, model)
-    if isinstance(made, MCMCKernel):
-        run = compiled_chain(made, num_warmup, num_draws)
-        return lambda key, data: {name: v for name, v in run(key, data).items() if name in names}
-    return _guide_refitter(made, example, names, num_warmup, num_draws)
+    if not isinstance(made, MCMCKernel):
+        return _guide_refitter(made, example, names, num_warmup, num_draws)
+    chain = Chain(made, num_warmup)
+
+    def run(
+        key: PRNGKeyArray, data: Mapping[str, Any], deadline: float
+    ) -> dict[str, np.ndarray] | None:
+        state, pieces, done = chain.start(key, data), [], 0
+        while done < num_warmup + num_draws:
+            if time.perf_counter() > deadline:
+                return None
+            # No piece lies on both sides of the end of warm-up.
+            left = (num_warmup if done < num_warmup else num_warmup + num_draws) - done
+            count = chain.pace.next(left)
+            state, draws, _ = chain.advance(state, count, data)
+            if done >= num_warmup:
+                pieces.append(draws)
+            done += count
+        whole = jax.tree.map(lambda *rows: np.concatenate(rows), *pieces)
+        return {name: v for name, v in chain.constrain(whole, data).items() if name in names}
+
+    return run
 
 
 def _guide_refitter(
     svi: SVI, example: Mapping[str, Any], names: tuple[str, ...], steps: int, num_draws: int
-) -> Callable[[PRNGKeyArray, Mapping[str, Any]], dict[str, Array]]:
+) -> Refit:
     first = svi.init(jax.random.key(0), example)
+    pace = Pace(_GUIDE_PIECE)
 
-    def run(key: PRNGKeyArray, data: Mapping[str, Any]) -> dict[str, Array]:
-        key_train, key_draw = jax.random.split(key)
+    @jax.jit
+    def train(state: Any, count: Array, data: Mapping[str, Any]) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, s: svi.stable_update(s, data)[0], state)
 
-        def step(state: Any, _: None) -> tuple[Any, None]:
-            return svi.stable_update(state, data)[0], None
-
-        state, _ = jax.lax.scan(step, first._replace(rng_key=key_train), None, steps)
+    @jax.jit
+    def draw(key: PRNGKeyArray, state: Any, data: Mapping[str, Any]) -> dict[str, Array]:
         params = svi.get_params(state)
 
         def one(key: PRNGKeyArray) -> dict[str, Array]:
@@ -153,6 +229,20 @@ def _guide_refitter(
                 trace = handlers.trace(guide).get_trace(data)
             return {name: trace[name]["value"] for name in names}
 
-        return jax.lax.map(one, jax.random.split(key_draw, num_draws), batch_size=64)
+        return jax.lax.map(one, jax.random.split(key, num_draws), batch_size=64)
 
-    return jax.jit(run)
+    def run(
+        key: PRNGKeyArray, data: Mapping[str, Any], deadline: float
+    ) -> dict[str, np.ndarray] | None:
+        key_train, key_draw = jax.random.split(key)
+        state, done = first._replace(rng_key=key_train), 0
+        while done < steps:
+            if time.perf_counter() > deadline:
+                return None
+            count, begin = pace.next(steps - done), time.perf_counter()
+            state = jax.block_until_ready(train(state, jnp.int32(count), data))
+            pace.took(count, time.perf_counter() - begin)
+            done += count
+        return {name: np.asarray(v) for name, v in draw(key_draw, state, data).items()}
+
+    return run

@@ -29,7 +29,7 @@ from numpyro_sde.guides.training import fit_svi
 from numpyro_sde.reparam.automatic import auto
 from numpyro_sde.runtime.clock import Stopwatch
 
-_PIECE = 50
+_LEAST_DRAWS = 20  # of each chain, whatever they cost
 _NUM_CHAINS, _NUM_WARMUP, _NUM_DRAWS = 4, 300, 400
 _GUIDE_STEPS, _GUIDE_DRAWS = 6000, 2000
 _FEWEST = 2  # chains that are started whatever they cost
@@ -208,39 +208,52 @@ def _sample(
 ) -> Draws:
     """Warm chains up one after the other, then draw from them in turn until time is up."""
     num_chains, num_warmup, num_draws = sizes
-    chain = Chain(kernel, args, kwargs, num_warmup, _PIECE)
+    chain = Chain(kernel, num_warmup, args, kwargs)
     states: list[Any] = []
     for index, own in enumerate(jax.random.split(key, num_chains)):
         with stopwatch() as seconds:
-            state = chain.start(own)
-            for done in range(0, num_warmup, _PIECE):
-                if budget.left < 0.0:
-                    raise TimeoutError(
-                        f"time_budget={budget.seconds:.0f} s ended after {done} of {num_warmup} "
-                        f"warm-up iterations of chain {index + 1}: give more, or a cheaper engine"
-                    )
-                _say(progress, f"chain {index + 1} of {num_chains}, warm-up {done}")
-                state, _, _ = chain.advance(state)
-            states.append(state)
+            label = f"chain {index + 1} of {num_chains}"
+            states.append(_warm_up(chain, own, budget, label, progress))
             # Another costs as much again, and as many draws as it took iterations to warm up.
             cost = seconds() * (1.0 + num_draws / num_warmup)
         if len(states) >= _FEWEST and budget.left < cost * (len(states) + 1) / 2:
             break
     pieces: list[list[Any]] = [[] for _ in states]
-    for done in range(0, num_draws, _PIECE):
-        if done and budget.left < 0.0:
-            break
+    done = 0
+    while done < num_draws and (done < _LEAST_DRAWS or budget.left > 0.0):
         _say(progress, f"{len(states)} chains, draw {done} of {num_draws}")
+        count = chain.pace.next(num_draws - done)  # the same of each chain
         for index, state in enumerate(states):
-            states[index], *kept = chain.advance(state)
+            states[index], *kept = chain.advance(state, count)
             pieces[index].append(kept)
-    draws, statistics = (
-        _stacked([[piece[k] for piece in own] for own in pieces]) for k in range(2)
-    )
+        done += count
+    raw = [jax.tree.map(lambda *rows: np.concatenate(rows), *(p[0] for p in own)) for own in pieces]
+    draws = _stacked([[chain.constrain(own)] for own in raw])
+    statistics = _stacked([[piece[1] for piece in own] for own in pieces])
     if "potential_energy" in statistics:
         statistics["lp"] = -statistics.pop("potential_energy")
     engine = type(kernel).__name__
     return Draws("mcmc", engine, draws, statistics, {}, model, args, kwargs, {})
+
+
+def _warm_up(chain: Chain, key: PRNGKeyArray, budget: Budget, label: str, progress: bool) -> Any:
+    """The state of a chain after its warm-up.
+
+    Raises:
+        TimeoutError: The budget ended before.
+    """
+    state, done = chain.start(key), 0
+    while done < chain.num_warmup:
+        if budget.left < 0.0:
+            raise TimeoutError(
+                f"time_budget={budget.seconds:.0f} s ended after {done} of {chain.num_warmup} "
+                f"warm-up iterations of {label}: give more, or a cheaper engine"
+            )
+        _say(progress, f"{label}, warm-up {done}")
+        count = chain.pace.next(chain.num_warmup - done)
+        state, _, _ = chain.advance(state, count)
+        done += count
+    return state
 
 
 def _stacked(chains: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:

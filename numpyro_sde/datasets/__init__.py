@@ -16,6 +16,7 @@ from numpyro_sde.datasets.biology import (
     load_repeated_doses,
     load_theophylline,
 )
+from numpyro_sde.datasets.cells import Myoblasts, load_myoblasts
 from numpyro_sde.datasets.climate import (
     ElNino,
     NileFlow,
@@ -44,6 +45,7 @@ __all__ = [
     "HareLynx",
     "LotkaVolterraCounts",
     "Lynx",
+    "Myoblasts",
     "NileFlow",
     "NileMinima",
     "RepeatedDoses",
@@ -56,6 +58,7 @@ __all__ = [
     "load_hare_lynx",
     "load_lotka_volterra",
     "load_lynx",
+    "load_myoblasts",
     "load_nile_flow",
     "load_nile_minima",
     "load_repeated_doses",

@@ -1,5 +1,8 @@
 """The parts of a check against closed forms, and the page."""
 
+import time
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from scipy import stats
 import numpyro_sde as nsde
 from numpyro_sde.checking import CheckReport, Step
 from numpyro_sde.checking.calibrated import spread_p_values
+from numpyro_sde.checking.engines import Chain
 from numpyro_sde.checking.fitting import CheckedFit
 from numpyro_sde.checking.replicas import anatomy, doubled, simulator
 from numpyro_sde.diagnostics import to_arviz
@@ -96,6 +100,49 @@ def test_powers_of_the_prior_move_the_mean_as_they_must():
         mean = y * (data / 4.0) / (prior + data / 4.0)
         # The standard error of 20,000 weighted draws is below 0.01 sd.
         assert table[name] == pytest.approx((mean - y / 5.0) / sd, abs=0.04)
+
+
+def test_a_chain_in_pieces_is_the_same_chain():
+    def run(counts):
+        chain = Chain(numpyro.infer.NUTS(conjugate), 6)
+        data = jnp.float32(3.0)  # y, which differs between chains
+        state, pieces = chain.start(jax.random.key(0), data), []
+        for count in counts:
+            state, draws, _ = chain.advance(state, count, data)
+            pieces.append(draws["a"])
+        return chain.constrain({"a": np.concatenate(pieces)}, data)["a"]
+
+    whole = run([20])
+    assert np.ptp(whole) > 0.0
+    np.testing.assert_allclose(run([1, 4, 8, 7]), whole, rtol=1e-5)
+
+
+class Slow(numpyro.infer.NUTS):
+    """NUTS that sleeps a quarter of a second in each iteration."""
+
+    def sample(self, state, model_args, model_kwargs):
+        state = super().sample(state, model_args, model_kwargs)
+
+        def sleep(energy):
+            time.sleep(0.25)
+            return energy
+
+        energy = state.potential_energy
+        shape = jax.ShapeDtypeStruct(energy.shape, energy.dtype)
+        return state._replace(potential_energy=jax.pure_callback(sleep, shape, energy))
+
+
+def test_a_slow_engine_keeps_to_its_budget():
+    """One refit of 400 iterations sleeps for 100 s, a warm-up of 300 for 75 s."""
+    start = time.perf_counter()
+    step = nsde.checking.posterior_sbc(
+        replace(exact_fit(3.0), engine=Slow), time_budget=2.0, progress=False
+    )
+    assert (step.level, step.words) == ("not done", "a single refit did not end within 2 s")
+    with pytest.raises(TimeoutError, match="of 300 warm-up iterations of chain 1"):
+        nsde.checking.fit(conjugate, 3.0, engine=Slow, time_budget=2.0, progress=False)
+    # Compiling is not interrupted: some seconds, more on a busy machine.
+    assert time.perf_counter() - start < 60.0
 
 
 def test_ranks_too_spread_are_seen():

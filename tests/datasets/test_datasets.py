@@ -48,6 +48,19 @@ def test_counts_and_span(load, start, end, shape):
     np.testing.assert_allclose(np.diff(data.times), (end - start) / (shape[0] - 1), atol=1e-9)
 
 
+def test_myoblasts_are_the_cells_of_four_snapshots():
+    data = datasets.load_myoblasts()
+    # Cells at each time as the data package counts them; sums over its table, in log10(FPKM + 1).
+    assert [(data.hours == t).sum() for t in data.times] == [69, 74, 79, 49]
+    assert data.cycle.shape == (271, 7)
+    assert data.muscle.shape == (271, 9)
+    np.testing.assert_allclose(data.cycle.sum() + data.muscle.sum(), 2572.693, atol=0.05)
+    cycle, muscle = data.cycle.mean(axis=1), data.muscle.mean(axis=1)
+    means = [[score[data.hours == t].mean() for t in data.times] for score in (cycle, muscle)]
+    expected = [[0.7878, 0.1786, 0.1799, 0.3065], [0.3585, 0.8455, 0.8948, 1.0728]]
+    np.testing.assert_allclose(means, expected, atol=2e-4)
+
+
 def test_theophylline_is_a_balanced_panel_in_mg_and_hours():
     data = datasets.load_theophylline()
     assert data.times.shape == data.concentration.shape == (12, 11)
