@@ -1,10 +1,10 @@
 """How fast do muscle precursors stop dividing? Single cells at four times, none of them twice.
 
 Sequencing destroys a cell, so there are four clouds and no path. Two scores of each cell, genes of
-the cell cycle and genes of muscle, follow a linear equation; `SnapshotLaw` makes its posterior out of
-all four clouds. Then the cells at 48 hours are held out, and a Schrodinger bridge under the fitted
-equation is asked for them, beside a bridge under Brownian motion: how far from half of the held-out
-cells is each, and how far is the other half?
+the cell cycle and genes of muscle, follow a linear equation; `SnapshotLaw` makes its posterior out
+of all four clouds. Then the cells at 48 hours are held out, and a Schrodinger bridge under the
+fitted equation is asked for them, beside a bridge under Brownian motion: how far from half of the
+held-out cells is each, and how far is the other half?
 
 :title: Muscle out of single cells
 :problem: cells sequenced at four times, nobody seen twice

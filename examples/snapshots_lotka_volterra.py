@@ -13,7 +13,6 @@ Shen, Berlinghieri and Broderick (2024), arXiv:2408.06277, section 5.
 :data: simulated
 :tags: snapshots, bridges
 :page: snapshots.md
-:picture: snapshots_bands.png
 """
 
 from __future__ import annotations

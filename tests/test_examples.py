@@ -136,8 +136,9 @@ def test_examples_of_data_shapes_draw_their_picture(
 @pytest.mark.parametrize(
     "name",
     [
-        *("building_heat", "el_nino", "flu_outbreak", "gene_expression", "interest_rates"),
-        *("ion_channel", "myoblasts", "particle_tracks", "price_jumps"),
+        *("building_heat", "el_nino", "flu_outbreak", "gene_expression", "ice_core"),
+        *("interest_rates", "ion_channel", "myoblasts", "particle_tracks", "price_jumps"),
+        "turbulence_closure",
     ],
 )
 def test_examples_of_the_gallery_draw_their_picture(name: str, tmp_path: Path) -> None:

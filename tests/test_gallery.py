@@ -27,6 +27,9 @@ PROBLEMS = {
     "a building or a machine driven by inputs": "gallery/building_heat.md",
     "fast variables that no one sees": "gallery/rough_potential.md",
     "molecules of a cell": "gallery/gene_expression.md",
+    "populations seen at several times, nobody twice": "gallery/myoblasts.md",
+    "two states that something flips between": "gallery/ice_core.md",
+    "small scales that a forecast cannot resolve": "gallery/turbulence_closure.md",
 }
 _LINK = re.compile(r"\]\(([^)#\s]+\.md)(?:#[^)]*)?\)")
 
