@@ -50,6 +50,7 @@ from numpyro_sde.guides.flows import (
     check_sizes,
 )
 from numpyro_sde.guides.transforms import CouplingTransform
+from numpyro_sde.reparam.path import pinned_innovations
 
 FlowName = Literal["spline", "affine", "iaf", "bnaf"]
 
@@ -89,9 +90,11 @@ class AutoFlow(AutoContinuous):
         prefix: Put before the name of each parameter: `{prefix}_loc`, `{prefix}_scale_tril` (or
             `{prefix}_scale`), `{prefix}_flow` (or `{prefix}_arn__{i}$params`).
         init_loc_fn: NumPyro's initialisation strategy, which gives the initial `loc`.
-        init_scale: Initial standard deviation of each unconstrained coordinate; or their initial
-            covariance `(D, D)` in blocks of sites, `{("rate", "scale"): covariance}`, as NumPyro's
-            kernels take `inverse_mass_matrix`.
+        init_scale: Initial standard deviation of each unconstrained coordinate, except that
+            innovations of a guided path or of a bridge begin at their prior's, 1, which is near
+            their posterior's; or the initial covariance of all coordinates `(D, D)` in blocks of
+            sites, `{("rate", "scale"): covariance}`, as NumPyro's kernels take
+            `inverse_mass_matrix`.
         num_quantile_draws: Size, a power of two, of the fixed set of draws behind `median` and
             `quantiles`.
         forward_mode_differentiation: As in NumPyro's `AutoContinuous`.
@@ -181,6 +184,7 @@ class AutoFlow(AutoContinuous):
                     f"AutoFlow needs continuous latent sites, and latent site {name!r} is discrete "
                     f"({type(site['fn']).__name__}); sum it out of the model, or sample it by MCMC"
                 )
+        self._pinned = pinned_innovations(drawn)
         super()._setup_prototype(*args, **kwargs)
         if self.latent_dim == 1 and self.flow in ("iaf", "bnaf"):
             # Forget the prototype: the next call must meet this check again.
@@ -277,9 +281,10 @@ class AutoFlow(AutoContinuous):
 
     def _init_factor(self) -> Float[Array, "latent latent"]:
         """Lower factor of the initial covariance, sites in the guide's order."""
-        if not isinstance(self.init_scale, Mapping):
-            return self.init_scale * jnp.identity(self.latent_dim)
         sizes = {name: int(np.size(loc)) for name, loc in self._init_locs.items()}
+        if not isinstance(self.init_scale, Mapping):
+            sds = [1.0 if name in self._pinned else self.init_scale for name in sizes]
+            return jnp.diag(jnp.repeat(jnp.array(sds), np.array(list(sizes.values()))))
         named = [name for names in self.init_scale for name in names]
         if sorted(named) != sorted(sizes):
             raise ValueError(

@@ -6,6 +6,7 @@ Auxiliary sites are `{name}_init` (the first state, unless it is fixed or known)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,20 @@ from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.models.stack import conditions_on, explicit_scale, intervenes_on, peel
 from numpyro_sde.reparam.bridge import bridge_path, plan_bridge
+
+# What the factor of a guided path, and of a whitened bridge, adds to the path's name.
+_HELD = ("_guide", "_bridge")
+
+
+def pinned_innovations(sites: Iterable[str]) -> frozenset[str]:
+    """Of a model's sites, innovations of paths that a guide or a bridge holds to their data.
+
+    Given the data these are nearly what they are a priori, standard normal; those of a path that is
+    whitened alone are not.
+    """
+    sites = frozenset(sites)
+    held = [name.removesuffix(end) for end in _HELD for name in sites if name.endswith(end)]
+    return sites & {f"{name}{end}" for name in held for end in ("_init_innov", "_innov")}
 
 
 class Unwrapped(NamedTuple):

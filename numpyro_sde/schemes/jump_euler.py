@@ -181,7 +181,9 @@ def mixture(
         log_w = n * log_rate - gammaln(n + 1.0) - total
         log_weights = log_weights + jnp.where(within, log_w, jnp.nan)
         size_mean, size_cov = source.normal_size(t, x, sde.arguments)
-        means = means + n.reshape(-1, *(1,) * mean.ndim) * size_mean
+        means = (
+            means + n.reshape(-1, *(1,) * mean.ndim) * jnp.broadcast_to(size_mean, mean.shape)[None]
+        )
         covs = covs + n[:, None, None] * size_cov[None]
     return log_weights, means, covs
 

@@ -15,6 +15,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_value
 from numpyro.infer.util import log_density
 
+import numpyro_sde as nsde
 from numpyro_sde.guides import AutoFlow
 from numpyro_sde.guides.transforms import CouplingTransform
 
@@ -392,3 +393,27 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match="latent site 'state' is discrete"):
             initial_params(AutoFlow(model))
+
+
+def test_innovations_of_a_guided_path_begin_at_their_prior():
+    times = np.arange(4.0)
+
+    def model(y):
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
+        ou = nsde.processes.OrnsteinUhlenbeck(rate, 0.0, 0.5)
+        x = numpyro.sample("x", nsde.SDEPath(ou, times, dist.Normal(0.0, 1.0)))
+        nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.1), obs=y)
+
+    def scales(how):
+        guide = AutoFlow(numpyro.handlers.reparam(model, config={"x": how}), num_flows=1)
+        with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
+            guide(jnp.array([0.8, 0.5, 0.2, 0.4]))
+        sizes = {name: np.size(loc) for name, loc in guide._init_locs.items()}
+        diagonal = np.diag(trace["auto_scale_tril"]["value"])
+        return dict(zip(sizes, np.split(diagonal, np.cumsum(list(sizes.values()))), strict=False))
+
+    guided = scales(nsde.reparam.GuidedReparam())
+    np.testing.assert_allclose(guided["rate"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(np.r_[guided["x_innov"], guided["x_init_innov"]], 1.0, rtol=1e-6)
+    whitened = scales(nsde.reparam.InnovationReparam())
+    np.testing.assert_allclose(np.concatenate(list(whitened.values())), 0.1, rtol=1e-6)

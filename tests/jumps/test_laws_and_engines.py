@@ -91,13 +91,15 @@ TAKEN = {
         r"ExtendedKalman\(\)|Kalman\(\)|Particle|GuidedReparam|smooth",
     ),
     "jump-diffusion": (
-        ANY | {"Particle guided"}, r"Particle\(proposal='bootstrap'\)|smooth|JumpMixture"),
+        ANY | {"Particle guided", "ParticleGibbs"},
+        r"Particle\(proposal='bootstrap'\)|smooth|JumpMixture",
+    ),
     "switching": (
         {"IMM", "GPB", "RaoBlackwell", "ParticleGibbs"} | ANY | {"regime_law"},
         r"IMM\(\)|RaoBlackwell|smooth|Particle\(proposal='bootstrap'\)",
     ),
     "chain": (
-        {"Forward", "ConditionalForward", "at_jumps"} | ANY,
+        {"Forward", "ConditionalForward", "at_jumps", "ParticleGibbs"} | ANY,
         r"Forward\(\)|ConditionalForward|smooth",
     ),
     "network, jumps": (
