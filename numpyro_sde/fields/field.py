@@ -232,6 +232,10 @@ class AbstractBasis(eqx.Module):
         """
         return None
 
+    def expected_features(self, mean: Array, covariance: Array) -> Array | None:  # noqa: ARG002
+        """Expectations of the features under a normal law; None where there is no formula."""
+        return None
+
     @abc.abstractmethod
     def features(self, x: Array, own: Any) -> Array:
         """Features at one state `(dim,)`: shape `(m,)`, or `(outputs, m)` for vector features.
@@ -277,6 +281,48 @@ class LinearField(AbstractField):
         if self.basis.vector_features or weights.ndim == 1:
             return largest @ weights
         return weights @ largest
+
+    def expected(
+        self, mean: Float[ArrayLike, "*state"], covariance: Float[ArrayLike, "*state *state"]
+    ) -> Array:
+        """Expected value under a normal law of the state, in closed form, shape of the value.
+
+        Its Jacobian in the mean is the expected Jacobian `A` of the field, and `A covariance` the
+        covariance of value and state (Stein's identity): all that the moment equations of an
+        SDE need of its drift. For fields of an `HSGP`, whose sines have such expectations; the
+        rim of its box, where the field goes to zero, is left out, so the law should be inside.
+
+        Args:
+            mean: shape `()` or `(dim,)`.
+            covariance: shape `()` or `(dim, dim)`.
+
+        Raises:
+            ValueError: another shape, or a field without closed expectations.
+
+        Source: Solin, Tamir and Verma (2021), arXiv:2110.15739, for the use of it.
+
+        Example:
+            >>> import jax.numpy as jnp, numpyro_sde as nsde
+            >>> f = nsde.fields.HSGP(dim=1, box=2.0, num=4).from_weights(
+            ...     jnp.ones(4), amplitude=1.0, length=1.0)
+            >>> bool(jnp.isclose(f.expected(0.3, 0.0), f(0.3), rtol=1e-5))
+            True
+        """
+        mean = as_point(mean, self.basis.dim)
+        covariance = jnp.asarray(covariance, mean.dtype)
+        if covariance.size != mean.size**2 or covariance.ndim not in (0, 2):
+            raise ValueError(
+                f"covariance must have shape {(mean.size, mean.size)}, got {covariance.shape}"
+            )
+        phi = self.basis.expected_features(mean, covariance.reshape(mean.size, mean.size))
+        if phi is None:
+            raise ValueError(
+                f"a field of {type(self.basis).__name__} has no expectations in closed form: "
+                "average field.on over draws, or use filters.MomentMatching"
+            )
+        if self.basis.vector_features or self.weights.ndim == 1:
+            return phi @ self.weights
+        return self.weights @ phi
 
     def prior_sd(self, x: Float[ArrayLike, "*state"]) -> Array:
         """Standard deviation of the value at one state before any data, shape of the value."""

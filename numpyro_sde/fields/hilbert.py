@@ -163,15 +163,34 @@ class HSGP(AbstractGaussianPrior):
         inside = share**2 * (3.0 - 2.0 * share)
         if not self.vector_features:
             return inside * self._sines(x)
-        slopes = jax.jacfwd(self._sines)(x)  # (m, dim)
+        return inside * self._of_slopes(jax.jacfwd(self._sines)(x))
+
+    def _of_slopes(self, slopes: Array) -> Array:
+        """Vector features of the slopes `(m, dim)` of the sines."""
         if self.constraint == "gradient":
-            return -inside * (slopes[:, 0] if self.outputs is None else slopes.T)
+            return -(slopes[:, 0] if self.outputs is None else slopes.T)
         if self.dim == 2:
-            return inside * jnp.stack([slopes[:, 1], -slopes[:, 0]])
+            return jnp.stack([slopes[:, 1], -slopes[:, 0]])
         a, b, c = slopes.T
         none = jnp.zeros_like(a)
         rows = [[none, -c, b], [c, none, -a], [-b, a, none]]
-        return inside * jnp.stack([jnp.concatenate(row) for row in rows])
+        return jnp.stack([jnp.concatenate(row) for row in rows])
+
+    def expected_features(self, mean: Array, covariance: Array) -> Array:
+        """Under a normal law: `E cos(k'x + b) = exp(-k'Pk/2) cos(k'm + b)`, sines by their sums."""
+
+        def sines(mean: Array) -> Array:
+            waves = jnp.asarray(self.frequencies * (np.pi / 2.0 / np.array(self.half)), mean.dtype)
+            total = jnp.zeros(len(waves), mean.dtype)
+            # prod_i sin a_i = 2^-d sum over signs s of prod(s) cos(s'a - d pi / 2)
+            for signs in itertools.product((1.0, -1.0), repeat=self.dim):
+                k = waves * jnp.asarray(signs, mean.dtype)[None]
+                angle = k @ (mean - jnp.asarray(self.low, mean.dtype)) - self.dim * np.pi / 2.0
+                damped = jnp.exp(-0.5 * jnp.sum((k @ covariance) * k, -1)) * jnp.cos(angle)
+                total = total + math.prod(signs) * damped
+            return total / (2.0**self.dim * math.sqrt(math.prod(self.half)))
+
+        return self._of_slopes(jax.jacfwd(sines)(mean)) if self.vector_features else sines(mean)
 
     def largest_features(self, own: tuple[Array, ...]) -> Array:  # noqa: ARG002
         waves = jnp.asarray(self.frequencies * (np.pi / 2.0 / np.array(self.half)))

@@ -311,3 +311,37 @@ def test_float32_and_float64(x64):
         got = drawn(HSGP(1, 2.0, 6))(0.3)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def _by_quadrature(f, mean, covariance):
+    points, weights = np.polynomial.hermite_e.hermegauss(40)
+    dim = len(mean)
+    grid = np.stack(np.meshgrid(*[points] * dim, indexing="ij"), -1).reshape(-1, dim)
+    mass = np.stack(np.meshgrid(*[weights] * dim, indexing="ij"), -1).reshape(-1, dim).prod(1)
+    values = np.asarray(f.on(mean + grid @ np.linalg.cholesky(covariance).T))
+    return np.tensordot(mass / mass.sum(), values, 1)
+
+
+@pytest.mark.parametrize("options", [{"outputs": 2}, {"constraint": "divergence_free"}])
+def test_expectations_under_a_normal_law_are_those_of_quadrature(x64, options):
+    """A law well inside the box, 40 points in each dimension; Stein's identity for its Jacobian."""
+    prior = nsde.fields.HSGP(2, ((-3.0, 2.0), 2.5), 4, **options)
+    z = np.random.default_rng(0).normal(size=prior.weight_shape)
+    f = prior.from_weights(z, amplitude=1.2, length=0.9)
+    mean, covariance = np.array([-0.4, 0.2]), np.array([[0.05, 0.02], [0.02, 0.03]])
+    want = _by_quadrature(f, mean, covariance)
+    np.testing.assert_allclose(f.expected(mean, covariance), want, atol=1e-9)
+    got = jax.jacfwd(f.expected)(jnp.asarray(mean), covariance)
+    slopes = _by_quadrature(_Slopes(f), mean, covariance)
+    np.testing.assert_allclose(got, slopes, atol=1e-8)
+
+
+class _Slopes:
+    def __init__(self, f):
+        self.on = jax.vmap(jax.jacfwd(f))
+
+
+def test_expectations_without_a_formula_are_refused():
+    f = nsde.fields.RFF(1, 3).from_weights(jnp.ones(3), amplitude=1.0, length=1.0)
+    with pytest.raises(ValueError, match="no expectations in closed form"):
+        f.expected(0.0, 1.0)
