@@ -10,6 +10,7 @@ quadrature and with simulated paths, from the model's start and from displaced o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,14 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.filters.moment_matching import MomentMatching
+from numpyro_sde.linear.balance import fastest_rate
 from numpyro_sde.linear.small import matmul, psd_factor, transpose
 from numpyro_sde.schemes.moment_closure import MomentClosure
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import FilterResult, StateSpaceModel
 
+_LEAST_SUBSTEPS, _MOST_SUBSTEPS = 10, 1000
+_LARGEST = 0.05  # of a step times the fastest rate
 _FINE = {1: 20, 2: 12, 3: 7}
 _SIDES = (("below", -1.0), ("above", 1.0))
 
@@ -67,7 +71,7 @@ def closure_check(
     method: MomentMatching | None = None,
     *,
     num_paths: int = 4000,
-    substeps: int = 10,
+    substeps: int | None = None,
     starts: Any = (),
     mean_tolerance: float = 0.25,
     variance_tolerance: float = 0.5,
@@ -90,7 +94,9 @@ def closure_check(
             `ReactionPath`; or a path and its data, `nsde.state_space_model(path, emission, obs)`.
         method: the filter to check; None for `MomentMatching()`.
         num_paths: simulated paths from each start.
-        substeps: Euler steps of the simulation for each grid step.
+        substeps: Euler steps of the simulation for each grid step; by default 10, or as many as
+            keep the step times the drift's fastest rate along the closure's path below 0.05, to
+            1,000.
         starts: further states to start from without data, `(S, d)`: far apart, they show whether
             the closure has several answers.
         mean_tolerance: allowed error of a mean, in standard deviations.
@@ -117,7 +123,7 @@ def closure_check(
     method = MomentMatching() if method is None else method
     model = _model_of(model)
     check_count("num_paths", num_paths, least=100)
-    check_count("substeps", substeps)
+    check_count("substeps", 1 if substeps is None else substeps)
     for name, value in (
         ("mean_tolerance", mean_tolerance),
         ("variance_tolerance", variance_tolerance),
@@ -126,6 +132,7 @@ def closure_check(
             raise ValueError(f"{name} must be positive, got {value}")
     key = jax.random.key(seed)
     model = _from_counts(model, model.init_mean, model.init_cov)
+    substeps = _enough_substeps(model, method) if substeps is None else substeps
     run = _comparison(model, method, num_paths, substeps)
     free = model._replace(instruments=())
     run_free = _comparison(free, method, num_paths, substeps) if model.instruments else run
@@ -188,6 +195,35 @@ def _from_counts(model: StateSpaceModel, mean: Array, cov: Array) -> StateSpaceM
     if _is_network(model) and not bool(jnp.any(cov)):
         mean = jnp.maximum(jnp.round(mean), 0.0)
     return model._replace(init_mean=mean, init_cov=cov)
+
+
+def _enough_substeps(model: StateSpaceModel, method: MomentMatching) -> int:
+    """Euler steps in a grid step that do not blame the closure for an error of their own.
+
+    A step h changes the variance of a rate r by about `r h / 2` of it.
+    """
+    if _is_network(model):
+        return _LEAST_SUBSTEPS
+
+    @jax.jit
+    def products(mean: Array, cov: Array) -> Array:
+        free = model._replace(instruments=(), init_mean=mean, init_cov=cov)
+        result = method.filter(free)
+        sd = jnp.sqrt(jnp.diagonal(result.predicted_cov, axis1=-2, axis2=-1))
+        places = jnp.stack([result.predicted_mean + side * sd for side in (-2.0, 0.0, 2.0)])
+
+        def at(inputs: Any, x: Array) -> Array:
+            t, dt, cache = inputs
+            drift = partial(model.in_step(t, cache).drift, t)
+            return dt * fastest_rate(jax.jacfwd(drift)(x))
+
+        of_times = jax.vmap(at, in_axes=(0, 0))
+        return jax.vmap(lambda x: of_times(model.step_inputs(), x))(places[:, :-1])
+
+    product = float(jnp.max(products(model.init_mean, model.init_cov)))
+    if not np.isfinite(product):  # moments that diverge are found by the comparison
+        return _LEAST_SUBSTEPS
+    return int(np.clip(np.ceil(product / _LARGEST), _LEAST_SUBSTEPS, _MOST_SUBSTEPS))
 
 
 def _starts_matter(ends: Array, truths: Array, tolerance: float) -> list[str]:

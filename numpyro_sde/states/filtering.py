@@ -293,7 +293,7 @@ def state_space_model(
 
     Example:
         >>> import numpy as np, numpyro.distributions as dist, numpyro_sde as nsde
-        >>> wells = nsde.processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.7)
+        >>> wells = nsde.processes.DoubleWell(linear=2.0, cubic=2.0, scale=0.3)
         >>> path = nsde.SDEPath(wells, np.arange(4.0), dist.Normal(1.0, 0.1))
         >>> model = nsde.state_space_model(path, lambda t, x: dist.Normal(x, 0.2), np.ones(4))
         >>> nsde.filters.closure_check(model, num_paths=500).ok
