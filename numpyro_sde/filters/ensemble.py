@@ -183,7 +183,7 @@ class EnsembleKalman(AbstractFilter):
     def _inflate(self, members: _Ensemble) -> _Ensemble:
         if self.inflation == 1.0:
             return members
-        center = jnp.mean(members, axis=0)
+        center = jnp.mean(members, axis=0, keepdims=True)
         return center + self.inflation * (members - center)
 
     def _observe(

@@ -221,7 +221,7 @@ class ParticleResult(FilterResult):
         key = jax.random.key(0) if key is None else key
         paths = self.sample(key, history.log_weights.shape[1])
         mean = jnp.mean(paths, axis=0)
-        centred = paths - mean
+        centred = paths - mean[None]
         return mean, jnp.einsum("kni,knj->nij", centred, centred) / paths.shape[0]
 
     def genealogies(self) -> tuple[Float[Array, "M N d"], Float[Array, " M"]]:

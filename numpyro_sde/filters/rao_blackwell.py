@@ -201,7 +201,7 @@ class RaoBlackwellResult(RegimeResult):
         key = jax.random.key(0) if key is None else typed_key(key)
         paths = self.sample(key, num_draws)
         mean = jnp.mean(paths, axis=0)
-        centred = paths - mean
+        centred = paths - mean[None]
         return mean, jnp.einsum("kni,knj->nij", centred, centred) / num_draws
 
     def backward_kernel(self) -> Any:

@@ -133,7 +133,8 @@ def green_kubo(
     mean = jnp.mean(forces, axis=(0, 1))
     size = jnp.sqrt(jnp.mean(forces**2, axis=(0, 1)))
     own = slow_squares(functions, t, x, p, starts)
-    square = jnp.mean(own, axis=0) + twice_integrated_correlation(forces - mean, lags, method.step)
+    centred = forces - mean[None, None]
+    square = jnp.mean(own, axis=0) + twice_integrated_correlation(centred, lags, method.step)
     ok = jnp.all(jnp.abs(mean) <= _MOST_MEAN * size)
     drift = jnp.where(ok, jnp.mean(drifts, axis=0), jnp.nan)
     return drift, jnp.where(ok, square, jnp.nan)
