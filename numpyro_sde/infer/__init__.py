@@ -9,6 +9,7 @@ from numpyro_sde.infer.draw_files import read_draws
 from numpyro_sde.infer.evidence import evidence
 from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound
 from numpyro_sde.infer.gamma_rates import GammaRates, GammaRatesState
+from numpyro_sde.infer.ibis import RenewedDraws, ibis
 from numpyro_sde.infer.iterated_filtering import IteratedFiltering
 from numpyro_sde.infer.langevin import UnderdampedLangevin, UnderdampedLangevinState
 from numpyro_sde.infer.likelihood_fit import LikelihoodFit
@@ -46,6 +47,7 @@ __all__ = [
     "ParticleGibbs",
     "Profile",
     "ProposalRace",
+    "RenewedDraws",
     "Score",
     "SplitNUTS",
     "Tempered",
@@ -56,6 +58,7 @@ __all__ = [
     "adjusted_profile",
     "evidence",
     "guided_metric",
+    "ibis",
     "parisian_gibbs",
     "read_draws",
     "score",
