@@ -14,7 +14,6 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
-
 from numpyro_sde.statespace.checks import check_count, typed_key
 
 _TARGET_ACCEPT, _GAIN = 0.8, 1.0
@@ -60,12 +59,12 @@ def ibis(
 
     Iterated batch importance sampling (Chopin 2002, "A sequential particle filter method for static
     models", Biometrika 89), with the added data brought in by powers of their likelihood where they
-    say much at once, and Hamiltonian moves at each. The sampler is BlackJAX's adaptive tempered SMC;
-    its reference is the old posterior, its likelihood that of the new data given the old.
+    say much at once, and Hamiltonian moves at each. The sampler is BlackJAX's adaptive tempered
+    SMC; its reference is the old posterior, its likelihood that of the new data given the old.
 
-    For parameters with their paths integrated out (`handlers.marginalize`): a latent path grows with
-    the data. Draws keep what errors they come with: start from a converged run, and run MCMC anew now
-    and then. When not to use it: under `filters.Particle`, whose likelihood is a random number
+    For parameters with their paths integrated out (`handlers.marginalize`): a latent path grows
+    with the data. Draws keep what errors they come with: start from a converged run, and run MCMC
+    anew now and then. When not to use it: under `filters.Particle`, whose likelihood is a random number
     (`infer.PMMH` is made for that); where the clock's shape changes and a gradient compiles longer
     than it samples.
 
@@ -101,9 +100,8 @@ def ibis(
         >>> times, y = 0.5 * np.arange(12), np.sin(np.arange(12.0))
         >>> mcmc = MCMC(NUTS(model), num_warmup=100, num_samples=200, progress_bar=False)
         >>> mcmc.run(jax.random.key(0), times[:10], y[:10])
-        >>> renewed = nsde.infer.ibis(
-        ...     model, mcmc.get_samples(), (times[:10], y[:10]), (times, y), rng_key=jax.random.key(1)
-        ... )
+        >>> old, new = (times[:10], y[:10]), (times, y)
+        >>> renewed = nsde.infer.ibis(model, mcmc.get_samples(), old, new, rng_key=jax.random.key(1))
         >>> renewed.samples["rate"].shape, 0.5 < renewed.share <= 1.0
         ((200,), True)
     """
@@ -186,8 +184,8 @@ def _carry(
         if last:
             return _Carried(state.particles, log_evidence, stage + 1, accept)
     raise RuntimeError(
-        f"the new posterior was not reached in {_MOST_STAGES} stages: it is too far from the old one; "
-        "run MCMC on all data"
+        f"the new posterior was not reached in {_MOST_STAGES} stages: it is too far from the old "
+        "one; run MCMC on all data"
     )
 
 
@@ -207,7 +205,7 @@ def _of_latent_sites(
     model: Callable[..., Any], before: Any, after: Any, samples: Mapping[str, ArrayLike]
 ) -> dict[str, Array]:
     """The draws of the model's latent sites, checked."""
-    shapes, again = (_latent_shapes(model, *call, samples) for call in (before, after))
+    shapes, again = (_latent_shapes(partial(model, *a, **k), samples) for a, k in (before, after))
     for name in sorted(shapes.keys() | again.keys()):
         here, there = shapes.get(name), again.get(name)
         if here != there:
@@ -227,10 +225,10 @@ def _of_latent_sites(
 
 
 def _latent_shapes(
-    model: Callable[..., Any], args: Any, kwargs: Any, samples: Mapping[str, ArrayLike]
+    model: Callable[[], Any], samples: Mapping[str, ArrayLike]
 ) -> dict[str, tuple[int, ...]]:
     def run() -> dict[str, Any]:
-        sites = trace(seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
+        sites = trace(seed(model, jax.random.key(0))).get_trace()
         return {
             name: jnp.asarray(site["value"])
             for name, site in sites.items()

@@ -88,7 +88,7 @@ def test_wrong_input():
             new,
             rng_key=key,
         )
-    with pytest.raises(ValueError, match="least_share must be in \\(0, 1\\), got 1.0"):
+    with pytest.raises(ValueError, match=r"least_share must be in \(0, 1\), got 1\.0"):
         ibis(model, draws, old, new, rng_key=key, least_share=1.0)
-    with pytest.raises(ValueError, match="must have shape \\(N, \\*\\(\\)\\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(N, \*\(\)\)"):
         ibis(model, {"log_rate": np.zeros((100, 2))}, old, new, rng_key=key)
