@@ -64,9 +64,9 @@ def ibis(
 
     For parameters with their paths integrated out (`handlers.marginalize`): a latent path grows
     with the data. Draws keep what errors they come with: start from a converged run, and run MCMC
-    anew now and then. When not to use it: under `filters.Particle`, whose likelihood is a random number
-    (`infer.PMMH` is made for that); where the clock's shape changes and a gradient compiles longer
-    than it samples.
+    anew now and then. When not to use it: under `filters.Particle`, whose likelihood is a random
+    number (`infer.PMMH` is made for that); where a gradient for data of a new length compiles
+    longer than a run would take.
 
     Args:
         model: a NumPyro model, its latent sites the same under old and new data.
@@ -101,7 +101,8 @@ def ibis(
         >>> mcmc = MCMC(NUTS(model), num_warmup=100, num_samples=200, progress_bar=False)
         >>> mcmc.run(jax.random.key(0), times[:10], y[:10])
         >>> old, new = (times[:10], y[:10]), (times, y)
-        >>> renewed = nsde.infer.ibis(model, mcmc.get_samples(), old, new, rng_key=jax.random.key(1))
+        >>> draws = mcmc.get_samples()
+        >>> renewed = nsde.infer.ibis(model, draws, old, new, rng_key=jax.random.key(1))
         >>> renewed.samples["rate"].shape, 0.5 < renewed.share <= 1.0
         ((200,), True)
     """
@@ -156,17 +157,10 @@ def _carry(
     least_share: float,
 ) -> _Carried:
     """From draws of one density to draws of another, in stages; scales from the draws."""
-    try:
-        from blackjax.mcmc import hmc
-        from blackjax.smc import adaptive_tempered, resampling
-    except ImportError as error:
-        raise ImportError("ibis needs BlackJAX: pip install 'numpyro-sde[blackjax]'") from error
-    options = (partial(hmc.build_kernel(), num_integration_steps=num_leapfrog), hmc.init)
-    kernel = adaptive_tempered.build_kernel(
-        log_old, log_gain, *options, resampling.systematic, least_share
-    )
-    step = jax.jit(kernel, static_argnums=2)
-    state = adaptive_tempered.init(points)
+    from numpyro_sde.interop.blackjax import tempered_stages
+
+    begin, step = tempered_stages(log_old, log_gain, num_leapfrog, least_share)
+    state = begin(points)
     log_step, log_evidence, accept = np.log(1.2 / num_leapfrog), 0.0, 1.0
     for stage in range(_MOST_STAGES):
         # BlackJAX moves first and weighs then: one more stage once the new posterior is reached.

@@ -23,9 +23,11 @@ try:
     from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
     from blackjax.adaptation.step_size import dual_averaging_adaptation
     from blackjax.adaptation.window_adaptation import build_schedule
+    from blackjax.mcmc import hmc
+    from blackjax.smc import adaptive_tempered, resampling
 except ImportError as error:
     raise ImportError(
-        "nsde.infer.BlackJAX needs BlackJAX: pip install 'numpyro-sde[blackjax]'"
+        "infer.BlackJAX and infer.ibis need BlackJAX: pip install 'numpyro-sde[blackjax]'"
     ) from error
 
 LogDensity = Callable[[Array], Array]
@@ -408,3 +410,31 @@ def _by_energy(num_warmup: int, first: Any) -> Adaptation:
         )
 
     return Adaptation(init, update)
+
+
+def tempered_stages(
+    log_start: LogDensity, log_ratio: LogDensity, num_leapfrog: int, least_share: float
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Adaptive tempered SMC from one density to its product with a ratio, by Hamiltonian moves.
+
+    Returns:
+        What makes a state of draws `(N, D)`, and a stage `(key, state, num_moves, parameters)` that
+        moves, resamples and weighs; its parameters `step_size` and `inverse_mass_matrix` have a
+        leading dimension of 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sde.interop.blackjax import tempered_stages
+        >>> begin, stage = tempered_stages(lambda z: -jnp.sum(z**2), lambda z: -jnp.sum(z), 8, 0.5)
+        >>> float(begin(jnp.zeros((10, 2))).tempering_param)
+        0.0
+    """
+    kernel = adaptive_tempered.build_kernel(
+        log_start,
+        log_ratio,
+        partial(hmc.build_kernel(), num_integration_steps=num_leapfrog),
+        hmc.init,
+        resampling.systematic,
+        least_share,
+    )
+    return adaptive_tempered.init, jax.jit(kernel, static_argnums=2)
