@@ -12,6 +12,7 @@
 #
 # PYTHON names the interpreter (.venv/bin/python by default). Status 0: every file passed.
 set -u
+TIMEFORMAT=%U
 cd "$(dirname "$0")/.." || exit 2
 
 piece=1 pieces=1 limit=3600 again=no logs=.test-all/$(git rev-parse --short HEAD 2>/dev/null || echo none)
@@ -46,8 +47,9 @@ for i in "${!files[@]}"; do
     fi
     start=$SECONDS
     # 124: out of time; 5: the file has no slow tests.
-    timeout --kill-after=30 "$limit" "$python" -m pytest -n 0 -m slow "$file" >"$log" 2>&1
-    status=$? spent=$((SECONDS - start))
+    cpu=$({ time timeout --kill-after=30 "$limit" \
+        "$python" -m pytest -n 0 -m slow "$file" >"$log" 2>&1; echo "$?"; } 2>&1)
+    status=${cpu##*$'\n'} cpu=${cpu%%$'\n'*} spent=$((SECONDS - start))
     case $status in
         0 | 5)
             touch "$logs/$name.passed"
@@ -57,7 +59,8 @@ for i in "${!files[@]}"; do
         *)
             failed+=("$file ($log)") verdict=FAILED ;;
     esac
-    printf '%-12s %6d s  %s  %s\n' "$verdict" "$spent" "$file" "$(tail -n 1 "$log")"
+    printf '%-12s %6d s, CPU %5.0f s  %s  %s\n' \
+        "$verdict" "$spent" "$cpu" "$file" "$(tail -n 1 "$log")"
 done
 
 echo "piece $piece/$pieces: $passed passed, $kept passed before, ${#failed[@]} failed, $SECONDS s"
