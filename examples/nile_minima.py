@@ -15,9 +15,11 @@ published estimates. Run: python examples/nile_minima.py [--draws 1000]
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -25,6 +27,9 @@ from numpyro.infer import MCMC, NUTS
 from scipy.optimize import minimize
 
 import numpyro_sde as nsde
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 
 PUBLISHED = """published: exact maximum likelihood 0.8315, log likelihood 236.52 (McLeod, Yu and
 Krougly 2007); Whittle 0.84 (Beran 1994)"""
@@ -52,12 +57,30 @@ def model(level):
     numpyro.factor("level", noise(hurst, log_scale, len(level)).log_prob(level - mean))
 
 
+def draw(output, times, level, hurst):
+    """The series, and the posterior of its index."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.0, 3.2), layout="constrained", width_ratios=[2.0, 1.0]
+    )
+    left.plot(times, level, linewidth=0.6)
+    left.set(xlabel="year", ylabel="lowest level, metres on the gauge")
+    right.hist(hurst, bins=30, density=True)
+    right.axvline(0.8315, color="black", linewidth=0.8, label="published")
+    right.set(xlabel="Hurst index", yticks=[])
+    right.legend(frameon=False, fontsize="small")
+    figure.savefig(output / "nile_minima.png", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=1000)
-    draws = parser.parse_args().draws
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    draws = options.draws
     numpyro.enable_x64()
-    level = nsde.datasets.load_nile_minima().level / 100.0
+    times, level = nsde.datasets.load_nile_minima()
+    level = level / 100.0
     fit = maximum_likelihood(level)
     constant = -0.5 * len(level) * (np.log(2 * np.pi) + 1)
     print(f"maximum likelihood: H {fit.x[0]:.4f}, log likelihood {-fit.fun - constant:.2f}")
@@ -66,6 +89,7 @@ def main():
     hurst = np.asarray(mcmc.get_samples()["hurst"])
     print(f"posterior: H {hurst.mean():.3f} +- {hurst.std():.3f}")
     print(PUBLISHED)
+    draw(options.output, times, level, hurst)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ Run: python examples/rough_volatility.py [--draws 100]
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -36,6 +38,9 @@ from scipy.optimize import minimize
 from scipy.special import polygamma, psi
 
 import numpyro_sde as nsde
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 
 DAYS, RETURNS_A_DAY = 250, 20
 TRUTH = {"hurst": 0.15, "rate": 0.05, "mean": -1.0, "scale": 0.5}
@@ -142,16 +147,35 @@ def quasi_likelihood(log_square, count):
     return best.x[0]
 
 
+def draw(output, variance, hurst, quasi):
+    """The simulated variances, and what two methods say of their index."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.0, 3.2), layout="constrained", width_ratios=[2.0, 1.0]
+    )
+    left.semilogy(variance, linewidth=0.8)
+    left.set(xlabel="day", ylabel="realised variance")
+    right.hist(hurst, bins=20, density=True, label="posterior")
+    right.axvline(TRUTH["hurst"], color="black", linewidth=0.8, label="truth")
+    right.axvline(quasi, color="C3", linewidth=0.8, label="quasi likelihood")
+    right.set(xlabel="Hurst index", yticks=[])
+    right.legend(frameon=False, fontsize="small")
+    figure.savefig(output / "rough_volatility.png", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=100)
-    draws = parser.parse_args().draws
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    draws = options.draws
     numpyro.enable_x64()
     variance = simulated_variances(np.random.default_rng(0))
     print(f"simulated, {DAYS} days of {RETURNS_A_DAY} returns, true H {TRUTH['hurst']}")
     guided, whitened = nsde.reparam.GuidedReparam(), nsde.reparam.InnovationReparam()
-    posterior(realised, (variance, RETURNS_A_DAY), draws, 1, guided)
-    quasi_likelihood(np.log(variance), RETURNS_A_DAY)
+    hurst = posterior(realised, (variance, RETURNS_A_DAY), draws, 1, guided)
+    quasi = quasi_likelihood(np.log(variance), RETURNS_A_DAY)
+    draw(options.output, variance, hurst, quasi)
     r = treasury_returns()
     print(f"one-year Treasury yield, {len(r)} monthly changes")
     # Given so little, index, rate, scale and mean are strongly correlated: a poor sample, which the

@@ -21,9 +21,11 @@ on how many frequencies are used. Run: python examples/treasury_yield.py [--draw
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -31,6 +33,9 @@ from numpyro.infer import MCMC, NUTS
 from scipy.optimize import minimize, minimize_scalar
 
 import numpyro_sde as nsde
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 
 PUBLISHED = """published, of the nearest series: order of integration of monthly US interest rates
 "oscillating around 1.23" by Robinson's estimator, that is H 0.73 (Gil-Alana 2004, "Estimation of
@@ -80,17 +85,36 @@ def model(times, rate):
     numpyro.sample("rate", nsde.SDEPath(sde, times, init=rate[0]), obs=rate)
 
 
+def draw(output, times, rate, hurst, best):
+    """The series, and the posterior of its index."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.0, 3.2), layout="constrained", width_ratios=[2.0, 1.0]
+    )
+    left.plot(times, rate, linewidth=0.8)
+    left.set(xlabel="year", ylabel="one-year yield, per cent")
+    right.hist(hurst, bins=30, density=True)
+    right.axvline(best, color="black", linewidth=0.8, label="maximum likelihood")
+    right.axvline(0.5, color="C3", linewidth=0.8, label="Brownian motion")
+    right.set(xlabel="Hurst index", yticks=[])
+    right.legend(frameon=False, fontsize="small")
+    figure.savefig(output / "treasury_yield.png", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=1000)
-    draws = parser.parse_args().draws
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    draws = options.draws
     numpyro.enable_x64()
-    rate = nsde.datasets.load_us_treasury().yields[:, 0]
+    treasury = nsde.datasets.load_us_treasury()
+    rate = treasury.yields[:, 0]
     changes = np.diff(rate)
     n = len(changes)
     print(f"{n} monthly changes; d = H + 1/2")
-    hurst = maximum_likelihood(changes)
-    print(f"maximum likelihood: H {hurst:.3f}, d {hurst + 0.5:.3f}")
+    best = maximum_likelihood(changes)
+    print(f"maximum likelihood: H {best:.3f}, d {best + 0.5:.3f}")
     mcmc = MCMC(NUTS(model), num_warmup=draws // 2, num_samples=draws, progress_bar=False)
     mcmc.run(jax.random.key(0), np.arange(len(rate), dtype=float), rate)
     hurst = np.asarray(mcmc.get_samples()["hurst"])
@@ -99,6 +123,7 @@ def main():
         order = local_whittle(changes, count)
         print(f"Robinson's estimate, {count} lowest frequencies: d {order:.3f}")
     print(PUBLISHED)
+    draw(options.output, treasury.times, rate, hurst, best)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Trans. R. Soc. A 371.
 :data: simulated, the full system
 :tags: turbulence closure, multiscale, inputs, panel, forecast
 :page: multiscale.md
+:run time: 22 s of processor time
 """
 
 # ruff: noqa: ARG001, ARG005

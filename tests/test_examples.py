@@ -101,12 +101,17 @@ def test_the_pendulum_writes_its_friction(tmp_path: Path) -> None:
         ("rough_volatility", ["true H 0.15", "quasi likelihood: H 0.522"]),
     ],
 )
-def test_hurst_examples_print_their_estimates(name: str, expected: list[str]) -> None:
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--draws", "20"]
+def test_hurst_examples_print_their_estimates(
+    name: str, expected: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    script = ROOT / "examples" / f"{name}.py"
+    command = [sys.executable, script, "--draws", "20", "--output", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for line in expected:
         assert line in run.stdout
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

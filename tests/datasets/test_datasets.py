@@ -59,6 +59,10 @@ def test_myoblasts_are_the_cells_of_four_snapshots():
     means = [[score[data.hours == t].mean() for t in data.times] for score in (cycle, muscle)]
     expected = [[0.7878, 0.1786, 0.1799, 0.3065], [0.3585, 0.8455, 0.8948, 1.0728]]
     np.testing.assert_allclose(means, expected, atol=2e-4)
+    # Components are centred and uncorrelated over all cells, up to their rounding.
+    covariance = np.cov(data.components.T, bias=True)
+    np.testing.assert_allclose(data.components.mean(axis=0), 0.0, atol=5e-3)
+    assert abs(covariance[0, 1]) < 0.05 < 10.0 < covariance[1, 1] < covariance[0, 0]
 
 
 def test_theophylline_is_a_balanced_panel_in_mg_and_hours():
