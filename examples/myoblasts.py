@@ -15,6 +15,7 @@ normal transition can put a spike on zeros, and then fits nothing else.
 :data: real, 271 cells
 :tags: snapshots, bridges, linear, held out
 :page: snapshots.md
+:run time: 66 s of processor time
 """
 
 from __future__ import annotations
