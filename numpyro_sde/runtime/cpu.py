@@ -12,8 +12,10 @@ import jaxlib
 # On a CPU XLA dispatches each operation of a loop at each step, unless what a step touches is
 # smaller than this many bytes: then the loop is one kernel. XLA's default, 1,024, is just below
 # what a step of a filter or of a guided path in two dimensions touches. Far larger values only
-# make compiling slower.
+# make compiling slower. From jaxlib 0.12.0 on XLA by itself makes one kernel of every loop tried
+# (matrices of up to 2,000 rows), and the option would take that from the larger ones.
 _LOOP_OPTION, _LOOP_BYTES = "xla_cpu_small_while_loop_byte_threshold", 65536
+_LOOP_NEEDED_BEFORE = (0, 12, 0)
 _EXTRA = "--xla_backend_extra_options="
 
 # The emitters of fusions through MLIR double the time of compiling and gain nothing on small
@@ -32,10 +34,11 @@ _FUSIONS_WRONG = ((0, 10, 2), (0, 11, 0))
 def configure_cpu() -> str:
     """Make XLA compile small loops faster and run them as one kernel, on a CPU.
 
-    Filters, guided paths and simulators are loops over small vectors. By default XLA dispatches
-    every operation of such a loop at every step; two of its flags make one kernel of the loop
-    instead and halve the time of compiling. A gradient along a guided path of 400 steps takes 0.23
-    ms for 1.66, compiling it 1.0 s for 2.5. Results change by rounding at most.
+    Filters, guided paths and simulators are loops over small vectors. Before jaxlib 0.12 XLA
+    dispatches every operation of such a loop at every step; two of its flags make one kernel of the
+    loop instead and halve the time of compiling. With jaxlib 0.10.2 a gradient along a guided path
+    of 400 steps takes 0.23 ms for 1.66, compiling it 1.0 s for 2.5. Results change by rounding at
+    most. From jaxlib 0.12 on XLA makes one kernel of a loop by itself, and nothing is set.
 
     Call it once, before the first computation with JAX (importing is no computation): XLA reads
     its flags then and never again. Flags that `XLA_FLAGS` already sets stay as they are; those that
@@ -111,7 +114,7 @@ def _with_flags(flags: str, version: tuple[int, ...]) -> str:
     parts = flags.split()
     option = f"{_LOOP_OPTION}={_LOOP_BYTES}"
     extra = [i for i, part in enumerate(parts) if part.startswith(_EXTRA)]
-    if _LOOP_OPTION not in flags:
+    if _LOOP_OPTION not in flags and version < _LOOP_NEEDED_BEFORE:
         if extra:  # XLA keeps the last of several such flags
             parts[extra[-1]] += f",{option}"
         else:
