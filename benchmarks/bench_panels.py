@@ -137,12 +137,23 @@ def gradient() -> None:
 
 
 def devices() -> None:
-    """Wall time of a gradient over devices, each number in a process of its own."""
-    for number in (1, 2):
+    """Wall time of a gradient over devices, each number in a process of its own.
+
+    XLA spreads the larger operations of a single CPU device over all cores already, so that devices
+    made of cores are set against one device on one core too.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    for number, own in ((1, cores[:1]), (1, cores), (2, cores)):
         flags = os.environ.get("XLA_FLAGS", "")
         flags = f"{flags} --xla_force_host_platform_device_count={number}"
         env = {**os.environ, "XLA_FLAGS": flags}
-        subprocess.run([sys.executable, __file__, "one_process"], env=env, check=True)
+        print(f"{number} device(s), {len(own)} core(s)", flush=True)
+        subprocess.run(
+            [sys.executable, __file__, "one_process"],
+            env=env,
+            check=True,
+            preexec_fn=functools.partial(os.sched_setaffinity, 0, own),
+        )
 
 
 def one_process() -> None:
@@ -162,9 +173,12 @@ def one_process() -> None:
 
 
 def fits() -> None:
-    """A thousand fits by one worker and by two, from an empty compilation cache."""
-    times, y = simulate(1_000, 50, np.random.default_rng(1).normal(MEAN, SD, size=1_000))
-    chain = nsde.Chain(num_warmup=300, num_samples=300)
+    """A thousand fits by one worker and by two, from an empty compilation cache.
+
+    Each worker imports and compiles for some seconds first: shorter fits gain less than these.
+    """
+    times, y = simulate(1_000, 200, np.random.default_rng(1).normal(MEAN, SD, size=1_000))
+    chain = nsde.Chain(num_warmup=1_000, num_samples=1_000)
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             nsde.enable_compilation_cache(folder)

@@ -29,7 +29,7 @@ def test_ranks_of_the_amplitude_are_uniform():
     """Simulation-based calibration: 200 replicates (key 0), one compiled chain of 300 + 600 draws.
 
     Data are drawn with their weights, by the model itself; NUTS sees the amplitude and the noise
-    alone. The test of uniformity is the library's, at 1 in 1,000 over all ranked sites.
+    alone. The test of uniformity is the library's, at its level of 0.05.
     """
     collapsed = nsde.handlers.collapse(model, "f")
     run = nsde.diagnostics.compiled_chain(NUTS(collapsed), 300, 600)
