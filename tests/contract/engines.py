@@ -190,6 +190,8 @@ class _InRegimes(_ChangePath):
     """The same law as an SDE of two hidden regimes that do not differ."""
 
     def replace(self, name, path):
+        if isinstance(path.sde, nsde.SwitchingSDE):  # `do` sends a changed site through again
+            return path, np.arange(path.num_times)
         sde, chain = path.sde, nsde.MarkovJumpProcess(np.array([[0.0, 0.6], [1.0, 0.0]]), 2)
         drift, diffusion, params = sde.drift.function, sde.diffusion.function, sde.params
         dims = jax.tree.unflatten(jax.tree.structure(params), sde.parameters.event_dims)
