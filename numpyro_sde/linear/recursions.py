@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.ranks import equal_rank
+from numpyro_sde.linear.running_products import running
 from numpyro_sde.linear.small import (
     diagonal,
     inverse_one_plus,
@@ -198,57 +199,47 @@ def _loses_digits(steps: ScalarSteps, Z: Array) -> Array:
     return ~jnp.all(ok)
 
 
+class _Seen(NamedTuple):
+    """Predicted `[P | m]` of every step with `P h` and `h' P h`, which P alone may not tell."""
+
+    Z: Float[Array, "n d d+1"]
+    u: Float[Array, "n d"]
+    spread: Float[Array, " n"]
+
+
 @jax.custom_jvp
-def _scan_guarded(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
-    """Predicted `[P | m]`: by covariances where they keep their digits, else by factors.
+def _scan_guarded(steps: ScalarSteps) -> _Seen:
+    """Predictions by covariances where they keep their digits, else by factors.
 
     What a batch of models needs is decided for all of them.
     """
-    by_covariances = _scan_covariances(steps)
+    Z = _scan_covariances(steps)
+    u = matvec(Z[..., :-1], steps.h)
+    by_covariances = _Seen(Z, u, _dot(u, steps.h))
 
     # A loop of one round or none: under `vmap` it runs if any element asks for it, where both
     # branches of a `cond` would run.
-    def once(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def once(carry: tuple[Array, _Seen]) -> tuple[Array, _Seen]:
         return jnp.zeros_like(carry[0]), _scan_squared(steps)
 
-    todo = _loses_digits(steps, lax.stop_gradient(by_covariances))
+    todo = _loses_digits(steps, lax.stop_gradient(Z))
     return lax.while_loop(lambda carry: carry[0], once, (todo, by_covariances))[1]
 
 
-def _scan_squared(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
+def _scan_squared(steps: ScalarSteps) -> _Seen:
     Z = _scan_factors(steps)
     S = Z[..., :-1]
-    return _augment(matmul(S, transpose(S)), Z[..., -1])
+    f = matvec(transpose(S), steps.h)
+    squared = _augment(matmul(S, transpose(S)), Z[..., -1])
+    return _Seen(squared, matvec(S, f), _dot(f, f))
 
 
 @_scan_guarded.defjvp
 def _scan_guarded_jvp(
     primals: tuple[ScalarSteps], tangents: tuple[ScalarSteps]
-) -> tuple[Array, Array]:
+) -> tuple[_Seen, _Seen]:
     # The loop has no reverse derivative; the factors are good wherever it leads.
     return jax.jvp(_scan_squared, primals, tangents)
-
-
-def _running(compose: Callable[[Any, Any], Any], elements: Any, neutral: Any) -> Any:
-    """All running products of `elements` from the first, by recursive doubling.
-
-    Hillis and Steele (1986): `log2 n` rounds, each over all elements. `lax.associative_scan`
-    does fewer operations, but compiles two copies of `compose` for every level (37 s for the
-    filter's elements with d = 4 and n = 1,000); this one compiles a single copy.
-    """
-    n = jax.tree.leaves(elements)[0].shape[0]
-    before = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), neutral)
-
-    def double(current: Any, shift: Array) -> tuple[Any, None]:
-        shifted = jax.tree.map(
-            lambda a, b: lax.dynamic_slice_in_dim(jnp.concatenate([a, b]), n - shift, n),
-            before,
-            current,
-        )
-        return compose(shifted, current), None
-
-    shifts = 2 ** jnp.arange(max(n - 1, 1).bit_length())
-    return lax.scan(jax.checkpoint(double), elements, shifts)[0]
 
 
 class _Element(NamedTuple):
@@ -303,7 +294,7 @@ def _associate(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
     elements = _Element(*(jnp.concatenate([a[None], b]) for a, b in zip(start, rest, strict=True)))
     one = jnp.eye(steps.m0.shape[-1], dtype=P.dtype)
     neutral = _Element(one, jnp.zeros_like(m), 0 * one, jnp.zeros_like(m), 0 * one)
-    filtered = _running(_compose, elements, neutral)
+    filtered = running(_compose, elements, neutral)
     m, P = filtered.b[:-1], filtered.C[:-1]
     m, P = matvec(steps.F, m) + steps.c, matmul(matmul(steps.F, P), transpose(steps.F)) + steps.Q
     return jnp.concatenate([_augment(steps.P0, steps.m0)[None], _augment(symmetrize(P), m)])
@@ -327,10 +318,11 @@ def predict(steps: ScalarSteps, form: str) -> Prediction:
         S, m = Z[..., :-1], Z[..., -1]
         f = matvec(transpose(S), steps.h)
         u, s, P = matvec(S, f), _dot(f, f) + steps.r, matmul(S, transpose(S))
+    elif form == "guarded":
+        Z, u, spread = _scan_guarded(steps)
+        S, m, P, s = None, Z[..., -1], Z[..., :-1], spread + steps.r
     else:
-        scans: dict[str, Callable[[ScalarSteps], Array]]
-        scans = {"parallel": _associate, "guarded": _scan_guarded}
-        Z = scans.get(form, _scan_covariances)(steps)
+        Z = (_associate if form == "parallel" else _scan_covariances)(steps)
         S, m, P = None, Z[..., -1], Z[..., :-1]
         u = matvec(P, steps.h)
         s = _dot(u, steps.h) + steps.r
@@ -394,7 +386,7 @@ def affine_backward(
 
     ends = jnp.concatenate([L, jnp.zeros_like(B[-1:, :, :d])])
     neutral = (jnp.eye(d, dtype=L.dtype), jnp.zeros_like(B[-1]))
-    return _running(compose, (ends[::-1], B[::-1]), neutral)[1][::-1]
+    return running(compose, (ends[::-1], B[::-1]), neutral)[1][::-1]
 
 
 def _information(steps: ScalarSteps, p: Prediction, form: str) -> Float[Array, "n d d+1"]:
