@@ -213,25 +213,27 @@ def _scan_guarded(steps: ScalarSteps) -> _Seen:
 
     What a batch of models needs is decided for all of them.
     """
-    Z = _scan_covariances(steps)
-    u = matvec(Z[..., :-1], steps.h)
-    by_covariances = _Seen(Z, u, _dot(u, steps.h))
+    by_covariances = _seen(steps, _scan_covariances(steps))
 
     # A loop of one round or none: under `vmap` it runs if any element asks for it, where both
     # branches of a `cond` would run.
     def once(carry: tuple[Array, _Seen]) -> tuple[Array, _Seen]:
-        return jnp.zeros_like(carry[0]), _scan_squared(steps)
+        return jnp.zeros_like(carry[0]), _seen_by_factors(steps, _scan_factors(steps))
 
-    todo = _loses_digits(steps, lax.stop_gradient(Z))
+    todo = _loses_digits(steps, lax.stop_gradient(by_covariances.Z))
     return lax.while_loop(lambda carry: carry[0], once, (todo, by_covariances))[1]
 
 
-def _scan_squared(steps: ScalarSteps) -> _Seen:
-    Z = _scan_factors(steps)
+def _seen(steps: ScalarSteps, Z: Float[Array, "n d d+1"]) -> _Seen:
+    u = matvec(Z[..., :-1], steps.h)
+    return _Seen(Z, u, _dot(u, steps.h))
+
+
+def _seen_by_factors(steps: ScalarSteps, Z: Float[Array, "n d d+1"]) -> _Seen:
+    """Of predicted `[S | m]`."""
     S = Z[..., :-1]
     f = matvec(transpose(S), steps.h)
-    squared = _augment(matmul(S, transpose(S)), Z[..., -1])
-    return _Seen(squared, matvec(S, f), _dot(f, f))
+    return _Seen(_augment(matmul(S, transpose(S)), Z[..., -1]), matvec(S, f), _dot(f, f))
 
 
 @_scan_guarded.defjvp
@@ -239,7 +241,7 @@ def _scan_guarded_jvp(
     primals: tuple[ScalarSteps], tangents: tuple[ScalarSteps]
 ) -> tuple[_Seen, _Seen]:
     # The loop has no reverse derivative; the factors are good wherever it leads.
-    return jax.jvp(_scan_squared, primals, tangents)
+    return jax.jvp(lambda steps: _seen_by_factors(steps, _scan_factors(steps)), primals, tangents)
 
 
 class _Element(NamedTuple):
@@ -313,19 +315,16 @@ def predict(steps: ScalarSteps, form: str) -> Prediction:
 
     `form` is "sequential", "sqrt", "parallel" or "guarded"; see the module's opening.
     """
+    S = None
     if form == "sqrt":
         Z = _scan_factors(steps)
-        S, m = Z[..., :-1], Z[..., -1]
-        f = matvec(transpose(S), steps.h)
-        u, s, P = matvec(S, f), _dot(f, f) + steps.r, matmul(S, transpose(S))
+        S, seen = Z[..., :-1], _seen_by_factors(steps, Z)
     elif form == "guarded":
-        Z, u, spread = _scan_guarded(steps)
-        S, m, P, s = None, Z[..., -1], Z[..., :-1], spread + steps.r
+        seen = _scan_guarded(steps)
     else:
-        Z = (_associate if form == "parallel" else _scan_covariances)(steps)
-        S, m, P = None, Z[..., -1], Z[..., :-1]
-        u = matvec(P, steps.h)
-        s = _dot(u, steps.h) + steps.r
+        scan = _associate if form == "parallel" else _scan_covariances
+        seen = _seen(steps, scan(steps))
+    P, m, u, s = seen.Z[..., :-1], seen.Z[..., -1], seen.u, seen.spread + steps.r
     # A variance below zero anywhere spoils its step, so that a wrong sign cannot pass.
     bad = (steps.r < 0) | (diagonal(P) < 0).any(-1)
     s = jnp.where(bad, jnp.nan, s)
