@@ -19,6 +19,7 @@ from numpyro_sde.distributions.batching import describe_batch, map_batch
 from numpyro_sde.distributions.missing import log_prob_of_present
 from numpyro_sde.distributions.moments import mean_and_cov
 from numpyro_sde.distributions.observation import Emission, EmissionStructure
+from numpyro_sde.linear.rows import put_rows
 from numpyro_sde.linear.small import cholesky
 from numpyro_sde.statespace.model import Instrument
 from numpyro_sde.statespace.updates import LOG_2PI
@@ -120,7 +121,7 @@ class Statement(eqx.Module):
                 out = np.zeros((num_times, *a.shape[1:]), a.dtype)
                 out[rows] = a
                 return out
-            return jnp.zeros((num_times, *a.shape[1:]), a.dtype).at[rows].set(a)
+            return put_rows(a, rows, num_times)
 
         # Data known before tracing stay on the host: filters then see that none is missing.
         xp: Any = np if isinstance(y, np.ndarray) else jnp

@@ -20,6 +20,7 @@ from numpyro_sde.filters.forced import (
 )
 from numpyro_sde.linear import diffuse, discretize, kalman
 from numpyro_sde.linear.affine import degrees
+from numpyro_sde.linear.rows import put_rows, take_rows
 from numpyro_sde.linear.smoothing import BackwardKernel, backward_kernels
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.dependence import dependence
@@ -120,7 +121,7 @@ class Kalman(AbstractFilter):
         arrays = linear_arrays(model, _observed_rows(model))
         result, _ = self._run(model, arrays)
         terms = result.increments
-        return jnp.zeros(model.num_times, terms.dtype).at[arrays.rows].set(terms)
+        return put_rows(terms, arrays.rows, model.num_times)
 
     def filter(self, model: StateSpaceModel) -> FilterResult:
         model = _discretized(model)
@@ -356,7 +357,7 @@ def _emission(instrument: Instrument, dim: int, rows: np.ndarray) -> tuple[Array
         constant = constant and max(degrees(vary, leaf)) == 0
     if constant:
         return at(first)
-    taken = jax.tree.map(lambda a: a[rows], instrument.inputs)
+    taken = jax.tree.map(lambda a: take_rows(jnp.asarray(a), rows), instrument.inputs)
     return jax.vmap(at)(taken)
 
 

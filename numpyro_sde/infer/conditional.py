@@ -179,12 +179,12 @@ class ConditionalSMC(BlockKernel):
         # A race may give the kernel another proposal: it decides the program too.
         proposal, threshold = self.setting.proposal, self.setting.ess_threshold
         held = Held((threshold, jax.tree.leaves(proposal)))
-        # Compiled as one: a sweep outside `jit` would compile every operation apart.
+        # Compiled as one: a filter outside `jit` would compile every operation apart.
         state: ConditionalSMCState = with_data_as_arguments(
             self._model,
             model_args,
             kwargs,
-            lambda given: _first_sweep(self, proposal, held, given, rng_key, z),
+            lambda given: _first_paths(self, proposal, held, given, rng_key, z),
         )
         return state
 
@@ -194,9 +194,14 @@ class ConditionalSMC(BlockKernel):
         # Paths drawn by filters: those of the prior, which Gibbs hands over, may be such that no
         # other one ever replaces them.
         key, *keys = jax.random.split(key, 1 + len(z))
+        renewed, ess = {}, {}
         for name, own in zip(tuple(z), keys, strict=True):
-            z = {**z, name: self._first(self._observed(args, kwargs, name, z), own)}
-        return self.sample(ConditionalSMCState(z, {}, {}, key), args, kwargs)
+            observed = self._observed(args, kwargs, name, z)
+            z = {**z, name: self._first(observed, own)}
+            shape = (*observed.path.batch_shape, observed.path.num_times)
+            renewed[name] = jnp.ones(shape, bool)
+            ess[name] = jnp.full(shape, jnp.nan)  # there was no sweep yet
+        return ConditionalSMCState(z, renewed, ess, key)
 
     def sample(
         self, state: ConditionalSMCState, model_args: Any, model_kwargs: Any
@@ -301,7 +306,7 @@ class ConditionalSMC(BlockKernel):
 
 
 @entry_point
-def _first_sweep(
+def _first_paths(
     kernel: ConditionalSMC,
     proposal: Proposal,  # noqa: ARG001
     options: Held,  # noqa: ARG001
@@ -309,7 +314,7 @@ def _first_sweep(
     key: PRNGKeyArray,
     z: dict[str, Array],
 ) -> ConditionalSMCState:
-    """The first state of a kernel, compiled once for its proposal and options."""
+    """First paths by filters, compiled once for a kernel's proposal and options."""
     args, kwargs = released(arguments)
     return kernel._begin(key, z, args, kwargs)
 

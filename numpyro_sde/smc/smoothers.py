@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -228,13 +229,12 @@ def assemble(
     blocks: Block, law: Dynamics, starts: Array, states: Array, end: Array
 ) -> Float[Array, "draws N d"]:
     """Put starts `(blocks, draws, d)`, states inside and the end together."""
-    num_draws, d = end.shape
-    path = jnp.zeros((law.nodes[-1] + 1, num_draws, d), end.dtype)
-    path = path.at[blocks.start].set(starts).at[law.nodes[-1]].set(end)
-    if states.shape[2]:
-        rows = jnp.where(blocks.real, blocks.rows, law.nodes[-1] + 1)
-        path = path.at[rows].set(jnp.swapaxes(states, 1, 2), mode="drop")
-    return jnp.swapaxes(path, 0, 1)
+    pieces = jnp.concatenate([starts[:, None], jnp.swapaxes(states, 1, 2)], axis=1)
+    # Where each grid time is: a gather, which needs no loop over the rows as a scatter does.
+    rows = np.arange(law.nodes[-1])
+    block = np.searchsorted(blocks.start, rows, side="right") - 1
+    path = pieces[block, rows - blocks.start[block]]
+    return jnp.swapaxes(jnp.concatenate([path, end[None]]), 0, 1)
 
 
 def _refresh(

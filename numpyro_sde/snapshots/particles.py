@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_sde.distributions.arguments import resolve_scheme
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.distributions.state_space import ObservedPath
+from numpyro_sde.linear.rows import put_rows
 from numpyro_sde.schemes import AbstractScheme
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.sde import SDE
@@ -183,9 +184,9 @@ def pinned_guide(
     """
     rows = clock.index[1:]
     states = jnp.broadcast_to(cells, (rows.size, model.dim)).astype(model.init_mean.dtype)
-    values = jnp.zeros((model.num_times, model.dim), states.dtype).at[rows].set(states)
-    seen = jnp.zeros((model.num_times, model.dim), bool)
-    seen = seen.at[rows].set(jnp.broadcast_to(present[:, None], (rows.size, model.dim)))
+    values = put_rows(states, rows, model.num_times)
+    shown = jnp.broadcast_to(present[:, None], (rows.size, model.dim))
+    seen = put_rows(shown, rows, model.num_times)
     zero = jnp.zeros((model.dim, model.dim), states.dtype)
     pin = Instrument(
         inputs=jnp.zeros(model.num_times, states.dtype),

@@ -29,6 +29,7 @@ from numpyro_sde.linear.information import (
     log_weight,
     whiten_innovations,
 )
+from numpyro_sde.linear.rows import put_rows, take_rows
 from numpyro_sde.linear.small import (
     cholesky,
     matmul,
@@ -217,8 +218,9 @@ def observations_along(
     for instrument in noisy(model):
         rows, now = _observed_times(instrument)
         inform: Any = partial(observed_information, instrument)
-        more, score = jax.vmap(inform)(*now, reference[rows])
-        J, s = J.at[rows].add(more), s.at[rows].add(score)
+        more, score = jax.vmap(inform)(*now, take_rows(reference, rows))
+        J = J + put_rows(more, rows, model.num_times)
+        s = s + put_rows(score, rows, model.num_times)
     return J, s
 
 
@@ -241,7 +243,7 @@ def _observed_times(instrument: Instrument) -> tuple[np.ndarray, Any]:
     """Grid indices of an instrument's observations; its inputs, values and presence there."""
     rows = np.asarray(instrument.rows, dtype=int)
     data = (instrument.inputs, instrument.values, instrument.present)
-    return rows, jax.tree.map(lambda a: jnp.asarray(a)[rows], data)
+    return rows, jax.tree.map(lambda a: take_rows(jnp.asarray(a), rows), data)
 
 
 def linearize_step(
@@ -410,8 +412,8 @@ def log_emissions(model: StateSpaceModel, x: Float[Array, "N d"]) -> Float[Array
     total = jnp.zeros(model.num_times, x.dtype)
     for instrument in noisy(model):
         rows, (inputs, values, present) = _observed_times(instrument)
-        terms = jax.vmap(instrument.log_prob)(inputs, x[rows], values, present)
-        total = total.at[rows].add(terms)
+        terms = jax.vmap(instrument.log_prob)(inputs, take_rows(x, rows), values, present)
+        total = total + put_rows(terms, rows, model.num_times)
     return total
 
 

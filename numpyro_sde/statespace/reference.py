@@ -204,12 +204,14 @@ def believed_guide(model: StateSpaceModel) -> BelievedGuide:
 
     def attempt(turn: Array, best: _Tried) -> _Tried:
         before = best.believed.guide.reference
-        references = (
-            lambda: kalman_reference(model).astype(dtype),
-            lambda: _patch(model, before, best.misses, data_reference(model)).astype(dtype),
-            lambda: data_reference(model).astype(dtype),
-        )
-        found = _look_along(model, lax.switch(turn, references))
+
+        def of_data() -> Array:
+            data = data_reference(model)
+            patched = _patch(model, before, best.misses, data)
+            return jnp.where(turn == 1, patched, data).astype(dtype)
+
+        reference = lax.cond(turn == 0, lambda: kalman_reference(model).astype(dtype), of_data)
+        found = _look_along(model, reference)
         better = (turn == 0) | (found.believed.log_fit > best.believed.log_fit)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
 
@@ -264,8 +266,11 @@ def _patch(model: StateSpaceModel, reference: Array, misses: Array, data: Array)
     gap = np.searchsorted(seen, np.arange(model.num_times - 1), side="right")
     whole = jnp.all(jnp.isfinite(reference), axis=1)
     bad = ~(misses <= _LARGEST_MISS) | ~whole[1:]
-    any_bad = jax.ops.segment_max(bad.astype(jnp.int32), jnp.asarray(gap), int(gap.max()) + 1) > 0
-    replaced = jnp.concatenate([any_bad[gap], any_bad[gap[-1:]]]) | ~whole
+    # Bad ones up to each step; in a gap: those up to its end less those before it.
+    count = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(bad, dtype=jnp.int32)])
+    starts, ends = (np.searchsorted(gap, gap, side=side) for side in ("left", "right"))
+    any_bad = count[ends] > count[starts]
+    replaced = jnp.concatenate([any_bad, any_bad[-1:]]) | ~whole
     return jnp.where(replaced[:, None], data, reference)
 
 
