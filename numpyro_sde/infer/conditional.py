@@ -14,7 +14,7 @@ from numpyro_sde.filters.rao_blackwell import check_switching
 from numpyro_sde.infer import conditional_regimes
 from numpyro_sde.infer.block import BlockKernel
 from numpyro_sde.models.arguments import released, with_data_as_arguments
-from numpyro_sde.models.reading import latent_paths, read_model, refuse_weighted
+from numpyro_sde.models.reading import Reading, latent_paths, read_model, refuse_weighted
 from numpyro_sde.models.survey import survey
 from numpyro_sde.runtime.entry import Held, entry_point
 from numpyro_sde.schemes.switching import SwitchingSteps
@@ -216,9 +216,12 @@ class ConditionalSMC(BlockKernel):
 
     def _observed(self, args: Any, kwargs: Any, name: str, z: dict[str, Array]) -> ObservedPath:
         """A path with its law and data, given everything else."""
+        return self._reading(args, kwargs, name, z).observed[name]
+
+    def _reading(self, args: Any, kwargs: Any, name: str, z: dict[str, Array]) -> Reading:
         reading = read_model(self._model, args, kwargs, values=z, only=name)
         refuse_weighted(reading.paths[name], name, "conditional SMC")
-        return reading.observed[name]
+        return reading
 
     def _first(self, observed: ObservedPath, key: PRNGKeyArray) -> Array:
         def one(model: StateSpaceModel, key: PRNGKeyArray) -> Array:

@@ -130,10 +130,13 @@ class Interweaving:
         self, name: str, paths: dict[str, Array], values: dict[str, Array], args: Any, kwargs: Any
     ) -> SDEPath:
         given = with_conditioning(kwargs, values)
-        observed = self._paths._observed(args, given, name, paths)
+        reading = self._paths._reading(args, given, name, paths)
+        observed = reading.observed[name]
         law = observed.path
         if not isinstance(law, SDEPath):
             raise TypeError(f"path {name!r} follows a {type(law).__name__}: it has no innovations")
+        if reading.paths[name].intervened:
+            raise ValueError(f"path {name!r} is cut off from its data by handlers.do")
         scheme = law.scheme
         one_to_one = isinstance(scheme, GaussianScheme) and not isinstance(scheme, MemoryScheme)
         if not one_to_one or law.innovation_shape[1:] != law.state_shape or not scheme.smooth:

@@ -24,6 +24,7 @@ from numpyro_sde.infer.racing import (
     regimes_are_linear,
 )
 from numpyro_sde.infer.start import Start, approximate_mode
+from numpyro_sde.models.reading import read_model
 from numpyro_sde.smc.defensive import Auto
 from numpyro_sde.smc.settings import PROPOSALS
 from numpyro_sde.statespace.checks import typed_key
@@ -130,8 +131,9 @@ class ParticleGibbs(Gibbs):
         From a draw of the prior a chain may begin where every path but its own is impossible, and
         stay there.
         """
+        kwargs = {} if model_kwargs is None else model_kwargs
+        read_model(self._model, model_args, kwargs)  # refuses data that are none
         if init_params is None and is_prng_key(rng_key):
-            kwargs = {} if model_kwargs is None else model_kwargs
             mode_key, spread_key, race_key, rng_key = jax.random.split(typed_key(rng_key), 4)
             start, _ = approximate_mode(self._model, model_args, kwargs, mode_key)
             flat, back = ravel_pytree(start.z)

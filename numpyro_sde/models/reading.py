@@ -31,6 +31,7 @@ from numpyro_sde.distributions.statement import (
     with_lead,
 )
 from numpyro_sde.models.stack import (
+    intervenes_on,
     outside_all_handlers,
     path_law,
     peel,
@@ -59,6 +60,7 @@ class PathSite(NamedTuple):
         mask: True, or where its density counts.
         power: power of its density; None for 1.
         value: its value as the law has it.
+        intervened: whether `handlers.do` hands the rest of the model another value.
     """
 
     law: AbstractPathLaw
@@ -67,6 +69,7 @@ class PathSite(NamedTuple):
     mask: Any
     power: Any
     value: Any
+    intervened: bool = False
 
 
 class _Observation(NamedTuple):
@@ -117,7 +120,7 @@ class Reader(Messenger):
         plates = plates_around(msg)
         _, mask = peel(msg["fn"])
         power = power_of(msg["scale"], plates, plates)
-        site = PathSite(path, lead, plates, mask, power, value)
+        site = PathSite(path, lead, plates, mask, power, value, intervenes_on(msg["name"]))
         self.paths[msg["name"]] = site
         msg["value"] = value
         remember_value(value, path.clock)
