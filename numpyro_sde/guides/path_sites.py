@@ -61,10 +61,16 @@ class _StandIns(Messenger):
 
 
 class _FullPlates(Messenger):
-    """Take all of every plate, subsampled ones too."""
+    """Take all of every plate, subsampled ones too, whose names are noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled: list[str] = []
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "plate":
+            if msg["args"][1] not in (None, msg["args"][0]):
+                self.filled.append(msg["name"])
             msg["args"] = (msg["args"][0], None)
             msg["value"] = jnp.arange(msg["args"][0])
 
@@ -80,11 +86,25 @@ def without_paths(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_full_plates(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with all of every plate."""
+    """The model with all of every plate.
+
+    Raises:
+        ValueError: when run, a model that cannot run so, where a plate subsamples.
+    """
 
     def full(*args: Any, **kwargs: Any) -> Any:
-        with _FullPlates():
-            return model(*args, **kwargs)
+        plates = _FullPlates()
+        try:
+            with plates:
+                return model(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            if not plates.filled:
+                raise
+            raise ValueError(
+                f"AutoPathGuide has parameters for all of plate {plates.filled[0]!r}, which "
+                "subsamples, and the model does not run with all of it: give all the data and "
+                f"index them by the plate (y[i]), in the model. {error}"
+            ) from error
 
     return full
 

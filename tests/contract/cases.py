@@ -177,7 +177,13 @@ def _():
         seen(x, Y)
 
 
-@case("subsampled series", ou_truth({"y": Y2}, paths=2), shape=(2, 3), copies=2.0)
+@case(
+    "subsampled series",
+    ou_truth({"y": Y2}, paths=2),
+    shape=(2, 3),
+    copies=2.0,
+    refusal="all of plate 'series', which subsamples|with subsample plates",
+)
 def _():
     b = level()
     with numpyro.plate("series", 4, subsample_size=2):
@@ -371,7 +377,7 @@ CASES += [
         CASES[0].model,
         lambda b: CASES[0].truth(b).known(R, X0),
         shape=None,
-        refusal="condition",
+        refusal="condition|no latent",
         outside=partial(handlers.condition, data={"x": X0}),
     ),
     Way(

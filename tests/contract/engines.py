@@ -335,8 +335,6 @@ def _particle_gibbs(case):
     kernel = nsde.infer.ParticleGibbs(
         model, 6, proposal="guided", inner_options={"max_tree_depth": 2}
     )
-    if case.name == "subsampled series":
-        raise NotAskedError  # numpyro's Gibbs itself refuses plates that subsample, and says so
     count, key = 3000, jax.random.key(15)
     start = kernel.init(key, 0, {"b": jnp.zeros(()), "x": jnp.zeros(case.shape)}, case.args, {})
     b, x = _exact_pairs(case, count, np.random.default_rng(16))
