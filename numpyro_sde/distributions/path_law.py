@@ -259,8 +259,7 @@ class AbstractPathLaw(dist.Distribution):
         return self._checked_log_prob(value)
 
     def _log_prob(self, value: ArrayLike) -> Array:
-        start, total = self._density(value, "log_density_sum")
-        return start if total is None else start + total
+        return cast("Array", self._density(value, _total_of))
 
     _checked_log_prob = validate_sample(_log_prob)
 
@@ -270,13 +269,13 @@ class AbstractPathLaw(dist.Distribution):
         The density of the first state, 0 where it is fixed, then of each state given the one
         before: what leave-one-out statistics of a directly observed path are made of.
         """
-        start, transitions = self._density(value, "log_densities")
+        start, transitions = self._density(value, _each_of)
         if transitions is None:
             return start[..., None]
         return jnp.concatenate([start[..., None], transitions], axis=-1)
 
-    def _density(self, value: ArrayLike, what: str) -> tuple[Array, Any]:
-        """Log density of the first state, and the scheme's of the transitions, if there are any."""
+    def _density(self, value: ArrayLike, program: Callable[..., Any]) -> Any:
+        """What a program makes of the law and a path that has been checked."""
         value = jnp.asarray(as_data("path", value))
         shape = value.shape[: value.ndim - self.event_dim]
         lead = self._lead(value)
@@ -295,9 +294,11 @@ class AbstractPathLaw(dist.Distribution):
         if self.init._validate_args:  # its checks are for values that are known
             self._expanded_init().log_prob(self._take(value, 0))
         known = not isinstance(value, jax.core.Tracer)
-        return _density_of(self, lead, as_constant(value) if known else value, what)
+        return program(self, lead, as_constant(value) if known else value)
 
     def _density_now(self, lead: tuple[int, ...], value: Array, what: str) -> tuple[Array, Any]:
+        """Log density of the first state, and the scheme's of the transitions, if there are any."""
+
         def transitions(
             sde: Any, scheme: AbstractScheme, times: Any, dt: Any, cache: Any, x: Array
         ) -> Array:
@@ -432,10 +433,14 @@ class AbstractPathLaw(dist.Distribution):
 
 
 @subprogram
-def _density_of(
-    law: AbstractPathLaw, lead: tuple[int, ...], value: Array, what: str
-) -> tuple[Array, Any]:
-    return law._density_now(lead, value, what)
+def _total_of(law: AbstractPathLaw, lead: tuple[int, ...], value: Array) -> Array:
+    start, total = law._density_now(lead, value, "log_density_sum")
+    return start if total is None else start + total
+
+
+@subprogram
+def _each_of(law: AbstractPathLaw, lead: tuple[int, ...], value: Array) -> tuple[Array, Any]:
+    return law._density_now(lead, value, "log_densities")
 
 
 @subprogram

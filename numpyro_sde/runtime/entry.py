@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 P = ParamSpec("P")
@@ -240,7 +241,8 @@ def subprogram(fn: Callable[P, R]) -> Callable[P, R]:
     XLA compiles. Here that is one program, found again by a second call as an `entry_point` is; and
     what traces the model again finds it traced. Where it could not be found again (a function that
     closes over traced values, or reads what may change unseen), or would be compared by large host
-    arrays (the clocks of a panel), `fn` runs as it is.
+    arrays (the clocks of a panel), `fn` runs as it is. Of a single number the gradient is one
+    program with its value, where JAX would compile two, there and back.
 
     Example:
         >>> import jax.numpy as jnp
@@ -251,6 +253,7 @@ def subprogram(fn: Callable[P, R]) -> Callable[P, R]:
         [2.0, 3.0]
     """
     run = _compiled(fn)
+    number = _with_slope(run)
 
     @wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -259,9 +262,43 @@ def subprogram(fn: Callable[P, R]) -> Callable[P, R]:
         if size > _MOST_HELD:
             return fn(*args, **kwargs)
         static, data = split((args, kwargs))
-        return cast("R", run(static, data)) if _can_be_found(static) else fn(*args, **kwargs)
+        if not _can_be_found(static):
+            return fn(*args, **kwargs)
+        result = cast("Any", run).eval_shape(static, data)
+        single = isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()
+        return cast("R", number(static, data) if single else run(static, data))
 
     return call
+
+
+def _with_slope(run: Any) -> Any:
+    """A program of one number, differentiated by a program of the number and its gradient."""
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def value_and_slopes(
+        static: tuple[Any, ...], moving: tuple[int, ...], data: list[Any]
+    ) -> tuple[Any, list[Any]]:
+        def value(moved: list[Any]) -> Any:
+            new = dict(zip(moving, moved, strict=True))
+            return run(static, [new.get(i, leaf) for i, leaf in enumerate(data)])
+
+        found, slopes = jax.value_and_grad(value)([data[i] for i in moving])
+        return found, slopes
+
+    @partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def number(static: tuple[Any, ...], data: list[Any]) -> Any:
+        return run(static, data)
+
+    @partial(number.defjvp, symbolic_zeros=True)
+    def rule(static: tuple[Any, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
+        (data,), (changes,) = primals, tangents
+        still = jax.custom_derivatives.SymbolicZero
+        moving = tuple(i for i, change in enumerate(changes) if not isinstance(change, still))
+        found, slopes = value_and_slopes(static, moving, data)
+        along = [jnp.sum(s * changes[i]) for i, s in zip(moving, slopes, strict=True)]
+        return found, sum(along, start=jnp.zeros_like(found))
+
+    return number
 
 
 def _compiled(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], list[Any]], Any]:
