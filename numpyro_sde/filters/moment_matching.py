@@ -320,7 +320,8 @@ def _linearization(
     size = jnp.sum(S**2 + drifted**2, axis=1) + h * jnp.diagonal(noise)
     size = size + jnp.finfo(m.dtype).eps * m**2
     pivots = jnp.diagonal(S)
-    share = pivots**2 / jnp.where(size > 0, size, 1.0)
+    root = _root(size)  # by sds: in small units the derivative of a ratio of variances overflows
+    share = (pivots / jnp.where(root > 0, root, 1.0)) ** 2
     u = jnp.clip((jnp.min(share) - _NARROW) / (_WIDE - _NARROW), 0.0, 1.0)
     S = S + jnp.diag(jnp.where(share > _NARROW, 0.0, 1.0).astype(S.dtype))
     excess = slopes - matmul(jacobian, S)

@@ -18,7 +18,7 @@ from numpyro_sde import filters, schemes
 TIMES = np.array([0.0, 0.1, 0.2, 0.35, 0.5, 0.6])
 Y = np.array([0.06, -0.07, 0.32, 0.05, -0.27, 0.18])
 V = np.array([0.65, 0.47, -0.35, -0.63, -0.31, 0.02])
-UNITS = [(1e-6, 1e6), (1e6, 1e-6), (1e-6, 1e-6)]  # of the state and of time
+UNITS = [(1e-6, 1e6), (1e6, 1e-6), (1e-6, 1e-6), (1e-9, 1.0)]  # of the state and of time
 
 
 def well(p, s, u):
