@@ -128,7 +128,7 @@ class FractionalGaussianNoise(GaussianSeries):
         return jnp.zeros(self.length, jnp.result_type(float))
 
     def _cross(self, rows: Any, columns: Any, dt: Array, hurst: Array, scale: Array) -> Array:
-        start = jnp.asarray(rows, dt.dtype)[:, None], jnp.asarray(columns, dt.dtype)
+        start = jnp.asarray(rows, dt.dtype)[:, None], jnp.asarray(columns, dt.dtype)[None]
         unit = increment_covariance(*((s, s + 1.0) for s in start), _in_range(hurst))
         return scale**2 * power(dt, 2 * hurst) * unit
 
