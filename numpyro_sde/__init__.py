@@ -44,7 +44,7 @@ from numpyro_sde.multiscale import ConditionalFlow, SlowFastSDE, average, homoge
 from numpyro_sde.observe import observe
 from numpyro_sde.panels.chain import Chain
 from numpyro_sde.panels.fitting import PanelFits, fit_panel
-from numpyro_sde.panels.sharding import shard_panel
+from numpyro_sde.panels.sharding import shard_chains, shard_panel
 from numpyro_sde.panels.slurm import SubmititExecutor
 from numpyro_sde.panels.two_stage import SeriesDraws
 from numpyro_sde.runtime import avoid_wrong_sums, configure_cpu, enable_compilation_cache
@@ -128,6 +128,7 @@ __all__ = [
     "reparam",
     "schemes",
     "schrodinger_bridge",
+    "shard_chains",
     "shard_panel",
     "smooth",
     "snapshots",

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
+from jax.sharding import Mesh
+from numpyro.infer import MCMC, NUTS
 
 import numpyro_sde as nsde
 
@@ -73,6 +77,36 @@ print(json.dumps(out))
 """
 )
 
+CHAINS = (
+    MODEL
+    + """
+from jax.sharding import Mesh
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("chain", "series"))
+here = jax.tree.map(jnp.asarray, (clocks, y, weight))
+there = nsde.shard_panel(mesh, clocks, y, weight)
+def plain():
+    return NUTS(marginal, init_strategy=init_to_value(values=params))
+
+both = (plain, here), (lambda: nsde.shard_chains(plain(), mesh), there)
+work, draws = [], []
+for make, args in both:
+    mcmc = MCMC(make(), num_warmup=20, num_samples=20, num_chains=4, chain_method="vectorized",
+                progress_bar=False, jit_model_args=True)
+    mcmc.run(jax.random.key(0), *args)
+    draws.append(mcmc.get_samples())
+    kernel = make()  # one that has run maps over chains twice
+    step = jax.jit(lambda state, args: kernel.sample(state, args, {{}}))
+    state = kernel.init(jax.random.split(jax.random.key(0), 4), 20, None, args, {{}})
+    work.append(step.lower(state, args).compile())
+print(json.dumps({{
+    "spec": list(mcmc.last_state.z["rate"].sharding.spec),
+    "work": work[1].cost_analysis()["flops"] / work[0].cost_analysis()["flops"],
+    "gathers": work[1].as_text().count("all-gather("),
+    "draws": max(float(abs(draws[0][k] - np.asarray(draws[1][k])).max()) for k in params),
+}}))
+"""
+)
+
 TWO_PROCESSES = (
     """
 import sys, jax
@@ -132,6 +166,29 @@ def test_two_devices_sum_once(part_bytes):
 @pytest.mark.slow
 def test_nuts_over_two_devices_is_nuts():
     check(result_of(start(TWO_DEVICES.format(series=2000, nuts=True), devices=2)))
+
+
+def test_chains_and_series_over_four_devices():
+    """Each of 2 x 2 devices does a quarter of a step's work, and the draws stay the same."""
+    found = result_of(start(CHAINS.format(series=40), devices=4))
+    assert found["spec"] == ["chain"]
+    assert found["work"] < 0.3
+    assert found["gathers"] == 0
+    assert found["draws"] < 1e-6  # rounding of sums, grown by 40 steps
+
+
+def test_chains_that_do_not_fit_are_refused():
+    kernel = NUTS(lambda: numpyro.sample("a", dist.Normal(0.0, 1.0)))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("chain",))
+    with pytest.raises(TypeError, match="kernel must be"):
+        nsde.shard_chains(None, mesh)
+    with pytest.raises(TypeError, match="Mesh, got int"):
+        nsde.shard_chains(kernel, 2)
+    with pytest.raises(ValueError, match="an axis named 'chain'"):
+        nsde.shard_chains(kernel, Mesh(np.array(jax.devices()[:1]), ("series",)))
+    mcmc = MCMC(nsde.shard_chains(kernel, mesh), num_warmup=1, num_samples=1, progress_bar=False)
+    with pytest.raises(ValueError, match="chain_method='vectorized', got chains of shape"):
+        mcmc.run(jax.random.key(0))
 
 
 @pytest.mark.slow
