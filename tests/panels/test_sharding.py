@@ -120,8 +120,12 @@ args = nsde.shard_panel(None, clocks, y, weight)
 params = {{name: np.asarray(value) for name, value in
           dict(rate=1.2, slope=0.3, scale=0.9).items()}}
 value, slope = gradient(params, *args)
+kernel = NUTS(marginal, init_strategy=init_to_value(values=params))
+mcmc = MCMC(kernel, num_warmup=20, num_samples=20, progress_bar=False, jit_model_args=True)
+mcmc.run(jax.random.key(0), *args)
 print(json.dumps({{"processes": jax.process_count(), "value": float(value),
-                  **{{k: float(v) for k, v in slope.items()}}}}))
+                  **{{k: float(v) for k, v in slope.items()}},
+                  "draws": [float(v) for k in params for v in np.asarray(mcmc.get_samples()[k])]}}))
 """
 )
 
@@ -193,7 +197,7 @@ def test_chains_that_do_not_fit_are_refused():
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one():
-    """Rounding of sums apart: the same value and gradient from each of two processes."""
+    """Rounding of sums apart: the same value, gradient and draws from each of two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -203,7 +207,10 @@ def test_two_processes_agree_with_one():
     alone = result_of(start(code, "-1", port))
     assert [found.pop("processes") for found in pair] == [2, 2]
     assert alone.pop("processes") == 1
+    draws = alone.pop("draws")
     for found in pair:
+        # Rounding grows by the steps of 40 iterations.
+        np.testing.assert_allclose(found.pop("draws"), draws, rtol=1e-6)
         for name, value in alone.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-11)
 
