@@ -35,6 +35,9 @@ PARAMS = {"rate": 1.3, "mean": 0.1, "scale": 0.8}
 MEAN, SD = 0.5, 0.7  # of the population
 
 
+AMORTISED_STEPS = 10_000
+
+
 def simulate(series: int, times: int, level=0.0, seed: int = 0):
     """Ornstein-Uhlenbeck processes seen with noise, each on its own clock."""
     rng = np.random.default_rng(seed)
@@ -219,11 +222,13 @@ def population(series: int = 100_000) -> None:
     model = integrated(functools.partial(of_series, size=500))
     features = nsde.guides.panel_features(times, y)
     guide = nsde.guides.AmortizedGuide(model, "series", features, hidden=(64,))
-    svi = SVI(model, guide, numpyro.optim.Adam(2e-3), Trace_ELBO(num_particles=2))
+    # Batches of 500 are noisy: steps go down until their noise is below the sd of the posterior.
+    decay = lambda i: 2e-2 * 10.0 ** (-3.0 * i / AMORTISED_STEPS)  # noqa: E731
+    svi = SVI(model, guide, numpyro.optim.Adam(decay), Trace_ELBO(num_particles=2))
     args = jax.tree.map(jnp.asarray, (times, y))
     state = svi.init(jax.random.key(1), *args)
     step = jax.jit(lambda s, *a: jax.lax.scan(lambda s, _: svi.update(s, *a), s, None, 500))
-    for _ in range(20):
+    for _ in range(AMORTISED_STEPS // 500):
         state, _ = step(state, *args)
     found = guide.shared_draws(jax.random.key(2), svi.get_params(state), 4_000)
     report("amortised", found, 0.0, time.perf_counter() - start)
