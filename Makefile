@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # By file: tests of one file share their compiled functions.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint bench docs gallery wheel newest clean
+.PHONY: demo test test-all lint bench docs gallery wheel lowest newest clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -35,9 +35,9 @@ test-all-%: $(STAMP)
 
 # Undefined names apart: in the package jaxtyping's shape strings would look like some.
 lint: $(STAMP)
-	$(BIN)/ruff check numpyro_sde tests benchmarks examples
-	$(BIN)/ruff check --isolated --select F821 tests benchmarks examples
-	$(BIN)/ruff format --check numpyro_sde tests benchmarks examples
+	$(BIN)/ruff check numpyro_sde tests benchmarks examples tools
+	$(BIN)/ruff check --isolated --select F821 tests benchmarks examples tools
+	$(BIN)/ruff format --check numpyro_sde tests benchmarks examples tools
 	$(BIN)/mypy
 
 bench: $(STAMP)
@@ -56,13 +56,22 @@ gallery: $(STAMP)
 docs: $(DOCS_STAMP) gallery
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
-# A wheel, installed alone in a fresh environment, runs the first example; on each interpreter there is.
-wheel:
-	PYTHON=$(PYTHON) tools/check_wheel.sh
+# The three below take each interpreter that they find, or those named:
+# `make newest PYTHON=/opt/python3.13/bin/python3`.
+NAMED = $(if $(filter-out file undefined,$(origin PYTHON)),$(PYTHON))
 
-# The newest NumPyro, JAX and ArviZ (1.x, whose trees are xarray's) on Python 3.12 and 3.13.
+# A wheel, installed alone in a fresh environment, runs the first examples; on Python 3.11 to 3.13.
+wheel:
+	tools/check_wheel.sh $(NAMED)
+
+# The same with the lowest versions that pyproject.toml admits of what the package needs, on Python 3.11.
+lowest:
+	tools/check_wheel.sh --lowest $(or $(NAMED),python3.11)
+
+# The newest NumPyro, JAX and ArviZ (1.x, whose trees are xarray's) on Python 3.12 and 3.13: the tests
+# of what they touch; `make newest TESTS=tests` runs the whole default suite there.
 newest:
-	tools/check_newest.sh
+	TESTS="$(TESTS)" tools/check_newest.sh $(NAMED)
 
 clean:
-	rm -rf build dist $(VENV) demo_output .test-all .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .newest $(VENV) demo_output .test-all .pytest_cache .ruff_cache .mypy_cache

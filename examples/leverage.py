@@ -13,6 +13,7 @@ Run: python examples/leverage.py [--quick] [--output folder]
 :data: simulated, 1,000 days
 :tags: partly seen, stochastic volatility, particles
 :page: partly_seen.md
+:run time: 129 s of processor time
 :picture: leverage.png
 """
 

@@ -13,6 +13,7 @@ Run: python examples/neurons.py [--quick] [--output folder]
 :data: simulated, 2,000 bins
 :tags: counts, many instruments
 :page: missing_data.md
+:run time: 101 s of processor time
 """
 
 # ruff: noqa: ARG005

@@ -13,6 +13,7 @@ Run: python examples/pendulum.py [--quick] [--output folder]
 :data: simulated
 :tags: learned drift, Gaussian process, network, forecast
 :page: learned_drifts.md
+:run time: 255 s of processor time
 :picture: pendulum_friction.png
 """
 

@@ -15,6 +15,7 @@ data, repair it.
 :data: simulated
 :tags: multiscale, homogenisation
 :page: multiscale.md
+:run time: 33 s of processor time
 :picture: rough_potential.png
 """
 

@@ -96,6 +96,7 @@ def draw(output, times, rate, hurst, best):
     right.axvline(best, color="black", linewidth=0.8, label="maximum likelihood")
     right.axvline(0.5, color="C3", linewidth=0.8, label="Brownian motion")
     right.set(xlabel="Hurst index", yticks=[])
+    right.margins(y=0.35)  # room for the legend
     right.legend(frameon=False, fontsize="small")
     figure.savefig(output / "treasury_yield.png", dpi=100)
 

@@ -1,8 +1,8 @@
 """Pages of the gallery out of the examples' own headers: `python tools/gallery.py`.
 
-The docstring of an example ends in fields, `:title:`, `:problem:`, `:field:`, `:engine:`, `:data:`,
-`:tags:`, `:page:`, and perhaps `:picture:` and `:run time:`. `tests/test_gallery.py` fails where the
-pages are not those of the scripts.
+The docstring of an example ends in fields, `:title:`, `:problem:`, `:field:`, `:engine:`,
+`:data:`, `:tags:`, `:page:`, and perhaps `:picture:` and `:run time:`. `tests/test_gallery.py`
+fails where the pages are not those of the scripts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hooks of `mkdocs build`: mathematics as MathML, links that leave docs/, notebooks of the gallery.
 
-Pages link to examples, benchmarks and the changelog where they stand in the repository, so that they
-read well in any viewer of Markdown. In the site these become pages of their own under `source/`.
+Pages link to examples, benchmarks and the changelog where they stand in the repository, so that
+they read well in any viewer of Markdown. In the site these become pages under `source/`.
 """
 
 from __future__ import annotations
