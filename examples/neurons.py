@@ -3,7 +3,9 @@
 Each neuron fires with rate `exp(level + gain x)`, x an Ornstein-Uhlenbeck process that all of them
 see. Levels and gains of 50 neurons, two parameters of the process and its 2,000 states: NUTS along
 the guided path, whose reference follows the parameters: they move level and size of the whole path.
-Counts are simulated, so that the truth is known.
+Counts are simulated, so that the truth is known. The data know gain times drive; how large each
+is, the prior says, under which the drive has standard deviation one. This one has 1.11: it is drawn
+in, and the gains come out too large by one factor.
 Run: python examples/neurons.py [--quick] [--output folder]
 
 :title: Fifty neurons, one drive

@@ -13,6 +13,7 @@ on how many frequencies are used. Run: python examples/treasury_yield.py [--draw
 :data: real, monthly 1953 to 1999
 :tags: fractional noise, Hurst index
 :page: fractional.md
+:run time: 41 s of processor time
 """
 
 # ruff: noqa: ARG005
@@ -97,7 +98,7 @@ def draw(output, times, rate, hurst, best):
     right.axvline(0.5, color="C3", linewidth=0.8, label="Brownian motion")
     right.set(xlabel="Hurst index", yticks=[])
     right.margins(y=0.35)  # room for the legend
-    right.legend(frameon=False, fontsize="small")
+    right.legend(framealpha=1.0, edgecolor="none", fontsize="small")
     figure.savefig(output / "treasury_yield.png", dpi=100)
 
 

@@ -11,9 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gallery import all_examples
+
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(\]\(\s*)((?:\.\./)+)([^)#\s]+)((?:#[^)\s]*)?\))")
 _MATH = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+_WIDE = {"index.md", "gallery/index.md"}
 _LANGUAGES = {".py": "python", ".stan": "stan", ".sh": "bash", ".toml": "toml", ".json": "json"}
 
 
@@ -41,6 +44,16 @@ def _text_of(path: str) -> str:
     return f"# {path}\n\n````{language}\n{text}````\n"
 
 
+def on_config(config: Any) -> Any:
+    """Put the examples into the navigation: their pages are made of the scripts."""
+    pages = [{one["title"]: f"gallery/{one['name']}.md"} for one in all_examples()]
+    for entry in config["nav"]:
+        if entry.get("Gallery") == "gallery/index.md":
+            entry["Gallery"] = ["gallery/index.md", *pages]
+            return config
+    raise ValueError("mkdocs.yml has no entry `Gallery: gallery/index.md` in its navigation")
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add a page for each file of the repository that a page links to."""
     from mkdocs.structure.files import File
@@ -62,6 +75,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turn links that leave docs/ to the pages made of what they point to."""
     here = page.file.src_uri
+    if here in _WIDE:
+        page.meta["hide"] = ["navigation"]  # room for pictures
 
     def turn(found: re.Match[str]) -> str:
         path = outside(here, found[2] + found[3])
@@ -70,6 +85,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         ups = "../" * here.count("/")
         return f"{found[1]}{ups}{_page_of(path)}{found[4]}"
 
+    folder, _, name = here.removesuffix(".md").partition("/")
+    if folder == "gallery" and name != "index":
+        # As HTML, since it is written only after the pages.
+        markdown += f'\n\n<a href="../notebooks/{name}.ipynb" download>As a notebook</a>\n'
     return _LINK.sub(turn, markdown)
 
 

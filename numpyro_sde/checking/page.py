@@ -19,7 +19,8 @@ _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1c2330; --soft: #5b6472; --line: #d9dee6;
   --card: #f6f8fa; --good: #17733b; --look: #8a5a00; --bad: #b3261e; --none: #5b6472; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14181f; --text: #e6e9ee; --soft: #9aa4b2;
-  --line: #313a47; --card: #1d232c; --good: #6fd394; --look: #f0bf5a; --bad: #ff8a80; } }
+  --line: #313a47; --card: #1d232c; --good: #6fd394; --look: #f0bf5a; --bad: #ff8a80;
+  --none: #9aa4b2; } }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; background: var(--ground);
   color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 0; }
@@ -91,7 +92,9 @@ def _section(step: Step) -> str:
     if step.draw is not None and step.level != "not done":
         parts.append(_picture(step.draw, step.name))
     if step.table is not None:
-        table = step.table.head(_MAX_ROWS).to_html(float_format=lambda v: f"{v:.3g}", border=0)
+        table = step.table.head(_MAX_ROWS).to_html(
+            float_format=lambda v: f"{v:.3g}", border=0, index_names=False
+        )
         scrolled = f"<div class='scroll'>{table}</div>"
         parts.append(f"<details open><summary>Numbers</summary>{scrolled}</details>")
     if step.code:

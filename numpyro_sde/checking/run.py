@@ -126,7 +126,8 @@ def _criticised(
     add(lambda: power_scaling(found), "strength of prior and data")
     calibration = _CALIBRATION_SHARE * budget.left
     if budget.left < found.seconds:
-        late = Step("posterior calibration", "not done", f"{max(budget.left, 0):.0f} s are left")
+        left = f"a refit takes some {found.seconds:.0f} s, {max(budget.left, 0):.0f} s are left"
+        late = Step("posterior calibration", "not done", left)
         add(lambda: late, late.name)
     else:
         add(
@@ -183,6 +184,8 @@ def _code(model: Callable[..., Any], time_budget: float, key: PRNGKeyArray) -> s
     name = getattr(model, "__name__", "model")
     data = jax.random.key_data(key).ravel().tolist()
     seed = f"jax.random.wrap_key_data(jax.numpy.array({data}, dtype='uint32'))"
+    if data[:-1] == [0] and data[-1] < 2**31:
+        seed = f"jax.random.key({data[-1]})"
     return (
         "import jax\nimport numpy as np\nimport numpyro\nimport numpyro.distributions as dist\n"
         "import numpyro_sde as nsde\n\n"

@@ -160,7 +160,7 @@ def test_a_page_holds_all_of_itself(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     import pandas as pd
 
-    table = pd.DataFrame({"mean": [1.23456]}, index=["<rate>"])
+    table = pd.DataFrame({"mean": [1.23456]}, index=pd.Index(["<rate>"], name="parameter"))
     steps = {
         "fit": Step("fit", "good", "use it", table=table, draw=plt.figure),
         "one-step residuals": Step("one-step residuals", "bad", "serial dependence is left"),
@@ -180,6 +180,8 @@ def test_a_page_holds_all_of_itself(tmp_path):
         assert text in page
     assert "http" not in page
     assert "<link" not in page
+    assert ">parameter<" not in page  # it would have a row of its own, empty otherwise
+    assert page.count("--none:") == page.count("--ground:") == 2  # both schemes have every colour
     assert "[FAILED] one-step residuals" in str(report)
     assert "river" in report._repr_html_()
 

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from diagnostic_models import panel, plane
+from scipy.special import ndtr, ndtri
 
 from numpyro_sde.diagnostics import plot_fits, plot_paths, to_arviz
 
@@ -119,3 +120,15 @@ def test_errors_name_the_argument():
         plot_fits({"a": {"p": np.zeros(3)}, "b": {"q": np.zeros(3)}})
     with pytest.raises(ValueError, match=r"var_names must be in every fit"):
         plot_fits({"a": {"p": np.zeros(3)}, "b": {"q": np.zeros(3)}}, var_names=["p"])
+
+
+def test_a_density_is_reflected_only_where_it_has_not_ended():
+    u = (np.arange(2_000) + 0.5) / 2_000
+    draws = {"normal": ndtri(u), "exponential": -np.log1p(-u)}
+    axes = plot_fits({"fit": draws}, ["normal", "exponential"])
+    normal, exponential = (axis.lines[0].get_ydata() for axis in axes)
+    assert np.all(np.diff(normal[-20:]) < 0.0)  # no turn up at the last draw
+    assert normal[-1] < 0.01
+    width = (0.75 * len(u)) ** -0.2 * draws["exponential"].std(ddof=1)  # Silverman's
+    smoothed = 2.0 * np.exp(0.5 * width**2) * ndtr(-width)  # of the even law, at zero
+    assert exponential[0] == pytest.approx(smoothed, rel=0.01)

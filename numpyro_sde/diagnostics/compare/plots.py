@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _STYLES = ("-", "--", "-.", ":")
 _MAX_PANELS = 12
 _GRID = 256
+_ENDS = 0.1  # of its greatest value: less, and an estimate has ended
 
 
 def load_pyplot() -> ModuleType:
@@ -154,10 +155,11 @@ def plot_fits(
 ) -> list[Any]:
     """Draw the marginal posteriors of several fits over one another, and how their paths differ.
 
-    A kernel estimate for each scalar, reflected at the ends of the draws, so that a positive
-    parameter gets no mass below its smallest draw. For each path of `paths`, and each series and
-    component of it, two more panels over time: differences of posterior means and of posterior
-    sds from the reference fit, in its posterior sds, with bands of two Monte Carlo errors.
+    A kernel estimate for each scalar, reflected at the ends of the draws where it has not ended,
+    so that a positive parameter gets no mass below its smallest draw. For each path of `paths`,
+    and each series and component of it, two more panels over time: differences of posterior means
+    and of posterior sds from the reference fit, in its posterior sds, with bands of two Monte Carlo
+    errors.
 
     Args:
         fits: Name to a result of :func:`to_arviz`, or to a fit that it converts.
@@ -473,7 +475,7 @@ def _scalars(
 
 
 def _density(values: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian kernel estimate between the extreme draws, reflected at both."""
+    """Gaussian kernel estimate between the extreme draws, reflected where it has not ended."""
     low, high = values.min(), values.max()
     if low == high:
         return np.array([low, low]), np.array([0.0, 1.0])
@@ -481,5 +483,9 @@ def _density(values: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
 
     kernel = gaussian_kde(values, bw_method="silverman")
     grid = np.linspace(low, high, _GRID)
-    density = kernel(grid) + kernel(2 * low - grid) + kernel(2 * high - grid)
+    density = kernel(grid)
+    for end, plain in ((low, density[0]), (high, density[-1])):
+        # A thin tail reflected would turn up again.
+        if plain > _ENDS * density.max():
+            density = density + kernel(2 * end - grid)
     return grid, density
