@@ -23,6 +23,7 @@ from numpyro_sde.guides.path_laws import GaussianMarkovPath, PathLaw
 from numpyro_sde.guides.path_posterior import PathPosterior, Plan
 from numpyro_sde.guides.path_sites import (
     NoDataError,
+    batch_sizes,
     check_site,
     is_traced,
     look,
@@ -95,6 +96,8 @@ class AutoPathGuide(AutoGuide):
         >>> {name: value.shape for name, value in draws.items()}
         {'rate': (10,), 'x': (10, 3)}
     """
+
+    _prototype_frames: dict[str, Any]
 
     def __init__(
         self,
@@ -234,7 +237,9 @@ class AutoPathGuide(AutoGuide):
             try:
                 site = look(model, args, kwargs, name, known)
             except NoDataError:
-                site = look(model, *self._data, name, known)
+                whole = all(plate.size == plate.subsample_size for plate in plates.values())
+                of_first = with_full_plates(model) if whole else model
+                site = look(of_first, *self._data, name, known)
             posterior = PathPosterior(
                 self.path, name, self.prefix, self.gradient, site, plan, plates, theta
             )
@@ -289,6 +294,20 @@ class AutoPathGuide(AutoGuide):
         if not is_traced((args, kwargs)):
             self._data = (args, kwargs)
         self.prototype_trace = recorded
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The plates of this call, with as many of their series as it takes.
+
+        Not as many as the first call took: what was trained on mini-batches is drawn for all.
+        """
+        if self._prototype_frames:
+            taken = batch_sizes(self.model, args, kwargs)
+            self._prototype_frames = {
+                name: frame._replace(size=taken.get(name, frame.size))
+                for name, frame in self._prototype_frames.items()
+            }
+        plates: dict[str, Any] = super()._create_plates(*args, **kwargs)
+        return plates
 
     def _split_weights(self, fields: list[str]) -> None:
         """Where many weights of fields are unknown, keep the flow for the rest."""

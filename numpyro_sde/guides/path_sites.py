@@ -26,7 +26,12 @@ from numpyro_sde.reparam.guided import carried
 from numpyro_sde.schemes.milstein import Milstein
 from numpyro_sde.statespace.exact import refuse_exact
 from numpyro_sde.statespace.model import StateSpaceModel
-from numpyro_sde.statespace.reference import data_reference, smoothed_reference
+from numpyro_sde.statespace.reference import (
+    data_reference,
+    is_plain,
+    kalman_reference,
+    smoothed_reference,
+)
 
 
 class NoDataError(ValueError):
@@ -122,6 +127,12 @@ def trace_at_median(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[s
     return recorded
 
 
+def batch_sizes(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, int]:
+    """How many of each plate a call of the model takes."""
+    sites = trace_at_median(model, args, kwargs).items()
+    return {name: site["args"][1] for name, site in sites if site["type"] == "plate"}
+
+
 def look(
     model: Callable[..., Any], args: Any, kwargs: Any, name: str, known: Mapping[str, Any]
 ) -> ObservedPath:
@@ -195,8 +206,17 @@ def smoothed_references(site: ObservedPath) -> Array:
 
 
 def reference_from_data(model: StateSpaceModel) -> Array:
-    """Interpolated data, for paths that have no reference of their own."""
-    return carried(model, data_reference(model))
+    """A reference made of the data in each call, for paths that have none of their own.
+
+    Interpolated data where these are readings of the state. Where one observation alone says little
+    or points to infinity, as a bin without a spike does, the mean of the extended Kalman smoother;
+    where that is lost, the typical state.
+    """
+    if all(is_plain(model, instrument) for instrument in model.instruments):
+        return carried(model, data_reference(model))
+    mean = kalman_reference(model)
+    lost = ~jnp.all(jnp.isfinite(mean))
+    return carried(model, jnp.where(lost, model.init_mean[None], mean))
 
 
 def place_of(model: StateSpaceModel, reference: Array, theta: Array, start: StartKind) -> Place:

@@ -112,14 +112,14 @@ def seen_reference(model: StateSpaceModel) -> tuple[Float[Array, "N d"], Bool[Ar
     nothing here.
     """
     start = jnp.broadcast_to(model.init_mean, (model.num_times, model.dim))
-    if any(not _is_plain(model, instrument) for instrument in model.instruments):
+    if any(not is_plain(model, instrument) for instrument in model.instruments):
         return start, jnp.zeros(model.dim, bool)
     J, s = observations_along(model, start)
     x = start + spd_solve(_with_ridge(J), s[..., None])[..., 0]
     return _between(model, _keep_positive(model, x), J)
 
 
-def _is_plain(model: StateSpaceModel, instrument: Instrument) -> bool:
+def is_plain(model: StateSpaceModel, instrument: Instrument) -> bool:
     """Whether an emission is normal, affine in the state with a covariance free of it."""
     inputs = first_inputs(instrument)
     if not instrument.gaussian or not has_moments(instrument, inputs, model.init_mean):

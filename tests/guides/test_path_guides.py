@@ -241,6 +241,24 @@ def test_a_subsampled_plate_scales_its_series(fitted_panel):
 
 
 @pytest.mark.slow
+def test_a_guide_takes_as_many_series_as_its_call():
+    """Trained on mini-batches, drawn for all, in their order; with one law for all series too."""
+    y = jnp.arange(4.0)[:, None] + 0.1 * jnp.arange(6.0)[None]
+    for law in ("gaussian", "amortized"):
+        guide = AutoPathGuide(panel, parameters=AutoNormal, path=LAWS[law])
+        svi = SVI(panel, guide, numpyro.optim.Adam(1e-2), Trace_ELBO())
+        state = svi.init(jax.random.key(0), y, 2)
+        state, _ = svi.update(state, y, 2)
+        params = svi.get_params(state)
+        draws = guide.sample_posterior(jax.random.key(1), params, y, sample_shape=(50,))
+        assert draws["x"].shape == (50, 4, 6)
+        # Series are a unit apart, seen with an sd of 0.2: each draw has them in their order.
+        assert jnp.all(jnp.diff(draws["x"].mean(0)[:, 2:], axis=0) > 0.3)
+        few = guide.sample_posterior(jax.random.key(1), params, y, batch=3, sample_shape=(2,))
+        assert few["x"].shape == (2, 3, 6)
+
+
+@pytest.mark.slow
 def test_fit_svi_goes_on_stops_early_and_survives_an_interrupt(fitted_panel):
     _, svi, fit, y = fitted_panel
     more = fit_svi(
