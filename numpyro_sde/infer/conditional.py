@@ -198,7 +198,7 @@ class ConditionalSMC(BlockKernel):
         for name, own in zip(tuple(z), keys, strict=True):
             observed = self._observed(args, kwargs, name, z)
             z = {**z, name: self._first(observed, own)}
-            shape = (*observed.path.batch_shape, observed.path.num_times)
+            shape = (*observed.lead, observed.path.num_times)
             renewed[name] = jnp.ones(shape, bool)
             ess[name] = jnp.full(shape, jnp.nan)  # there was no sweep yet
         return ConditionalSMCState(z, renewed, ess, key)

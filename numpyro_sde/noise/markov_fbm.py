@@ -420,7 +420,7 @@ def _strong_bank(h: Array, horizon: Array, num_terms: int, kind: int) -> OUBank:
     # From horizon 1: rates scale by 1 / horizon, B by horizon^H, W by horizon^(1/2).
     weights = weights * power(horizon, h - 0.5)
     rates = rates / horizon
-    start = 1.0 / (rates[:, None] + rates) if kind == 1 else jnp.zeros((rates.size,) * 2)
+    start = 1.0 / (rates[:, None] + rates[None]) if kind == 1 else jnp.zeros((rates.size,) * 2)
     return OUBank(
         rates=rates,
         drivers=jnp.ones((rates.size, 1), h.dtype),

@@ -83,7 +83,7 @@ def fixed_lag(history: History, lag: int) -> tuple[Float[Array, "N d"], Float[Ar
         x = history.particles[k][:, index]
         mean = x @ w
         centred = x - mean[:, None]
-        return mean, (centred * w) @ centred.T
+        return mean, (centred * w[None]) @ centred.T
 
     return lax.map(one, jnp.arange(N))
 
@@ -301,7 +301,7 @@ def _reject(
 
     def exact(_: Any) -> Array:
         scores = jax.vmap(lambda e: jax.vmap(lambda x: density(x, e))(pool.x))(end)
-        return jax.random.categorical(exact_key, scores + pool.log_weights).astype(index.dtype)
+        return jax.random.categorical(exact_key, scores + pool.log_weights[None]).astype(index.dtype)
 
     chosen = lax.cond(jnp.all(done), lambda _: index, exact, None)
     index = jnp.where(done, index, chosen)
