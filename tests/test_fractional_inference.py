@@ -160,7 +160,7 @@ def test_particle_gibbs_by_genealogy(x64):
     nuts.run(jax.random.key(1), y)
     wanted = np.asarray(nuts.get_samples()["shift"], np.float64)
     kernel = nsde.infer.ParticleGibbs(shifted, 8, renewal="none")
-    mcmc = MCMC(kernel, num_warmup=200, num_samples=3000, progress_bar=False)
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=6000, progress_bar=False)
     mcmc.run(jax.random.key(0), y, extra_fields=(kernel.PATH_RENEWED,))
     error = wanted.std() / np.sqrt(effective_sample_size(wanted[None]))
     agree(mcmc.get_samples()["shift"], wanted.mean(), wanted.std(), error)

@@ -301,7 +301,8 @@ def _reject(
 
     def exact(_: Any) -> Array:
         scores = jax.vmap(lambda e: jax.vmap(lambda x: density(x, e))(pool.x))(end)
-        return jax.random.categorical(exact_key, scores + pool.log_weights[None]).astype(index.dtype)
+        scores = scores + pool.log_weights[None]
+        return jax.random.categorical(exact_key, scores).astype(index.dtype)
 
     chosen = lax.cond(jnp.all(done), lambda _: index, exact, None)
     index = jnp.where(done, index, chosen)
