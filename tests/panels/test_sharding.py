@@ -172,6 +172,7 @@ def test_nuts_over_two_devices_is_nuts():
     check(result_of(start(TWO_DEVICES.format(series=2000, nuts=True), devices=2)))
 
 
+@pytest.mark.slow
 def test_chains_and_series_over_four_devices():
     """Each of 2 x 2 devices does a quarter of a step's work, and the draws stay the same."""
     found = result_of(start(CHAINS.format(series=40), devices=4))
