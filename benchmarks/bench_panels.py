@@ -178,26 +178,30 @@ def one_process() -> None:
 def fits() -> None:
     """A thousand fits by one worker and by two, from an empty compilation cache.
 
-    Each worker imports and compiles for some seconds first: shorter fits gain less than these.
+    Each worker imports and compiles for some seconds first: shorter fits gain less than long ones.
     """
     times, y = simulate(1_000, 200, np.random.default_rng(1).normal(MEAN, SD, size=1_000))
-    chain = nsde.Chain(num_warmup=1_000, num_samples=1_000)
-    for workers in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            nsde.enable_compilation_cache(folder)
-            start = time.perf_counter()
-            found = nsde.fit_panel(
-                integrated(alone),
-                {"times": times, "y": y},
-                chain,
-                executor=workers,
-                batch_size=20,
-                progress=False,
-            )
-            wall = time.perf_counter() - start
-        mean = 1e3 * float(np.median(list(found.seconds.values())))
-        text = f"{wall:.1f} s in all, {mean:.1f} ms a fit, programs {found.programs}"
-        print(f"fits: {len(found)} by {workers} workers: {text}", flush=True)
+    for chains in (1, 4):
+        taken = [fit_by(workers, times, y, chains) for workers in (1, 2)]
+        ratio = f"{taken[0] / taken[1]:.2f} times as fast by two"
+        print(f"fits: {chains} chains each: {ratio}", flush=True)
+
+
+def fit_by(workers: int, times, y, chains: int) -> float:
+    """Wall time of all fits by so many workers."""
+    chain = nsde.Chain(num_warmup=1_000, num_samples=1_000, num_chains=chains)
+    with tempfile.TemporaryDirectory() as folder:
+        nsde.enable_compilation_cache(folder)
+        start = time.perf_counter()
+        data = {"times": times, "y": y}
+        found = nsde.fit_panel(
+            integrated(alone), data, chain, executor=workers, batch_size=20, progress=False
+        )
+        wall = time.perf_counter() - start
+    each = 1e3 * float(np.median(list(found.seconds.values())))
+    text = f"{wall:.1f} s in all, {each:.1f} ms a fit, programs {found.programs}"
+    print(f"fits: {len(found)} by {workers} workers: {text}", flush=True)
+    return wall
 
 
 def population(series: int = 100_000) -> None:

@@ -27,8 +27,6 @@ from numpyro_sde.distributions.state_space import (
     ObservedPath,
     Readings,
     data_under_law,
-    draw_starts,
-    with_starts,
 )
 from numpyro_sde.distributions.statement import (
     Statement,
@@ -37,6 +35,7 @@ from numpyro_sde.distributions.statement import (
     stack_replicates,
 )
 from numpyro_sde.filters.forward import ForwardResult
+from numpyro_sde.filters.particle_result import ParticleResult
 from numpyro_sde.filters.rao_blackwell import RaoBlackwellResult
 from numpyro_sde.runtime.entry import subprogram
 from numpyro_sde.sde import broadcast_batch
@@ -301,47 +300,74 @@ def _sum_from(terms: Array, rows: np.ndarray, present: Array) -> Array:
     return flat.reshape(*lead, rows.size)
 
 
+def key_for(method: AbstractFilter, name: str) -> PRNGKeyArray | None:
+    """Random numbers of a filter for the path of this name; None where it needs none.
+
+    Each path has its own: estimates multiply only if independent.
+    """
+    key = method.random_key
+    if key is None:
+        return None
+    own = partial(jax.random.fold_in, data=zlib.crc32(name.encode()))
+    return own(key) if key.ndim == 0 else jax.vmap(own)(key)
+
+
 def draw_smoothed(observed: ObservedPath, method: AbstractFilter, key: PRNGKeyArray) -> Array:
     """Draw one path for each element of the batch, given the data, `(*lead, T, *state)`."""
     return draw_parts(observed, method, key)["path"]
 
 
 def draw_parts(
-    observed: ObservedPath, method: AbstractFilter, key: PRNGKeyArray
+    observed: ObservedPath,
+    method: AbstractFilter,
+    key: PRNGKeyArray,
+    filter_key: PRNGKeyArray | None = None,
 ) -> dict[str, Array]:
     """Draw one path for each element of the batch, and what the method draws with it.
+
+    Args:
+        observed: a path with all data on it.
+        method: the filter.
+        key: random key.
+        filter_key: random numbers of the filter, where they are those of an estimate that was made
+            before; None for new ones.
 
     Returns:
         `path`, `(*lead, T, *state)`; others, hidden regimes, of shape `(*lead, T)`.
     """
     observed = observed.treated_by(method)
     path, lead = observed.path, observed.lead
-    filter_key, draw_key, start_key = jax.random.split(key, 3)
+    new_key, draw_key, _ = jax.random.split(key, 3)
     keys = jax.random.split(draw_key, lead)
-    # Draws for many parameter values must not share the filter's random numbers.
-    method = method.for_smoothing().with_key(filter_key)
-    method_key = method.random_key
-    method_keys = keys if method_key is None else jax.random.split(method_key, lead)
-    starts = draw_starts(path, lead, method.num_starts, start_key)
+    key_dim = keys.ndim - len(lead)
+    method = method.for_smoothing()
+    kept = filter_key is not None
+    own: Any = filter_key if kept else new_key
 
-    def one(
-        model: StateSpaceModel, key: PRNGKeyArray, other: Any, *starts: Array
-    ) -> dict[str, Array]:
-        model = with_starts(model, *starts)
-        chosen = method.with_key(other)
+    def one(model: StateSpaceModel, chosen: AbstractFilter, key: PRNGKeyArray) -> dict[str, Array]:
         chosen.check(model)
         result = chosen.filter(model)
         if isinstance(result, RaoBlackwellResult):
             states, regimes = result.sample_with_regimes(key, 1)
             return {"path": model.visible(states[0]), "regime": regimes[0]}
-        draw = result.sample(key, 1)[0]
+        # Of an accepted estimate only ancestral lines have the posterior for few particles:
+        # resampling neither at every step nor by independent draws leaves backward ones biased.
+        how = {"method": "genealogy"} if kept and isinstance(result, ParticleResult) else {}
+        draw = result.sample(key, 1, **how)[0]
         if isinstance(result, ForwardResult):  # counts of a network, or numbers of states
             return {"path": draw if result.equation.values is not None else draw[:, 0]}
         return {"path": model.visible(draw)}
 
-    key_dim = keys.ndim - len(lead)
-    dims = (key_dim, key_dim, *(1 + len(path.state_shape) for _ in starts))
-    draws: dict[str, Array] = observed.map(one, (keys, method_keys, *starts), dims)
+    draws: dict[str, Array]
+    if method.random_key is None:
+        draws = observed.map(lambda model, key: one(model, method, key), (keys,), (key_dim,))
+    else:
+
+        def seeded(model: StateSpaceModel, other: Any, key: PRNGKeyArray) -> dict[str, Array]:
+            return one(model, method.with_key(other), key)
+
+        # Draws for many parameter values must not share the filter's random numbers.
+        draws = observed.map_seeded(seeded, own, method.num_starts, (keys,), (key_dim,))
     return {**draws, "path": path.of_states(draws["path"])}
 
 
@@ -443,11 +469,9 @@ class IntegratedPath(NoValue):
 
     def law_of(self, statement: Statement) -> MarginalPath:
         """The law of one more statement's data, given those seen so far."""
-        method, key = self.method, self.method.random_key
+        method, key = self.method, key_for(self.method, self.name)
         if key is not None:
-            # Random numbers of its own for each path: estimates multiply only if independent.
-            own = partial(jax.random.fold_in, data=zlib.crc32(self.name.encode()))
-            method = method.with_key(own(key) if key.ndim == 0 else jax.vmap(own)(key))
+            method = method.with_key(key)
         law = MarginalPath(
             self.path, method, statement, tuple(self.seen), self.lead, path_mask=self.mask
         )

@@ -346,9 +346,16 @@ class Particle(AbstractFilter):
         above = is_above(value, result.reliability.largest)
         return eqx.tree_at(lambda r: r.log_likelihood, result, jnp.where(above, jnp.nan, value))
 
+    def _run_keys(self, key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+        """Random numbers of a run, and of the one beside it that shows its variance."""
+        if key.ndim:
+            return key, key
+        run_key, second_key = jax.random.split(key)
+        return run_key, second_key
+
     def _filter(self, model: StateSpaceModel) -> ParticleResult:
         setting, plan, raced, key = self._raced(model)
-        run_key, second_key = jax.random.split(key) if key.ndim == 0 else (key, key)
+        run_key, second_key = self._run_keys(key)
         plan = setting.proposal.plan(with_valid_inputs(model)) if plan is None else plan
         run = run_filter(
             model,

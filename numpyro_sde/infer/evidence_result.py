@@ -74,6 +74,9 @@ class Evidence(NamedTuple):
     def resampled(self, rng_key: PRNGKeyArray, num_draws: int) -> dict[str, Array]:
         """Draws of the posterior with equal weights, for `nsde.smooth` and plots.
 
+        Paths drawn by filters that run afresh at these parameters are biased where their log
+        likelihood has a standard deviation near 1: give `nsde.smooth` many more particles.
+
         Args:
             rng_key: random key.
             num_draws: number of draws.

@@ -2,9 +2,8 @@
 
 The log likelihood is replaced by an unbiased estimate, whose random numbers are part of the state:
 the parameters' posterior is exact for any number of particles (Andrieu and Roberts 2009; Andrieu,
-Doucet and Holenstein 2010). What the particles cost is acceptance; their number is chosen so that
-the standard deviation of the estimate is near the best one (Doucet, Pitt, Deligiannidis and Kohn
-2015: 1.0 to 1.7).
+Doucet and Holenstein 2010). What the particles cost is acceptance: there are so many that the
+estimate's standard deviation is near the best, 1.0 to 1.7 (Doucet, Pitt, Deligiannidis, Kohn 2015).
 """
 
 from __future__ import annotations
@@ -102,13 +101,18 @@ class PMMHState(NamedTuple):
     factor: Float[Array, "D D"]
     rng_key: PRNGKeyArray
 
+    @property
+    def filter_key(self) -> Array:
+        """`keys` as numbers: kept with each draw, for `nsde.smooth`."""
+        return jax.random.key_data(self.keys)
+
 
 class PMMH(MCMCKernel):
     """Random-walk Metropolis on a particle filter's unbiased likelihood.
 
     Exact for the parameters of any SDE with any emission, degenerate noise included, at the cost
-    of one particle filter for each proposal. The paths come afterwards: `nsde.smooth(marginalize(
-    model, method=nsde.filters.Particle(...)), samples, ...)`. It starts at the mode of an extended
+    of one particle filter for each proposal. The paths come afterwards, exact too:
+    `nsde.smooth(mcmc, rng_key=...)`. It starts at the mode of an extended
     Kalman approximation and with that mode's curvature as the shape of its proposals; both adapt
     during warm-up only (Vihola 2012). Do not use it for more than 20 or so parameters.
 
@@ -198,7 +202,7 @@ class PMMH(MCMCKernel):
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        return ("z",)
+        return ("z", "filter_key")
 
     def get_diagnostics_str(self, state: PMMHState) -> str:
         return f"{self.num_particles} particles, acc. prob={float(state.mean_accept_prob):.2f}"

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.infer.util import potential_energy
 
 from numpyro_sde.filters.particle import Particle, is_above
+from numpyro_sde.filters.particle_result import ParticleResult
 from numpyro_sde.filters.rao_blackwell import RaoBlackwell
 from numpyro_sde.handlers import marginalize
 from numpyro_sde.infer.start import Start
@@ -59,6 +60,13 @@ class LikelihoodEstimator(Particle):
         value = run_filter(model, setting, key, plan=plan).log_likelihood
         largest = largest_log_likelihood(model)
         return jnp.where(is_above(value, largest), -jnp.inf, value)
+
+    def filter(self, model: StateSpaceModel) -> ParticleResult:
+        """The particles behind `log_likelihood`: of the same random numbers."""
+        return jax.jit(lambda: self._filter(model))()
+
+    def _run_keys(self, key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+        return key, jax.random.fold_in(key, 1) if key.ndim == 0 else key
 
 
 class RegimeEstimator(RaoBlackwell):

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from numpyro.handlers import seed, substitute
+from numpyro.infer import MCMC
 
 from numpyro_sde.collapse import collapse, smooth_weights
-from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_parts
+from numpyro_sde.distributions.marginal import IntegratedPath, MarginalPath, draw_parts, key_for
 from numpyro_sde.distributions.state_space import ObservedPath, data_under_law
 from numpyro_sde.grid import check_times
 from numpyro_sde.handlers import marginalize
@@ -22,18 +23,20 @@ from numpyro_sde.models.survey import survey
 from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.states.jump_times import JumpSizes, draw_jumps, fitted_jumps
+from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import AbstractFilter
 
 
 def smooth(
-    model: Callable[..., Any],
-    samples: Mapping[str, ArrayLike],
+    model: Callable[..., Any] | MCMC,
+    samples: Mapping[str, ArrayLike] | None = None,
     *model_args: Any,
     method: AbstractFilter | None = None,
     rng_key: PRNGKeyArray,
     times: ArrayLike | None = None,
     at_jumps: bool = False,
     batch_size: int = 64,
+    thinning: int = 1,
     **model_kwargs: Any,
 ) -> dict[str, Any]:
     """Draw every path that was integrated out, given posterior draws of the rest.
@@ -41,11 +44,17 @@ def smooth(
     One path for each posterior draw: forward filtering and backward sampling (Carter and Kohn
     1994), exact for linear-Gaussian models, the filter's Gaussian approximation otherwise.
 
+    Of a run of `infer.PMMH` hand over the `MCMC` itself: paths then come from the very particles
+    whose likelihoods were accepted, and are exact for any number of them (Andrieu, Doucet and
+    Holenstein 2010, theorem 4). A `Particle` filter run afresh at each draw is biased where its
+    log likelihood has a standard deviation near 1, as that of PMMH does: take many particles.
+
     Args:
         model: the model, with or without `handlers.marginalize` around it, or one in
-            `handlers.collapse`.
+            `handlers.collapse`; or a fit, an `MCMC` after `run`, whose model, draws (chains
+            joined) and arguments are then taken.
         samples: posterior draws of the other sites, leading axis the draws
-            (`mcmc.get_samples()`).
+            (`mcmc.get_samples()`); None for those of the fit.
         *model_args: arguments of the model as when it was fitted, the data included.
         method: the filter; None takes that of `handlers.marginalize`.
         rng_key: key for the draws.
@@ -55,6 +64,7 @@ def smooth(
         at_jumps: draw paths of Markov jump processes in continuous time instead: the times of
             their jumps and the states between, exact given the states at the data.
         batch_size: how many draws to treat at once (memory against speed).
+        thinning: take every so many of the draws.
         **model_kwargs: keyword arguments of the model.
 
     Returns:
@@ -66,9 +76,10 @@ def smooth(
         that it integrated out, by the name of their site.
 
     Raises:
-        ValueError: no data, no path that the model observes, times that do not fit, or `at_jumps`
-            of a path that does not jump among at most 64 states.
-        TypeError: no method.
+        ValueError: no data, no path that the model observes, times that do not fit (those of a run
+            of `PMMH` are its own), or `at_jumps` of a path that does not jump among at most 64
+            states.
+        TypeError: no method, no draws, or draws and arguments beside a fit.
 
     Example:
         >>> import jax, numpy as np, numpyro, numpyro.distributions as dist, numpyro_sde as nsde
@@ -86,6 +97,17 @@ def smooth(
         >>> nsde.smooth(model, draws, y=y, method=method, rng_key=key, times=later)["x"].shape
         (2, 3)
     """
+    filter_keys = None
+    if isinstance(model, MCMC):
+        if samples is not None or model_args or model_kwargs:
+            raise TypeError("smooth: a fit brings its draws and arguments; hand over it alone")
+        method, filter_keys = _filter_of(model, method, times)
+        samples, model_args, model_kwargs = model.get_samples(), model._args, model._kwargs
+        model = model.sampler.model
+    if samples is None:
+        raise TypeError("smooth: samples are missing: draws of the other sites, or hand over a fit")
+    check_count("thinning", thinning)
+    samples = {name: jnp.asarray(value)[::thinning] for name, value in samples.items()}
     if isinstance(model, collapse):
         return smooth_weights(model, samples, model_args, model_kwargs, rng_key, batch_size)
     inner = model
@@ -110,10 +132,12 @@ def smooth(
         raise ValueError(f"samples must have one leading axis of draws, got lengths {num_draws}")
 
     keys = jax.random.split(rng_key, next(iter(num_draws.values())))
+    filter_keys = None if filter_keys is None else filter_keys[::thinning]
 
     def run(size: JumpSizes | None) -> dict[str, Any]:
         transformed = bool(uses.transformed)
-        rest = (method, tuple(sorted(names)), transformed, times, size, batch_size, kept, keys)
+        how = (method, tuple(sorted(names)), transformed, times, size, batch_size)
+        rest = (*how, kept, keys, filter_keys)
         return with_data_as_arguments(
             inner, model_args, model_kwargs, lambda arguments: _smoothed(inner, arguments, *rest)
         )
@@ -123,6 +147,18 @@ def smooth(
     if times is not None:
         raise ValueError("smooth: at_jumps=True gives the times of jumps, so times= is not taken")
     return fitted_jumps(run)
+
+
+def _filter_of(mcmc: MCMC, method: AbstractFilter | None, times: Any) -> tuple[Any, Any]:
+    """The filter of a fit and the random numbers that it had at each draw, if it tells."""
+    kept = mcmc.get_extra_fields().get("filter_key")
+    if kept is None:
+        return method, None
+    if method is not None:
+        raise TypeError("smooth: a run of PMMH brings its own filter, so that method= is not taken")
+    if times is not None:
+        raise ValueError("smooth: paths of a run of PMMH are drawn at their own times")
+    return mcmc.sampler.tuning.method, jax.random.wrap_key_data(jnp.asarray(kept))
 
 
 @entry_point
@@ -137,18 +173,20 @@ def _smoothed(
     batch_size: int,
     kept: dict[str, Array],
     keys: PRNGKeyArray,
+    filter_keys: PRNGKeyArray | None,
 ) -> dict[str, Any]:
     """Draws of all paths; compiled once for a model and the shapes of its data."""
     args, kwargs = released(arguments)
 
-    def one(inputs: tuple[dict[str, Array], PRNGKeyArray]) -> dict[str, Any]:
-        draw, key = inputs
+    def one(inputs: tuple[dict[str, Array], PRNGKeyArray, Any]) -> dict[str, Any]:
+        draw, key, filter_key = inputs
+        own = method if filter_key is None else method.with_key(filter_key)
         model_key, path_key = jax.random.split(key)
         paths, recorded = run_integrated(
             substitute(seed(model, model_key), data=draw),
             args,
             kwargs,
-            method=method,
+            method=own,
             sites=frozenset(names),
             transformed=transformed,
         )
@@ -159,12 +197,12 @@ def _smoothed(
             if jumps is not None:
                 found[name] = draw_jumps(_observed(path), method, jumps, key)
             else:
-                parts = _draw(path, method, times, key)
+                parts = _draw(path, own, times, key, filter_key is not None)
                 found[name] = parts.pop("path")
                 found |= {f"{name}_{part}": value for part, value in parts.items()}
         return found
 
-    return jax.lax.map(one, (kept, keys), batch_size=batch_size)
+    return jax.lax.map(one, (kept, keys, filter_keys), batch_size=batch_size)
 
 
 def _require_data(recorded: Any) -> None:
@@ -189,13 +227,16 @@ def _observed(stand_in: IntegratedPath) -> ObservedPath:
 
 
 def _draw(
-    stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRNGKeyArray
+    stand_in: IntegratedPath, method: AbstractFilter, times: Any, key: PRNGKeyArray, again: bool
 ) -> dict[str, Array]:
-    """A path, and what goes with it, at its own times or at others."""
+    """A path, and what goes with it, at its own times or at others.
+
+    `again` runs the filter of the path's likelihood once more, on the same random numbers.
+    """
     observed = _observed(stand_in)
     path, lead = observed.path, observed.lead
     if times is None:
-        parts = draw_parts(observed, method, key)
+        parts = draw_parts(observed, method, key, key_for(method, stand_in.name) if again else None)
         return {
             name: jnp.take(value, stand_in.index, axis=len(lead)) for name, value in parts.items()
         }

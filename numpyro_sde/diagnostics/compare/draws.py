@@ -266,8 +266,8 @@ def _from_mcmc(
         raise ValueError("fit is an MCMC that has not run: call its run method first") from error
     statistics = {}
     for name, value in extra.items():
-        if isinstance(value, Mapping | tuple):
-            continue  # a kernel's whole state: no statistic of one draw
+        if isinstance(value, Mapping | tuple) or name == "filter_key":
+            continue  # a kernel's whole state, or random numbers: no statistic of one draw
         value = np.asarray(value)
         statistics[_STATISTICS.get(name, name)] = -value if name == "potential_energy" else value
         if name == "num_steps":
