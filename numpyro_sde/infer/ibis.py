@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
+from numpyro_sde.runtime.draws import on_host
 from numpyro_sde.statespace.checks import check_count, typed_key
 
 _TARGET_ACCEPT, _GAIN = 0.8, 1.0
@@ -207,7 +208,7 @@ def _of_latent_sites(
                 f"latent site {name!r} has shape {here} under the old data and {there} under the "
                 "new: ibis renews what both have; integrate a path out with handlers.marginalize"
             )
-    values = {name: jnp.asarray(samples[name]) for name in shapes}
+    values = jax.tree.map(jnp.asarray, on_host(samples, shapes))
     counts = {len(value) for value in values.values()}
     for name, shape in shapes.items():
         if values[name].shape[1:] != shape or len(counts) > 1:

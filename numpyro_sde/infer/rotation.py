@@ -32,8 +32,10 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import potential_energy
 
+from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.reparam.path import is_innovation
 from numpyro_sde.reparam.strength import guided_by
+from numpyro_sde.runtime.entry import entry_point
 
 # In place of a log ratio that is not finite; its gradient is then taken for zero.
 LOWEST = -1e8
@@ -97,22 +99,20 @@ def prior_values(
 
 
 def prior_reference(
-    draw: Callable[[PRNGKeyArray], dict[str, Array]], key: PRNGKeyArray
+    model: Callable[..., Any], args: Any, kwargs: Any, key: PRNGKeyArray
 ) -> tuple[dict[str, Array], Reference]:
     """A point at the centre of the prior, unconstrained by site, and the reference there.
 
     Median and half the distance of the quantiles of a standard normal's 1 standard deviation: heavy
     tails of a prior do not make the reference wider than its bulk.
     """
-    shapes = jax.eval_shape(draw, key)
-
-    def parameters(key: PRNGKeyArray) -> dict[str, Array]:
-        return {name: v for name, v in draw(key).items() if not is_innovation(name)}
-
+    shapes = jax.eval_shape(prior_values(model, args, kwargs), key)
     drawn: dict[str, Array] = {}
     if not all(is_innovation(name) for name in shapes):
-        # What only the path needs is not computed: its values are not asked for.
-        drawn = jax.jit(jax.vmap(parameters))(jax.random.split(key, _PRIOR_DRAWS))
+        keys = jax.random.split(key, _PRIOR_DRAWS)
+        drawn = with_data_as_arguments(
+            model, args, kwargs, lambda arguments: _prior_draws(model, arguments, keys)
+        )
     loc, spread = {}, {}
     for name, shape in shapes.items():
         if name not in drawn:
@@ -126,6 +126,17 @@ def prior_reference(
     dtype = jnp.result_type(float)
     loc, spread = (jax.tree.map(lambda a: jnp.asarray(a, dtype), t) for t in (loc, spread))
     return loc, Reference(ravel_pytree(loc)[0], ravel_pytree(spread)[0])
+
+
+@entry_point
+def _prior_draws(model: Callable[..., Any], arguments: Any, keys: PRNGKeyArray) -> dict[str, Array]:
+    """Draws of all sites but innovations: what only the path needs is not asked for."""
+    draw = prior_values(model, *released(arguments))
+
+    def parameters(key: PRNGKeyArray) -> dict[str, Array]:
+        return {name: v for name, v in draw(key).items() if not is_innovation(name)}
+
+    return jax.vmap(parameters)(keys)
 
 
 class Place(NamedTuple):

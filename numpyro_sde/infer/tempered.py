@@ -33,13 +33,13 @@ from numpyro_sde.infer.rotation import (
     Reference,
     TemperedModel,
     prior_reference,
-    prior_values,
     quarter_turn,
     rotate,
 )
 from numpyro_sde.infer.tempering_report import TemperingReport, report_on
 from numpyro_sde.infer.unconstrained import UnconstrainedKernel
 from numpyro_sde.models.stack import outside_all_meshes, progress_is_shown
+from numpyro_sde.runtime.entry import Held, entry_point
 from numpyro_sde.runtime.progress import told
 from numpyro_sde.statespace.checks import check_choice, check_count, typed_key
 
@@ -209,52 +209,24 @@ class Tempered(UnconstrainedKernel):
         assert self._model is not None
         keys = typed_key(rng_key)
         shown = progress_is_shown(sys._getframe(1))
-        draw = prior_values(self._model, model_args, kwargs)
         # The same reference for all chains of a run, those that run in parallel included.
         with (
             told("looking at the model and its prior", shown),
             outside_all_meshes(),
             jax.ensure_compile_time_eval(),
         ):
-            centre, reference = prior_reference(draw, jax.random.key(_REFERENCE_SEED))
+            centre, reference = prior_reference(
+                self._model, model_args, kwargs, jax.random.key(_REFERENCE_SEED)
+            )
         if shown:
             print("compiling the sampler: the bar moves when that is done", file=sys.stderr)
-        first = partial(self._first, args=model_args, kwargs=kwargs)
-        begin = (init_params, centre, reference)
-        if keys.ndim == 0:
-            return jax.jit(first)(keys, begin)
-        return jax.jit(jax.vmap(first, in_axes=(0, (0, None, None))))(keys, begin)
+        return self._first(keys, (init_params, centre, reference), model_args, kwargs)
 
     def _first(self, key: PRNGKeyArray, z: Any, args: Any, kwargs: Any) -> TemperedState:
-        """All levels at draws of the reference, or at the values given."""
         del args, kwargs
         params, centre, reference = z
-        flat, back = ravel_pytree(centre)
-        levels, dim = self.num_levels, flat.size
-        key, start_key = jax.random.split(key)
-        x = jax.random.normal(start_key, (levels, dim), flat.dtype)
-        if params is not None:
-            given = ravel_pytree(jax.tree.map(lambda a: jnp.asarray(a, flat.dtype), params))[0]
-            x = jnp.broadcast_to((given - reference.loc) / reference.spread, x.shape)
-        betas = jnp.asarray(first_ladder(levels), flat.dtype)
-        zeros = jnp.zeros(levels, flat.dtype)
-        return TemperedState(
-            i=jnp.zeros((), int),
-            z=back(reference.place(x[-1])),
-            positions=x,
-            log_ratio=zeros,
-            betas=betas,
-            log_step=jnp.log(quarter_turn(self.num_steps)) + zeros,
-            scale=jnp.ones_like(x),
-            acceptance=zeros,
-            rejection=zeros[1:],
-            replica=jnp.arange(levels),
-            renewed=jnp.zeros(levels, bool),
-            round_trips=jnp.zeros((), int),
-            reference=reference,
-            spread=_no_spread(levels, dim, flat.dtype),
-            rng_key=key,
-        )
+        sizes = Held((self.num_levels, self.num_steps))
+        return _first_states(key, params, centre, reference, sizes)
 
     def _step(self, state: TemperedState, args: Any, kwargs: Any) -> TemperedState:
         assert self._model is not None
@@ -318,6 +290,43 @@ class Tempered(UnconstrainedKernel):
             "Tempered moves all sites of a model at all levels, and cannot be a block of a Gibbs "
             "sampler: run it alone"
         )
+
+
+@entry_point
+def _first_states(
+    keys: PRNGKeyArray, params: Any, centre: dict[str, Array], reference: Reference, sizes: Held
+) -> TemperedState:
+    """The first state of a chain, or several: levels at draws of the reference, or as given."""
+    flat, back = ravel_pytree(centre)
+    (levels, steps), dim = sizes.value, flat.size
+
+    def first(key: PRNGKeyArray, params: Any) -> TemperedState:
+        key, start_key = jax.random.split(key)
+        x = jax.random.normal(start_key, (levels, dim), flat.dtype)
+        if params is not None:
+            given = ravel_pytree(jax.tree.map(lambda a: jnp.asarray(a, flat.dtype), params))[0]
+            x = jnp.broadcast_to((given - reference.loc) / reference.spread, x.shape)
+        betas = jnp.asarray(first_ladder(levels), flat.dtype)
+        zeros = jnp.zeros(levels, flat.dtype)
+        return TemperedState(
+            i=jnp.zeros((), int),
+            z=back(reference.place(x[-1])),
+            positions=x,
+            log_ratio=zeros,
+            betas=betas,
+            log_step=jnp.log(quarter_turn(steps)) + zeros,
+            scale=jnp.ones_like(x),
+            acceptance=zeros,
+            rejection=zeros[1:],
+            replica=jnp.arange(levels),
+            renewed=jnp.zeros(levels, bool),
+            round_trips=jnp.zeros((), int),
+            reference=reference,
+            spread=_no_spread(levels, dim, flat.dtype),
+            rng_key=key,
+        )
+
+    return first(keys, params) if keys.ndim == 0 else jax.vmap(first)(keys, params)
 
 
 def _no_spread(levels: int, dim: int, dtype: Any) -> Spread:

@@ -27,7 +27,6 @@ from numpyro_sde.infer.rotation import (
     Place,
     TemperedModel,
     prior_reference,
-    prior_values,
     quarter_turn,
     rotate,
 )
@@ -69,7 +68,7 @@ def by_smc(
         RuntimeError: a repeat that does not reach the posterior.
     """
     prior_key, run_key = jax.random.split(rng_key)
-    centre, reference = prior_reference(prior_values(model, args, kwargs), prior_key)
+    centre, reference = prior_reference(model, args, kwargs, prior_key)
     _, back = ravel_pytree(centre)
     tempered = TemperedModel(model, args, kwargs, back, reference, from_prior=True)
     run = jax.jit(partial(_run, tempered, num_particles, num_steps))

@@ -20,6 +20,7 @@ from numpyro_sde.handlers import marginalize
 from numpyro_sde.joining import join_clocks
 from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.models.survey import survey
+from numpyro_sde.runtime.draws import on_host
 from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.states.jump_times import JumpSizes, draw_jumps, fitted_jumps
@@ -107,7 +108,7 @@ def smooth(
     if samples is None:
         raise TypeError("smooth: samples are missing: draws of the other sites, or hand over a fit")
     check_count("thinning", thinning)
-    samples = {name: jnp.asarray(value)[::thinning] for name, value in samples.items()}
+    samples = {name: value[::thinning] for name, value in on_host(samples).items()}
     if isinstance(model, collapse):
         return smooth_weights(model, samples, model_args, model_kwargs, rng_key, batch_size)
     inner = model
@@ -158,7 +159,7 @@ def _filter_of(mcmc: MCMC, method: AbstractFilter | None, times: Any) -> tuple[A
         raise TypeError("smooth: a run of PMMH brings its own filter, so that method= is not taken")
     if times is not None:
         raise ValueError("smooth: paths of a run of PMMH are drawn at their own times")
-    return mcmc.sampler.tuning.method, jax.random.wrap_key_data(jnp.asarray(kept))
+    return mcmc.sampler.tuning.method, jax.random.wrap_key_data(jnp.asarray(np.asarray(kept)))
 
 
 @entry_point

@@ -1,5 +1,9 @@
 """Paths of a run of PMMH come from the particles that were accepted, however few they were."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +101,32 @@ def test_what_smooth_refuses_of_a_fit():
         nsde.smooth(model, rng_key=key)
     with pytest.raises(ValueError, match="thinning"):
         nsde.smooth(mcmc, rng_key=key, thinning=0)
+
+
+_TWO_DEVICES = """
+import numpyro
+numpyro.set_host_device_count(2)
+import sys
+import jax
+sys.path.insert(0, {folder!r})
+import numpy as np
+import numpyro_sde as nsde
+import test_pmmh_paths as own
+from numpyro.infer import MCMC
+kernel = nsde.infer.PMMH(own.model, 5, proposal="bootstrap").tune(jax.random.key(0), own.Y)
+mcmc = MCMC(kernel, num_warmup=5, num_samples=40, num_chains=2, progress_bar=False)
+mcmc.run(jax.random.key(0), own.Y)
+assert len(mcmc.get_samples()["scale"].devices()) == 2
+print(np.asarray(nsde.smooth(mcmc, rng_key=jax.random.key(1))["x"]).shape)
+"""
+
+
+@pytest.mark.slow
+def test_draws_of_parallel_chains_are_smoothed_on_one_device():
+    """Split over the devices, the program would wait for copies between them at every step."""
+    code = _TWO_DEVICES.format(folder=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert f"(80, {GRID.times.size})" in done.stdout, done.stderr[-2000:]

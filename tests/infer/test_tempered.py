@@ -92,9 +92,7 @@ def test_the_reference_has_the_quantiles_of_the_prior():
         numpyro.sample("z_innov", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         numpyro.sample("level", dist.Normal(3.0, 0.5 + 0.0 * tau))
 
-    centre, reference = rotation.prior_reference(
-        rotation.prior_values(model, (), {}), jax.random.key(0)
-    )
+    centre, reference = rotation.prior_reference(model, (), {}, jax.random.key(0))
     assert sorted(centre) == ["level", "tau", "z_innov"]  # as a pytree joins them
     logs = np.log(stats.halfcauchy.ppf([0.158655, 0.5, 0.841345]))
     np.testing.assert_allclose(reference.loc, [3.0, logs[1], 0.0, 0.0], atol=0.3)
@@ -155,9 +153,7 @@ def test_levels_hold_the_same_path_in_their_own_coordinates(x64):
         nsde.observe("y", x, multimodal.absolute, obs=y, at=np.array([0, 2, 4]))
 
     guided = numpyro.handlers.reparam(model, config={"x": nsde.reparam.GuidedReparam()})
-    centre, reference = rotation.prior_reference(
-        rotation.prior_values(guided, (), {}), jax.random.key(0)
-    )
+    centre, reference = rotation.prior_reference(guided, (), {}, jax.random.key(0))
     back = jax.flatten_util.ravel_pytree(centre)[1]
     tempered = rotation.TemperedModel(guided, (), {}, back, reference, from_prior=True)
     start, weak, strong = (tempered.level(jnp.asarray(b)) for b in (0.0, 0.3, 1.0))

@@ -206,9 +206,14 @@ def white():
     [
         lambda: nsde.infer.UnderdampedLangevin(white()),
         pytest.param(lambda: nsde.infer.BlackJAX(white(), "nuts"), marks=pytest.mark.slow),
+        lambda: nsde.infer.Tempered(white(), num_levels=3),
         pytest.param(lambda: nsde.infer.PMMH(well, num_particles=8), marks=pytest.mark.slow),
+        pytest.param(
+            lambda: nsde.infer.ParticleGibbs(well, num_particles=8, proposal="defensive"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["UnderdampedLangevin", "BlackJAX", "PMMH"],
+    ids=["UnderdampedLangevin", "BlackJAX", "Tempered", "PMMH", "ParticleGibbs"],
 )
 def test_a_second_chain_compiles_numpyros_loop_alone(make):
     kernel = make()
