@@ -275,7 +275,7 @@ def fou_shape(x: Float[Array, "*n"], hurst: ArrayLike) -> Float[Array, "*n"]:
     """
     x, e = jnp.asarray(x), 2.0 * jnp.asarray(hurst)
     is_small, is_large = x < _FOU_SERIES_BELOW, x > _FOU_ASYMPTOTIC_FROM
-    small = jnp.where(is_small, x, 1.0)
+    small = jnp.where(is_small, x, _FOU_SERIES_BELOW)
     series = jnp.exp(gammaln(e + 1)) * jnp.cosh(small) - _growing_part(small, e)
     middle = _quadrature(jnp.where(is_small | is_large, 4.0, x), e)
     large = jnp.where(is_large, x, _FOU_ASYMPTOTIC_FROM)
@@ -328,7 +328,9 @@ def fou_zero_start_covariance(
     """
     e = 2.0 * jnp.asarray(hurst)
     x, y = jnp.asarray(rate * s), jnp.asarray(rate * t)
-    lag = jnp.abs(x - y)
+    # Not |x - y|: fused into one rounding in one place and two in another, a lag at the edge of a
+    # branch below would be taken to lie on both sides of it.
+    lag = jnp.asarray(rate * jnp.abs(s - t))
     short = jnp.maximum(x, y) < _FOU_SERIES_BELOW
 
     def combine(g: Any, x: Array, y: Array, lag: Array) -> Array:

@@ -76,6 +76,18 @@ def test_zero_start_fou_covariance(relative):
     np.testing.assert_allclose(variance[:, 0], [r["var_s"] for r in rows], rtol=relative)
 
 
+@pytest.mark.parametrize("hurst", [0.3, 0.55, 0.7])
+def test_zero_start_fou_on_equal_steps(hurst, relative):
+    """Lags at the edge of a branch, 20 steps of 0.1 relaxation times: all pairs by the formula."""
+    times, rate = np.arange(80.0), 0.1
+    rho = np.asarray(FractionalOrnsteinUhlenbeck(times, hurst, rate).covariance_matrix)[0]
+    kept, index = np.exp(-rate * times), np.arange(80)
+    expected = rho[np.abs(index[:, None] - index)] + rho[0] * np.outer(kept, kept)
+    expected -= np.outer(kept, rho) + np.outer(rho, kept)
+    law = FractionalOrnsteinUhlenbeck(times, hurst, rate, start="zero")
+    assert np.abs(np.asarray(law.covariance_matrix) - expected).max() < relative * rho[0]
+
+
 @pytest.mark.slow
 def test_zero_start_fou_of_short_times_is_fbm(x64):
     """Rate times time of 1e-6: the covariance is that of fBM, digits and all."""
