@@ -10,6 +10,7 @@ from numpyro import handlers
 from numpyro.infer import Predictive, log_likelihood
 from numpyro.infer.util import log_density
 from ou_oracle import normal_log_density, ou_moments
+from scipy.stats import multivariate_normal
 
 import numpyro_sde as nsde
 
@@ -427,3 +428,27 @@ def test_a_mask_known_only_in_a_trace_refuses_with_the_reason(guided):
     kinds = (jax.errors.JaxRuntimeError, ValueError)  # as the version of JAX has it
     with pytest.raises(kinds, match=r"masked out by handlers\.mask"):
         density(jnp.array([True, False])).block_until_ready()
+
+
+def test_inputs_of_an_emission_on_equal_steps():
+    """One transition for all steps, an emission for each time: an offset, taken off the data."""
+    rng = np.random.default_rng(0)
+    y, offset = rng.normal(size=(2, 3, 6))
+
+    def model(y, offset):
+        with numpyro.plate("series", 3):
+            ou = nsde.processes.OrnsteinUhlenbeck(1.0, 0.0, 0.5)
+            x = numpyro.sample("x", nsde.SDEPath(ou, 0.1 * np.arange(6), dist.Normal(0.0, 0.4)))
+            nsde.observe("y", x, lambda t, x, u: dist.Normal(x + u, 0.2), inputs=offset, obs=y)
+
+    marginal = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+    given, taken_off = (
+        log_density(marginal, args, {}, {})[0] for args in ((y, offset), (y - offset, 0.0 * offset))
+    )
+    times = 0.1 * np.arange(6)
+    lag = times[:, None] - times
+    # From a start of variance 0.16: what is left of it, and what the noise added since.
+    both = np.exp(-times[:, None] - times)
+    cov = 0.16 * both + 0.125 * (np.exp(-np.abs(lag)) - both) + 0.04 * np.eye(6)
+    expected = multivariate_normal(np.zeros(6), cov).logpdf(y - offset).sum()
+    np.testing.assert_allclose([given, taken_off], expected, rtol=1e-5)

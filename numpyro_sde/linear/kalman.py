@@ -105,15 +105,20 @@ class LinearGaussian(eqx.Module):
         d, n = (self.m0.shape or (0,))[-1], (self.F.shape or (0,))[0]
         p = self.C.shape[-2] if self.C.ndim > 1 else 0
         noise = (p, p) if self.correlated else (p,)
+        times = n + 1
+        if n == 1:  # one transition may stand for all: observations then tell how many times
+            own = ((self.C, 2), (self.R, len(noise)), (self.e, 1))
+            lengths = [a.shape[0] for a, rank in own if a is not None and a.ndim > rank]
+            times = max([times, *lengths])
         needed: dict[str, list[Any]] = {
             "m0": [(d,)],
             "P0": [(d, d)],
             "F": [(n, d, d)],
             "c": [(n, d)],
             "Q": [(n, d, d)],
-            "C": [(p, d), (n + 1, p, d)],
-            "R": [noise, (n + 1, *noise)],
-            "e": [(p,), (n + 1, p)],
+            "C": [(p, d), (times, p, d)],
+            "R": [noise, (times, *noise)],
+            "e": [(p,), (times, p)],
             "P0_factor": [(d, m) for m in self._columns(self.P0_factor)],
             "Q_factor": [(n, d, m) for m in self._columns(self.Q_factor)],
         }

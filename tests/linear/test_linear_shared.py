@@ -74,6 +74,27 @@ def test_shared_arrays_through_the_public_function(x64):
     np.testing.assert_allclose(*(log_likelihood(m, two) for m in pair), rtol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["sequential", "sqrt", "parallel"])
+def test_shared_transition_with_observations_that_vary(form, x64):
+    """Values and slopes are those with a transition for each step."""
+    s, whole, rng = shared(), spread(shared()), np.random.default_rng(1)
+    C, e = jnp.asarray(rng.normal(size=(N, 1, D))), jnp.asarray(rng.normal(size=(N, 1)))
+    R = jnp.asarray(rng.uniform(0.1, 0.5, size=(N, 1)))
+
+    def value(steps, C, R, e):
+        model = LinearGaussian(
+            m0=steps.m0, P0=steps.P0, F=steps.F, c=steps.c, Q=steps.Q, C=C, R=R, e=e
+        )
+        return log_likelihood(model, s.y[:, None], form=form)
+
+    got, want = (jax.value_and_grad(value, (1, 2, 3))(one, C, R, e) for one in (s, whole))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
+    for a, b in zip(got[1], want[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="C has shape"):
+        value(s, C[:-1], R, e)
+
+
 @pytest.mark.slow
 def test_guard_takes_factors_where_digits_are_lost():
     """Among models of one batch, those of a prior vague beside the noise, and the others."""
