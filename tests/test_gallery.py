@@ -29,6 +29,7 @@ PROBLEMS = {
     "molecules of a cell": "gallery/gene_expression.md",
     "populations seen at several times, nobody twice": "gallery/myoblasts.md",
     "two states that something flips between": "gallery/ice_core.md",
+    "a film of something that moves": "gallery/moving_spot.md",
     "small scales that a forecast cannot resolve": "gallery/turbulence_closure.md",
 }
 _LINK = re.compile(r"\]\(([^)#\s]+\.md)(?:#[^)]*)?\)")
