@@ -120,7 +120,7 @@ class collapse(Messenger):  # noqa: N801
         if msg["type"] not in ("sample", "deterministic"):
             return
         if msg["type"] == "sample" and msg["name"] in (f"{self.name}/z", self.name):
-            self.site, self.prior = msg["name"], _normal_weights(msg)
+            self.site, self.prior = msg["name"], normal_weights(msg)
             # Known inside, and not seen outside.
             msg["value"], msg["stop"] = self.prior.loc, True
         elif self.prior is not None and msg["name"] in self._users():
@@ -135,7 +135,10 @@ class collapse(Messenger):  # noqa: N801
         if self.users is None:
             assert self.prior is not None
             assert self.site is not None
-            self.users = _sites_that_use(self.fn, self.call, self.values, self.site, self.prior.loc)
+            site = self.site
+            self.users = sites_that_use(
+                self.fn, self.call, self.values, lambda z: {site: z}, self.prior.loc
+            )
         return self.users
 
     def _take(self, msg: dict[str, Any]) -> None:
@@ -260,14 +263,27 @@ def _closed_over(treedef: Any, leaves: list[Any]) -> list[Any]:
     return [a for a in inner.consts if isinstance(a, jax.core.Tracer)]
 
 
-def _sites_that_use(
-    fn: Callable[..., Any], call: tuple[Any, Any], values: Any, site: str, at: Array
+def sites_that_use(
+    fn: Callable[..., Any],
+    call: tuple[Any, Any],
+    values: Any,
+    weights: Callable[[Array], Mapping[str, Array]],
+    at: Array,
 ) -> set[str]:
-    """Names of the sites whose law or value is made of the weights."""
+    """Names of the sites whose law or value is made of weights, by one trace of the model.
+
+    Args:
+        fn: the model.
+        call: its arguments.
+        values: of other sites.
+        weights: sites of the weights from an array of them.
+        at: that array.
+    """
     names: list[str] = []
 
     def outputs(z: Array) -> list[Any]:
-        reader = run_aside(fn, *call, {**values, site: z}, {}, marked=True)
+        own = weights(z)
+        reader = run_aside(fn, *call, {**values, **own}, {}, marked=True)
         trees: dict[str, Any] = {name: path.law for name, path in reader.paths.items()}
         trees |= {
             name: (seen.law.observed_path, parameters(seen))
@@ -276,7 +292,7 @@ def _sites_that_use(
         trees |= {
             name: other[0] if isinstance(other, tuple) else other
             for name, other in reader.others.items()
-            if name != site
+            if name not in own
         }
         found: list[Any] = []
         for name, tree in trees.items():
@@ -290,7 +306,7 @@ def _sites_that_use(
     return {name for name, one in zip(names, used, strict=True) if one}
 
 
-def _normal_weights(msg: dict[str, Any]) -> WeightPrior:
+def normal_weights(msg: Mapping[str, Any], engine: str = "collapse") -> WeightPrior:
     """Means and standard deviations of a site of independent normal weights."""
     law, event_dim = msg["fn"], msg["fn"].event_dim
     core = law
@@ -298,7 +314,7 @@ def _normal_weights(msg: dict[str, Any]) -> WeightPrior:
         core = core.base_dist
     if msg["is_observed"] or not isinstance(core, dist.Normal):
         raise ValueError(
-            f"collapse needs latent weights with independent normal priors; site "
+            f"{engine} needs latent weights with independent normal priors; site "
             f"{msg['name']!r} is "
             f"{'observed' if msg['is_observed'] else type(core).__name__}"
         )

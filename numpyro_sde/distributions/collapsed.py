@@ -76,37 +76,50 @@ class WeightPosterior(NamedTuple):
     root: Array
 
 
-def require_linear(law_of: Callable[[Array], SDEPath], prior: WeightPrior, x: Any) -> None:
+def require_linear(
+    law_of: Callable[[Array], SDEPath],
+    prior: WeightPrior,
+    x: Any,
+    engine: str = "collapse",
+    otherwise: str = "leave the weights to NUTS",
+) -> None:
     """Refuse a path whose step is not normal with a mean linear in the weights.
+
+    Args:
+        law_of: the law of the path at given weights.
+        prior: the weights' law.
+        x: a path, for its shape.
+        engine: who asks, for the message.
+        otherwise: what to do without it, for the message.
 
     Raises:
         ValueError: naming the reason and what to do instead.
     """
     law = law_of(prior.loc)
     if not isinstance(law, SDEPath) or law.forcing is not None:
-        raise ValueError("collapse takes an SDEPath without inputs and events")
+        raise ValueError(f"{engine} takes an SDEPath without inputs and events")
     name = type(law.scheme).__name__
     if not is_gaussian(law):
         raise ValueError(
-            f"collapse needs steps that are normal, and those of {name} are not. Use "
-            "scheme=Euler() with steps short enough for it, or leave the weights to NUTS"
+            f"{engine} needs steps that are normal, and those of {name} are not. Use "
+            f"scheme=Euler() with steps short enough for it, or {otherwise}"
         )
     x = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(float))
     closed = degrees(lambda z: steps(law_of(z), jnp.zeros(x.shape, x.dtype)), prior.loc)
     instead = (
-        "Leave the weights to NUTS, without collapse"
+        f"{otherwise[0].upper()}{otherwise[1:]}, without {engine}"
         if isinstance(law.scheme, Euler)
-        else "Use scheme=Euler() with steps short enough for it, or leave the weights to NUTS"
+        else f"Use scheme=Euler() with steps short enough for it, or {otherwise}"
     )
     if closed[0] > 1:
         raise ValueError(
-            f"collapse needs a step of {name} whose mean is linear in the weights. {instead}"
+            f"{engine} needs a step of {name} whose mean is linear in the weights. {instead}"
         )
     if closed[1] > 0:
-        raise ValueError(f"collapse needs noise that does not depend on the weights. {instead}")
+        raise ValueError(f"{engine} needs noise that does not depend on the weights. {instead}")
     starts = degrees(lambda z: jax.tree_util.tree_leaves(law_of(z).init), prior.loc)
     if any(starts):
-        raise ValueError("collapse needs an init that does not depend on the weights")
+        raise ValueError(f"{engine} needs an init that does not depend on the weights")
 
 
 def is_gaussian(law: SDEPath) -> bool:
@@ -147,20 +160,9 @@ def weight_posterior(
     if found is not None:
         return found
     law, x = law_of(prior.loc), jnp.asarray(x, jnp.result_type(float))
-    (mean, factor), slope = jax.linearize(lambda z: steps(law_of(z), x), prior.loc)
-    lead = mean.shape[: mean.ndim - law.event_dim]
+    residual, design, log_det = path_regression(law_of, prior, x)
+    lead, size = residual.shape[:-1], design.shape[-1]
     plates = (1,) * (len(lead) - len(prior.plates)) + prior.plates
-    one = prior.loc.shape[len(prior.plates) :]
-    size = math.prod(one)
-    # All sets of weights move at once: each series sees its own.
-    units = jnp.eye(size, dtype=mean.dtype).reshape(size, *(1,) * len(prior.plates), *one)
-    columns = jax.vmap(lambda unit: slope(unit * prior.scale)[0])(
-        jnp.broadcast_to(units, (size, *prior.loc.shape))
-    )
-    after = x[..., 1:] if law.event_dim == 1 else x[..., 1:, :]
-    rest = jnp.concatenate([jnp.broadcast_to(after, mean.shape)[None] - mean[None], columns])
-    rows, log_det = _whitened(rest.reshape(size + 1, *lead, law.num_times - 1, -1), factor, law)
-    residual, design = rows[0], jnp.moveaxis(rows[1:], 0, -1)  # (*lead, n), (*lead, n, m)
     own = _sum_to(jnp.swapaxes(design, -1, -2) @ design, plates)
     b = _sum_to((design * residual[..., None]).sum(-2), plates)
     root = jnp.linalg.cholesky(
@@ -175,6 +177,36 @@ def weight_posterior(
     )
     back = jax.scipy.linalg.solve_triangular(root, half[..., None], lower=True, trans=1)[..., 0]
     return WeightPosterior(total, back, root)
+
+
+def path_regression(
+    law_of: Callable[[Array], SDEPath], prior: WeightPrior, x: Float[Array, "*lead T *state"]
+) -> tuple[Array, Array, Array]:
+    """A path's steps as a regression on whitened weights, in units of their noise.
+
+    Args:
+        law_of: the law of the path at given weights.
+        prior: where the steps are linearised, and the scale of a weight.
+        x: the path.
+
+    Returns:
+        Residuals `(*lead, n)`, regressors `(*lead, n, m)` and the noise's log determinant
+        `(*lead)`.
+    """
+    law = law_of(prior.loc)
+    (mean, factor), slope = jax.linearize(lambda z: steps(law_of(z), x), prior.loc)
+    lead = mean.shape[: mean.ndim - law.event_dim]
+    one = prior.loc.shape[len(prior.plates) :]
+    size = math.prod(one)
+    # All sets of weights move at once: each series sees its own.
+    units = jnp.eye(size, dtype=mean.dtype).reshape(size, *(1,) * len(prior.plates), *one)
+    columns = jax.vmap(lambda unit: slope(unit * prior.scale)[0])(
+        jnp.broadcast_to(units, (size, *prior.loc.shape))
+    )
+    after = x[..., 1:] if law.event_dim == 1 else x[..., 1:, :]
+    rest = jnp.concatenate([jnp.broadcast_to(after, mean.shape)[None] - mean[None], columns])
+    rows, log_det = _whitened(rest.reshape(size + 1, *lead, law.num_times - 1, -1), factor, law)
+    return rows[0], jnp.moveaxis(rows[1:], 0, -1), log_det
 
 
 def _from_known_design(

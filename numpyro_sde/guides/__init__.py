@@ -3,6 +3,8 @@
 from numpyro_sde.guides.amortized import AmortizedGuide, panel_features
 from numpyro_sde.guides.auto import AutoFlow
 from numpyro_sde.guides.auto_path import AutoPathGuide
+from numpyro_sde.guides.conjugate import AutoConjugate
+from numpyro_sde.guides.conjugate_fit import fit_conjugate
 from numpyro_sde.guides.matched import MatchedPath
 from numpyro_sde.guides.matched_bound import MatchedELBO
 from numpyro_sde.guides.natural_fit import fit_natural
@@ -14,6 +16,7 @@ from numpyro_sde.guides.training import fit_score, fit_svi
 
 __all__ = [
     "AmortizedGuide",
+    "AutoConjugate",
     "AutoFlow",
     "AutoPathGuide",
     "AutoSplit",
@@ -24,6 +27,7 @@ __all__ = [
     "MatchedPath",
     "PathGuideLaw",
     "PathLaw",
+    "fit_conjugate",
     "fit_natural",
     "fit_score",
     "fit_svi",

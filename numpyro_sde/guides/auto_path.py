@@ -18,6 +18,7 @@ from numpyro.infer.initialization import init_to_value
 from numpyro_sde.describe import html_text
 from numpyro_sde.fields.field import recorded_fields
 from numpyro_sde.guides.auto import AutoFlow
+from numpyro_sde.guides.conjugate import AutoConjugate
 from numpyro_sde.guides.matched import MatchedPath
 from numpyro_sde.guides.path_laws import GaussianMarkovPath, PathLaw
 from numpyro_sde.guides.path_posterior import PathPosterior, Plan
@@ -35,6 +36,12 @@ from numpyro_sde.guides.path_sites import (
 )
 from numpyro_sde.guides.score import ConditionalScorePath
 from numpyro_sde.guides.split import AutoSplit, weight_sites
+from numpyro_sde.guides.weight_statistics import (
+    WeightStatistics,
+    check_conjugate,
+    paths_of_weights,
+    weight_statistics,
+)
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.models.reading import latent_paths
 from numpyro_sde.models.stack import outside_all_handlers, substituted_here
@@ -63,9 +70,8 @@ class AutoPathGuide(AutoGuide):
     Args:
         model: the model, its paths neither reparametrised nor integrated out.
         parameters: makes a guide of the parameters from a model without its paths: `AutoFlow`
-            (the default; with more than 50 weights of fields `AutoSplit`), a guide of NumPyro
-            (`AutoNormal`, for parameters in a subsampled plate), or any function of a model that
-            returns a guide.
+            (the default; for weights of fields see `weights`), a guide of NumPyro (`AutoNormal`,
+            for parameters in a subsampled plate), or any function of a model that returns a guide.
         path: the law of the paths.
         prefix: put before the names of the parameters of the path laws, `{site}_{prefix}_...`.
         init: "mode" starts the parameters at the mode of the model with its paths integrated out
@@ -74,6 +80,11 @@ class AutoPathGuide(AutoGuide):
             mean zero, and without it the gradient has no noise where the law is exact (Roeder,
             Wu, Duvenaud 2017, "Sticking the landing"). "path" keeps it, as importance-weighted
             bounds (`RenyiELBO`) need.
+        weights: the law of the weights of fields: "conjugate", their prior times a normal
+            likelihood (`AutoConjugate`; where the drift of the one path is linear in them under
+            `Euler()`, and the noise does not use them); "low_rank" (`AutoSplit`); "flow", as all
+            else; "auto", the first where it can be, else a flow up to 50 weights and a law of low
+            rank for more.
 
     Raises:
         ValueError: a model without a latent path, without data for one, or with a path that the
@@ -108,8 +119,16 @@ class AutoPathGuide(AutoGuide):
         prefix: str = "auto",
         init: str = "mode",
         gradient: str = "landing",
+        weights: str = "auto",
     ) -> None:
         self._default = parameters is None
+        if weights not in ("auto", "flow", "low_rank", "conjugate"):
+            raise ValueError(
+                f"weights must be 'auto', 'flow', 'low_rank' or 'conjugate', got {weights!r}"
+            )
+        if weights != "auto" and parameters is not None:
+            raise ValueError("give weights or a guide of all parameters, not both")
+        self.weights = weights
         parameters = AutoFlow if parameters is None else parameters
         if not callable(parameters):
             raise TypeError(
@@ -133,7 +152,7 @@ class AutoPathGuide(AutoGuide):
         if not callable(self.parameters):
             raise TypeError(f"parameters must return a guide, a callable, got {self.parameters!r}")
         if isinstance(self.parameters, AutoGuide):
-            self.parameters.create_plates = lambda *_, **__: list(self._open.values())
+            self._take(self.parameters)
         self._plans: dict[str, Plan] = {}
         self._optimised: list[str] = []
         self._data: tuple[Any, Any] = ((), {})
@@ -196,9 +215,34 @@ class AutoPathGuide(AutoGuide):
         assert isinstance(self.path, GaussianMarkovPath)
         return self._only_law(args, kwargs, self.model).natural(self.path, num_steps)
 
-    def _only_law(self, args: Any, kwargs: Any, model: Callable[..., Any]) -> PathPosterior:
-        """Sample the parameters; the law of the only path."""
-        laws = list(self._laws(args, kwargs, {}, model))
+    def weight_statistics(self, num_paths: int, args: Any, kwargs: Any) -> WeightStatistics:
+        """What paths say of the weights at one draw of the parameters, for `AutoConjugate`.
+
+        A statement of a guide, which samples the parameters; see `fit_conjugate`.
+        """
+        guide = self.parameters
+        assert isinstance(guide, AutoConjugate)
+        values: dict[str, Array] = {}
+        posterior = self._only_law(args, kwargs, self.model, values)
+        indices = {name: plate._indices for name, plate in self._open.items()}
+        known = {**substituted_here(self._optimised), **indices, **values}
+        (name,) = self._plans
+        law_of = paths_of_weights(guide.layout, self.model, args, kwargs, known, name)
+        rest = {k: v for k, v in values.items() if k not in guide.weights}
+        at = guide.weights_given(rest, args, kwargs)
+        paths = posterior.law().sample(numpyro.prng_key(), (num_paths,))
+        own, others = guide.layout.joined(values), guide.rest_vector(values)
+        return weight_statistics(law_of, others, own, at, paths, posterior.share)
+
+    def _only_law(
+        self,
+        args: Any,
+        kwargs: Any,
+        model: Callable[..., Any],
+        values: dict[str, Array] | None = None,
+    ) -> PathPosterior:
+        """Sample the parameters into `values`; the law of the only path."""
+        laws = list(self._laws(args, kwargs, {} if values is None else values, model))
         if len(laws) > 1:
             raise ValueError(
                 f"{type(self.path).__name__} is trained so in a model of one path, got "
@@ -262,13 +306,13 @@ class AutoPathGuide(AutoGuide):
             if site["type"] == "sample" and not site["is_observed"]
         }
         start = {name: site["value"] for name, site in self._sites.items()}
-        self._split_weights(list(fields))
+        self._choose_weights(list(fields), full, args, kwargs, start)
         if start and self.init == "mode":
             mode, covariance = self._find_mode(full, args, kwargs)
             start |= mode
             if mode and isinstance(self.parameters, AutoFlow):
                 self.parameters.init_scale = covariance
-            if mode and isinstance(self.parameters, AutoSplit):
+            if mode and isinstance(self.parameters, AutoSplit | AutoConjugate):
                 ((own, block),) = covariance.items()
                 self.parameters.start_at(mode, own, block, self._free_sizes(mode))
             if mode and isinstance(self.parameters, AutoGuide):
@@ -309,15 +353,32 @@ class AutoPathGuide(AutoGuide):
         plates: dict[str, Any] = super()._create_plates(*args, **kwargs)
         return plates
 
-    def _split_weights(self, fields: list[str]) -> None:
-        """Where many weights of fields are unknown, keep the flow for the rest."""
-        weights = weight_sites(fields, list(self._sites))
-        count = sum(jnp.size(self._sites[name]["value"]) for name in weights)
-        plated = any(self._sites[name]["cond_indep_stack"] for name in self._sites)
-        if not self._default or count <= _MAX_FLOW_WEIGHTS or plated:
+    def _choose_weights(
+        self, fields: list[str], full: Callable[..., Any], args: Any, kwargs: Any, start: Any
+    ) -> None:
+        """Where weights of fields are unknown, keep the flow for the rest."""
+        weights, kind = weight_sites(fields, list(self._sites)), self.weights
+        if not self._default or kind == "flow" or (kind == "auto" and not weights):
             return
-        self.parameters = AutoSplit(without_paths(self.model), weights)
-        self.parameters.create_plates = lambda *_, **__: list(self._open.values())
+        if not weights:
+            raise ValueError(f"weights={kind!r} needs a model with a field of nsde.fields")
+        plated = any(self._sites[name]["cond_indep_stack"] for name in self._sites)
+        if kind == "conjugate" or (kind == "auto" and not plated):
+            try:
+                check_conjugate(weights, full, args, kwargs, start)
+                self._take(AutoConjugate(without_paths(self.model), weights))
+                return
+            except ValueError:
+                if kind == "conjugate":
+                    raise
+        count = sum(jnp.size(self._sites[name]["value"]) for name in weights)
+        if kind == "low_rank" or (count > _MAX_FLOW_WEIGHTS and not plated):
+            self._take(AutoSplit(without_paths(self.model), weights))
+
+    def _take(self, parameters: AutoGuide) -> None:
+        """Make a guide that of the parameters."""
+        self.parameters = parameters
+        parameters.create_plates = lambda *_, **__: list(self._open.values())
 
     def _free_sizes(self, values: Mapping[str, Array]) -> dict[str, int]:
         """Numbers of unconstrained coordinates of sites."""

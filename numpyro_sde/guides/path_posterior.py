@@ -164,6 +164,16 @@ class PathPosterior:
                 stack.enter_context(self._plates[frame.name])
             yield
 
+    @property
+    def plates_around(self) -> list[Any]:
+        """The open plates around the site."""
+        return [self._plates[frame.name] for frame in self.plan.frames]
+
+    @property
+    def share(self) -> float:
+        """How many series each of this call stands for: sizes of plates over their subsamples'."""
+        return math.prod(p.size / p.subsample_size for p in self.plates_around)
+
     def _full_lead(self) -> tuple[int, ...]:
         full = list(self.site.lead)
         for frame in self.plan.frames:
@@ -238,8 +248,7 @@ class PathPosterior:
     ) -> tuple[dict[str, Array], Float[Array, " steps"]]:
         """Parameters of all series after natural-gradient steps, and their bounds before each."""
         dims = law.local_dims()
-        plates = [self._plates[frame.name] for frame in self.plan.frames]
-        part = [plate.name for plate in plates if plate.size != plate.subsample_size]
+        part = [plate.name for plate in self.plates_around if plate.size != plate.subsample_size]
         if part:
             raise ValueError(
                 f"natural-gradient steps need all series, and plates {part} are subsampled: train "
@@ -271,9 +280,7 @@ class PathPosterior:
             axis = len(self.site.lead)
             log_p = self.site.path.init.log_prob(jnp.moveaxis(first, axis, 0))
             bound = bound + jnp.sum(jnp.moveaxis(log_p, 0, axis) * weights, -1)
-        ratios = [self._plates[f.name] for f in self.plan.frames]
-        scale = math.prod(p.size / p.subsample_size for p in ratios)
-        return scale * jnp.sum(bound)
+        return self.share * jnp.sum(bound)
 
     def _draw(self, key: PRNGKeyArray) -> tuple[Array, Array]:
         key_start, key_path = jax.random.split(key)

@@ -39,10 +39,19 @@ def weight_sites(fields: Sequence[str], sites: Sequence[str]) -> tuple[str, ...]
     return tuple(found)
 
 
-def _blocked(model: Callable[..., Any], hide: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+def hidden_sites(
+    model: Callable[..., Any], hide: tuple[str, ...], *args: Any, **kwargs: Any
+) -> Any:
     """Run a model of which some sites are not seen."""
     with block(hide=list(hide)), seed(rng_seed=0):
         return model(*args, **kwargs)
+
+
+def check_weights(weights: Any) -> tuple[str, ...]:
+    """Names of sites as a tuple."""
+    if isinstance(weights, str) or not weights:
+        raise ValueError(f"weights must be a list of names of sites, got {weights!r}")
+    return tuple(weights)
 
 
 class AutoSplit(AutoGuideList):
@@ -84,10 +93,8 @@ class AutoSplit(AutoGuideList):
         prefix: str = "auto",
         **options: Any,
     ) -> None:
-        if isinstance(weights, str) or not weights:
-            raise ValueError(f"weights must be a list of names of sites, got {weights!r}")
+        self.weights = check_weights(weights)
         super().__init__(model, prefix=prefix, init_loc_fn=init_to_median)
-        self.weights = tuple(weights)
         self._rank, self._options = rank, options
         self._located = init_to_median
         self._scales: tuple[Any, Any] = (0.1, 0.1)
@@ -130,7 +137,7 @@ class AutoSplit(AutoGuideList):
         if rest:
             self.append(
                 AutoFlow(
-                    partial(_blocked, self.model, self.weights),
+                    partial(hidden_sites, self.model, self.weights),
                     prefix=self.prefix,
                     init_loc_fn=self._located,
                     init_scale=flow_scale,
@@ -139,7 +146,7 @@ class AutoSplit(AutoGuideList):
             )
         self.append(
             AutoLowRankMultivariateNormal(
-                partial(_blocked, self.model, rest),
+                partial(hidden_sites, self.model, rest),
                 prefix=f"{self.prefix}_weights",
                 init_loc_fn=self._located,
                 init_scale=weight_scale,

@@ -1,0 +1,132 @@
+"""Weights of a learned drift of a path that is not seen: laws of them in `AutoPathGuide` compared.
+
+Run: python benchmarks/bench_conjugate.py
+
+A double well read 40 times with noise, 8 sines, amplitude unknown (the model of
+`tests/fields/test_latent_agreement.py`). The truth is a run of Gibbs with collapsed weights. For
+each law of the weights: means of the drift on [-1.4, 1.4] in posterior sds from it, sds over its
+sds, the bound, the log evidence by importance and the share of effective draws, and CPU seconds of
+the steps, compiled before.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import MCMC, SVI, Trace_ELBO
+from numpyro.infer.gibbs import Gibbs
+
+import numpyro_sde as nsde
+from numpyro_sde.guides import AutoPathGuide, ControlledPath, conjugate_fit, fit_conjugate
+from numpyro_sde.guides.training import compiled_steps
+
+PRIOR = nsde.fields.HSGP(dim=1, box=3.0, num=8)
+GRID = nsde.TimeGrid(np.arange(41) * 0.25, max_step=0.05)
+AT = jnp.linspace(-1.4, 1.4, 15)
+RATE, PARTICLES = 3e-3, 8
+
+
+def model(y=None):
+    f = PRIOR.register("f", amplitude=dist.LogNormal(1.0, 0.5), length=1.0)
+    sde = nsde.SDE(lambda t, x, p: p(x), lambda t, x, p: 1.0, params=f)
+    x = numpyro.sample("x", nsde.SDEPath(sde, GRID, dist.Normal(0.0, 1.0)))
+    nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.2), obs=y, at=GRID.index[1:])
+
+
+def data():
+    sde = nsde.SDE(lambda t, x: 3.0 * (x - x**3), lambda t, x: 1.0)
+    fine = nsde.SDEPath(sde, np.arange(4001) * 0.0025, init=1.0).sample(jax.random.key(2))
+    noise = jax.random.normal(jax.random.key(3), (40,))
+    return np.asarray(fine)[100::100] + 0.2 * np.asarray(noise)
+
+
+@jax.jit
+@jax.vmap
+def values(z, amplitude):
+    return PRIOR.from_weights(z, amplitude=amplitude, length=1.0).on(AT)
+
+
+def truth(y):
+    blocks = [
+        (nsde.infer.ConditionalSMC(model, num_particles=32), ["x"]),
+        (nsde.infer.CollapsedField(model, "f"), None),
+    ]
+    mcmc = MCMC(Gibbs(blocks), num_warmup=500, num_samples=6000, progress_bar=False)
+    mcmc.run(jax.random.key(0), y)
+    draws = mcmc.get_samples()
+    band = np.asarray(values(draws["f/z"], draws["f/amplitude"]))
+    return band.mean(0), band.std(0)
+
+
+def line(name, steps, seconds, guide, params, y, reference):
+    drawn = guide.sample_posterior(jax.random.key(3), params, y, sample_shape=(4000,))
+    band = np.asarray(values(drawn["f/z"], drawn["f/amplitude"]))
+    gap, ratio = (band.mean(0) - reference[0]) / reference[1], band.std(0) / reference[1]
+
+    def loss(key):
+        return Trace_ELBO().loss(key, params, model, guide, y)
+
+    keys = jax.random.split(jax.random.key(9), 2000)
+    log_weights = -np.asarray(jax.jit(lambda k: jax.lax.map(loss, k, batch_size=100))(keys))
+    weights = np.exp(log_weights - log_weights.max())
+    evidence = np.log(weights.mean()) + log_weights.max()
+    share = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    print(
+        f"{name}, {steps} steps, {seconds:.1f} s: means off by {np.abs(gap).max():.3f}, root mean "
+        f"square {np.sqrt((gap**2).mean()):.3f}; sds {ratio.min():.2f} to {ratio.max():.2f}; ELBO "
+        f"{log_weights.mean():.3f} +- {log_weights.std() / len(weights) ** 0.5:.3f}, log evidence "
+        f"{evidence:.3f}, effective {share:.2f}",
+        flush=True,
+    )
+
+
+def by_svi(kind, y, reference, pieces):
+    guide = AutoPathGuide(model, path=ControlledPath((16,)), weights=kind)
+    svi = SVI(model, guide, numpyro.optim.Adam(RATE), Trace_ELBO(num_particles=PARTICLES))
+    state, done, seconds = svi.init(jax.random.key(2), y), 0, 0.0
+    for piece in pieces:
+        run = compiled_steps(svi, piece, (y,), {}).lower(state).compile()
+        began = time.process_time()
+        state, losses = run(state)
+        losses.block_until_ready()
+        seconds, done = seconds + time.process_time() - began, done + piece
+        line(f"{kind} by SVI", done, seconds, guide, svi.get_params(state), y, reference)
+
+
+def by_updates(y, reference, rounds, name="conjugate by updates"):
+    guide = AutoPathGuide(model, path=ControlledPath((16,)), weights="conjugate")
+    svi = SVI(model, guide, numpyro.optim.Adam(RATE), Trace_ELBO(num_particles=PARTICLES))
+
+    def fit(num_rounds):
+        began = time.process_time()
+        found = fit_conjugate(svi, jax.random.key(2), num_rounds, y, progress_bar=False)
+        return found, time.process_time() - began
+
+    # What is compiled in a call is in both of the two.
+    _, first = fit(1)
+    for count in rounds:
+        found, seconds = fit(count)
+        each = max(seconds - first, 0.0) / max(count - 1, 1) * count
+        line(name, 50 * count, each, guide, found.params, y, reference)
+
+
+def main():
+    nsde.configure_cpu()
+    y = data()
+    reference = truth(y)
+    by_updates(y, reference, (2, 4, 12))
+    by_svi("conjugate", y, reference, (200, 400, 1800))
+    by_svi("flow", y, reference, (600, 1800, 1800))
+    by_svi("low_rank", y, reference, (600, 1800, 1800))
+    whole = conjugate_fit.gathered
+    conjugate_fit.gathered = lambda moments, found, size: whole(
+        moments, found._replace(lost=0.0 * found.lost), size
+    )
+    by_updates(y, reference, (12,), "as if the paths were known")
+
+
+if __name__ == "__main__":
+    main()
