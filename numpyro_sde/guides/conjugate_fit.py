@@ -164,7 +164,9 @@ def _round_of(
 
         found = jax.lax.map(one, jax.random.split(key, weight_draws), batch_size=together)
         moments = gathered(moments, found, step_size)
-        held = dict(zip(names, likelihood_of(moments), strict=True))
+        new = dict(zip(names, likelihood_of(moments), strict=True))
+        # As it was, as long as no draw has been finite.
+        held = {k: jnp.where(moments.count > 0, new[k], held[k]) for k in held}
         inner = SVI(svi.model, _Held(guide, held), svi.optim, svi.loss, **svi.static_kwargs)
         inner.constrain_fn = svi.constrain_fn
 

@@ -140,7 +140,7 @@ class Moments(NamedTuple):
         tt: of products of t, one and the other parameters, `(1 + p, 1 + p)`.
         tg: of products of t and slopes, `(1 + p, m)`.
         tw: of products of t and weights, `(1 + p, m)`.
-        count: draws behind them.
+        count: as many even draws would be as exact.
     """
 
     Psi: Array
@@ -175,7 +175,10 @@ def gathered(moments: Moments, found: WeightStatistics, step_size: float) -> Mom
         old + share * (new / jnp.maximum(number, 1.0) - old)
         for old, new in zip(moments, sums, strict=False)
     )
-    return Moments(*means, (1.0 - share) * moments.count + number)
+    # The variance of a weighted mean, in units of that of one draw.
+    old, new = (1.0 - share) ** 2, share**2
+    variance = old / jnp.maximum(moments.count, 1.0) + new / jnp.maximum(number, 1.0)
+    return Moments(*means, jnp.where(moments.count + number > 0, 1.0 / variance, 0.0))
 
 
 def likelihood_of(moments: Moments) -> Likelihood:
