@@ -252,8 +252,10 @@ class AutoConjugate(AutoGuide):
         for name in self.weights:
             prior = normal_weights(recorder.trace[name], ENGINE)
             field = fields.get(name.rpartition("/")[0])
-            whitened = isinstance(field, LinearField) and name.endswith("/z")
-            unit = field.weight_sd if whitened else jnp.ones_like(prior.scale)
+            if isinstance(field, LinearField) and name.endswith("/z"):
+                unit = field.weight_sd
+            else:
+                unit = jnp.ones_like(prior.scale)
             found.append([jnp.ravel(a) for a in (prior.loc, prior.scale, unit)])
         return Weights(*(jnp.concatenate(parts) for parts in zip(*found, strict=True)))
 
@@ -270,9 +272,9 @@ class AutoConjugate(AutoGuide):
         return jnp.concatenate([jnp.zeros(0), *parts]).astype(jnp.result_type(float))
 
     @property
-    def names(self) -> Likelihood:
-        """Names of the parameters that make the likelihood."""
-        return Likelihood(*(f"{self.prefix}_weights_{one}" for one in Likelihood._fields))
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that make the likelihood, in its order."""
+        return tuple(f"{self.prefix}_weights_{one}" for one in Likelihood._fields)
 
     def _likelihood(self) -> Likelihood:
         """Register the likelihood's parameters."""

@@ -17,7 +17,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_sde.checks.numbers import at_least
 from numpyro_sde.guides.auto_path import AutoPathGuide
-from numpyro_sde.guides.conjugate import AutoConjugate, Likelihood
+from numpyro_sde.guides.conjugate import AutoConjugate
 from numpyro_sde.guides.weight_statistics import Moments, gathered, likelihood_of, no_moments
 
 # Numbers of the regressors of the draws that are treated at once.
@@ -124,7 +124,7 @@ def fit_conjugate(
     compiled = jax.jit(_round_of(svi, guide, sizes, args, kwargs))
     params = svi.get_params(state)
     held = {name: params[name] for name in names}
-    moments = no_moments(*params[names.slope].shape)
+    moments = no_moments(*params[names[1]].shape)
     losses: list[np.ndarray] = []
     with tqdm.trange(num_rounds, disable=not progress_bar) as bar:
         for _ in bar:
@@ -152,7 +152,7 @@ def _round_of(
     weight_draws, num_paths, svi_steps, step_size = sizes
     parameters = guide.parameters
     assert isinstance(parameters, AutoConjugate)
-    names: Likelihood = parameters.names
+    names = parameters.names
     (path,) = (jnp.shape(guide.prototype_trace[name]["value"]) for name in guide.path_sites())
     each = num_paths * math.prod(path) * parameters.layout.size
     together = max(1, min(weight_draws, _TOGETHER // each))
@@ -166,7 +166,7 @@ def _round_of(
         moments = gathered(moments, found, step_size)
         new = dict(zip(names, likelihood_of(moments), strict=True))
         # As it was, as long as no draw has been finite.
-        held = {k: jnp.where(moments.count > 0, new[k], held[k]) for k in held}
+        held = {k: jnp.where(moments.worth > 0, new[k], held[k]) for k in held}
         inner = SVI(svi.model, _Held(guide, held), svi.optim, svi.loss, **svi.static_kwargs)
         inner.constrain_fn = svi.constrain_fn
 

@@ -140,14 +140,14 @@ class Moments(NamedTuple):
         tt: of products of t, one and the other parameters, `(1 + p, 1 + p)`.
         tg: of products of t and slopes, `(1 + p, m)`.
         tw: of products of t and weights, `(1 + p, m)`.
-        count: as many even draws would be as exact.
+        worth: as many even draws would be as exact.
     """
 
     Psi: Array
     tt: Array
     tg: Array
     tw: Array
-    count: Array
+    worth: Array
 
 
 def no_moments(num_weights: int, num_rest: int) -> Moments:
@@ -164,21 +164,21 @@ def gathered(moments: Moments, found: WeightStatistics, step_size: float) -> Mom
     """
     each = jax.vmap(lambda *a: jnp.all(jnp.isfinite(jnp.concatenate([jnp.ravel(b) for b in a]))))
     fine = each(*found)
-    number = fine.sum().astype(moments.count.dtype)
+    number = fine.sum().astype(moments.worth.dtype)
     t, at, slope, seen, lost = (
         jnp.where(fine.reshape(-1, *(1,) * (a.ndim - 1)), a, 0.0) for a in found
     )
     sums = ((seen - lost).sum(0), t.T @ t, t.T @ slope, t.T @ at)
-    share = jnp.maximum(step_size, number / jnp.maximum(moments.count + number, 1.0))
+    share = jnp.maximum(step_size, number / jnp.maximum(moments.worth + number, 1.0))
     share = jnp.where(number > 0, share, 0.0)
-    means = (
+    Psi, tt, tg, tw = (
         old + share * (new / jnp.maximum(number, 1.0) - old)
         for old, new in zip(moments, sums, strict=False)
     )
     # The variance of a weighted mean, in units of that of one draw.
     old, new = (1.0 - share) ** 2, share**2
-    variance = old / jnp.maximum(moments.count, 1.0) + new / jnp.maximum(number, 1.0)
-    return Moments(*means, jnp.where(moments.count + number > 0, 1.0 / variance, 0.0))
+    variance = old / jnp.maximum(moments.worth, 1.0) + new / jnp.maximum(number, 1.0)
+    return Moments(Psi, tt, tg, tw, jnp.where(moments.worth + number > 0, 1.0 / variance, 0.0))
 
 
 def likelihood_of(moments: Moments) -> Likelihood:
@@ -192,7 +192,7 @@ def likelihood_of(moments: Moments) -> Likelihood:
     mean, center = y[0], moments.tt[0, 1:]
     S = moments.tt[1:, 1:] - center[:, None] * center[None]
     # As much as the coefficients' own number of draws would hold them to zero.
-    ridge = len(center) / jnp.maximum(moments.count, 1.0)
+    ridge = len(center) / jnp.maximum(moments.worth, 1.0)
     S = S + jnp.diag(ridge * jnp.diagonal(S) + jnp.finfo(S.dtype).tiny ** 0.5)
     slope = jnp.linalg.solve(S, y[1:] - center[:, None] * mean[None]).T
     return Likelihood(mean - slope @ center, slope, root_of(Psi))

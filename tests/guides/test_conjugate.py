@@ -171,7 +171,7 @@ def test_the_likelihood_is_regressed_from_running_means(x64):
     np.testing.assert_allclose(found.root @ found.root.T, Psi, atol=1e-8)
     # held to zero by a ridge of p over the draws; 39 of a round count, 3,861 of them evenly, then
     # with weights that come to be worth 39 (2 - 0.01) / 0.01
-    assert 3861 < float(moments.count) < 39 * 1.99 / 0.01
+    assert 3861 < float(moments.worth) < 39 * 1.99 / 0.01
     np.testing.assert_allclose(found.slope, slope, rtol=p / 3861)
     np.testing.assert_allclose(found.pull, pull, atol=0.3 * 2 * p / 3861 * np.abs(slope).max())
 
