@@ -12,7 +12,6 @@ the steps, compiled before.
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
