@@ -54,9 +54,7 @@ def split(y):
 
 
 def by_bound(y):
-    guide = nsde.guides.AutoPathGuide(
-        model, path=nsde.guides.ControlledPath((16,)), weights="flow"
-    )
+    guide = nsde.guides.AutoPathGuide(model, path=nsde.guides.ControlledPath((16,)), weights="flow")
     svi = SVI(model, guide, numpyro.optim.Adam(3e-3), Trace_ELBO(num_particles=8))
     fit = nsde.guides.fit_svi(svi, jax.random.key(2), 4000, y, progress_bar=False)
     return guide, fit.params
