@@ -257,7 +257,7 @@ def theirs(folder, name):
         print(f"  last means {gap:.3f} standard deviations from ours", flush=True)
         best = min(best, seconds if gap < NEAR else np.inf)
     if np.isinf(best):
-        print(f"{name}: it has not come to these means", flush=True)
+        print(f"{name}: the two do not come to the same means", flush=True)
     else:
         print(f"{name}: ours take {saved['seconds'] / best:.2f} of its best time", flush=True)
 
