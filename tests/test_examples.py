@@ -144,7 +144,7 @@ def test_examples_of_data_shapes_draw_their_picture(
         *("building_heat", "el_nino", "flu_outbreak", "gene_expression", "ice_core"),
         *("interest_rates", "ion_channel", "myoblasts", "particle_tracks", "price_jumps"),
         *("turbulence_closure", "irregular_ratings", "spikes_lorenz", "weights_in_motion"),
-        *("moment_matching", "moving_spot"),
+        *("moment_matching", "moving_spot", "learned_closure"),
     ],
 )
 def test_examples_of_the_gallery_draw_their_picture(name: str, tmp_path: Path) -> None:
