@@ -36,10 +36,10 @@ MODELS = {"well": multimodal.well, "abs": multimodal.folded, "fhn": multimodal.n
 GRIDS = {"well": multimodal.WELL_GRID, "abs": multimodal.ABS_GRID, "fhn": multimodal.FHN_GRID}
 SITES = {"well": ("scale",), "abs": ("scale",), "fhn": ("epsilon", "scale")}
 # Chains, warm-up, draws of each.
-PMMH = {"well": (2, 1_000, 8_000), "abs": (2, 1_000, 8_000), "fhn": (2, 500, 4_000)}
+PMMH = {"well": (2, 1_000, 8_000), "abs": (2, 1_000, 8_000), "fhn": (2, 1_000, 8_000)}
 TEMPERED = {
-    "well": ({"num_levels": 12, "reference": "guide"}, 2, 600, 6_000),
-    "abs": ({"num_levels": 14}, 2, 1_000, 12_000),
+    "well": ({"num_levels": 12, "reference": "guide"}, 2, 1_000, 20_000),
+    "abs": ({"num_levels": 14}, 2, 1_000, 40_000),
     "fhn": ({"num_levels": 16}, 2, 800, 2_000),
 }
 # Bounds: Monte Carlo errors and posterior sds of a mean, sds, probabilities, nats, wall seconds.

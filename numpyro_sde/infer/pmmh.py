@@ -33,6 +33,7 @@ from numpyro_sde.infer.racing import (
     race_proposals,
     regimes_are_linear,
 )
+from numpyro_sde.infer.repeats import fresh, pairs, renewed, spread_and_level
 from numpyro_sde.infer.start import approximate_mode
 from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.runtime.entry import Held, entry_point
@@ -43,6 +44,8 @@ from numpyro_sde.statespace.checks import typed_key
 
 # Standard deviation of the log likelihood to aim at.
 _TARGET_SD = 1.2
+# Points count for it whose log density is at most so far below the highest, errors allowed for.
+_CENTRAL = 3.0
 _REPLICATES, _LEAST_REPLICATES = 24, 8
 _FIRST_PARTICLES = 4
 # What "auto" races, with so many particles.
@@ -267,7 +270,8 @@ class PMMH(MCMCKernel):
         points = np.asarray(flat)[None] if raced is None else raced.central
         size, sd = self._given_particles, None
         if size is None:
-            size, sd = self._choose_size(size_key, points, back, proposal, args, kwargs)
+            size, sd, best = self._choose_size(size_key, points, back, proposal, args, kwargs)
+            flat = jnp.asarray(best, flat.dtype)
         # The best scale of a random walk (Roberts, Gelman and Gilks 1997).
         width = 2.38 / np.sqrt(flat.size)
         method = self._estimator(size, proposal)
@@ -293,11 +297,15 @@ class PMMH(MCMCKernel):
         proposal: Any,
         args: Any,
         kwargs: Any,
-    ) -> tuple[int, float]:
+    ) -> tuple[int, float, np.ndarray]:
         """Raise the number of particles until the log likelihood is known well enough.
 
         What counts is the difference of two estimates that follow one another in the chain: with
-        `correlation` they share most random numbers (Tran et al. 2016), and it is smaller.
+        `correlation` they share most random numbers (Tran et al. 2016), and it is smaller. Points
+        that hold no mass, once their estimates are good enough to tell, ask for nothing.
+
+        Returns:
+            The number, the standard deviation with it, and the point of the highest density.
         """
         size = _FIRST_PARTICLES
         while True:
@@ -306,7 +314,7 @@ class PMMH(MCMCKernel):
             keys = jax.random.split(jax.random.fold_in(key, size), count * len(points))
             at = jax.vmap(back)(jnp.asarray(np.repeat(points, count, axis=0)))
             estimate: Any = partial(
-                _pairs,
+                pairs,
                 self._model,
                 method=method,
                 correlation=Held(self.correlation),
@@ -314,10 +322,10 @@ class PMMH(MCMCKernel):
                 keys=keys,
             )
             values = np.asarray(with_data_as_arguments(self._model, args, kwargs, estimate))
-            with np.errstate(invalid="ignore"):
-                differences = np.diff(values.astype(float), axis=1).reshape(len(points), count)
-            sds = np.sqrt(np.mean(differences**2, axis=1) / 2.0)
-            sd = float(np.max(np.where(np.isfinite(sds), sds, np.inf)))
+            sds, levels = spread_and_level(values.astype(float).reshape(len(points), count, 2))
+            holding = levels >= np.max(levels) - _CENTRAL - 2.0 * sds
+            points, sds, levels = points[holding], sds[holding], levels[holding]
+            sd = float(np.max(sds))
             if sd <= _TARGET_SD or size >= _MOST_PARTICLES:
                 break
             growth = min(max((sd / _TARGET_SD) ** 2, 1.5), 8.0)
@@ -331,7 +339,7 @@ class PMMH(MCMCKernel):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return size, sd
+        return size, sd, points[int(np.argmax(levels))]
 
     def init(
         self,
@@ -379,8 +387,8 @@ class PMMH(MCMCKernel):
         flat, back = ravel_pytree(state.z)
         direction = jax.random.normal(move_key, flat.shape, flat.dtype)
         z = back(flat + state.factor @ direction)
-        fresh = _fresh(noise_key, self.correlation)
-        keys = _renewed(keep_key, state.keys, fresh, self.correlation)
+        others = fresh(noise_key, self.correlation)
+        keys = renewed(keep_key, state.keys, others, self.correlation)
         density = self._log_density(z, keys, args, kwargs)
         log_ratio = density - state.log_density
         # A start of density zero takes any finite proposal.
@@ -421,47 +429,6 @@ class PMMH(MCMCKernel):
         return self.tuning.postprocess(*model_args, **kwargs)
 
 
-def _fresh(key: PRNGKeyArray, correlation: float) -> PRNGKeyArray:
-    """Random numbers of an estimate, by stretches of time."""
-    if correlation == 0:
-        return key
-    # As many stretches as keep the wanted share when about one of them is renewed.
-    return jax.random.split(key, int(np.ceil(1.0 / (1.0 - correlation))))
-
-
-def _renewed(
-    key: PRNGKeyArray, kept: PRNGKeyArray, fresh: PRNGKeyArray, correlation: float
-) -> PRNGKeyArray:
-    """Random numbers of a proposal: all fresh, or some stretches of them."""
-    if correlation == 0:
-        return fresh
-    renew = jax.random.bernoulli(key, 1.0 - correlation, fresh.shape)
-    fresh, kept = jax.random.key_data(fresh), jax.random.key_data(kept)
-    return jax.random.wrap_key_data(jnp.where(renew[:, None], fresh, kept))
-
-
-@entry_point
-def _pairs(
-    model: Callable[..., Any],
-    arguments: Any,
-    method: LikelihoodEstimator | RegimeEstimator,
-    correlation: Held,
-    points: dict[str, Array],
-    keys: PRNGKeyArray,
-) -> Float[Array, "J 2"]:
-    """Two estimates at each point that could follow one another in a chain."""
-    args, kwargs = released(arguments)
-
-    def pair(point: dict[str, Array], key: PRNGKeyArray) -> Array:
-        keep_key, *two = jax.random.split(key, 3)
-        first, fresh = (_fresh(k, correlation.value) for k in two)
-        second = _renewed(keep_key, first, fresh, correlation.value)
-        each = [method.with_key(k) for k in (first, second)]
-        return jnp.stack([estimated_log_density(model, m, point, args, kwargs) for m in each])
-
-    return lax.map(lambda a: pair(*a), (points, keys))
-
-
 @entry_point
 def _first_states(
     model: Callable[..., Any],
@@ -482,7 +449,7 @@ def _first_states(
         if z is None:
             spread = jnp.asarray(factor, flat.dtype) @ jax.random.normal(move_key, flat.shape)
             z = back(flat + 0.5 * spread.astype(flat.dtype))
-        keys = _fresh(noise_key, correlation.value)
+        keys = fresh(noise_key, correlation.value)
         density = estimated_log_density(model, method.with_key(keys), z, args, kwargs)
         zero = jnp.zeros((), flat.dtype)
         first = jnp.zeros((), int), z, density, keys, zero, zero, jnp.asarray(factor, flat.dtype)
