@@ -14,6 +14,7 @@ are sampled with a flow over them (`AutoFlow`), and the drift is known better th
 :engine: SVI with flows, averaged equation
 :data: simulated
 :tags: multiscale, averaging, flows
+:run time: 72 s of processor time
 :page: multiscale.md
 :picture: bimodal_fast_law.png
 """

@@ -12,6 +12,7 @@ Run: python examples/hare_lynx.py [--quick] [--output folder]
 :engine: SplitNUTS on the guided path, PMMH, a path guide
 :data: real, 21 years
 :tags: forecast, nonlinear, vector state, SDE against ODE
+:run time: 5 minutes of processor time
 :page: sde_vs_ode.md
 :picture: hare_lynx.png
 """

@@ -15,6 +15,7 @@ Run: python examples/rough_volatility.py [--draws 100]
 :engine: SplitNUTS on guided and whitened paths
 :data: simulated and real
 :tags: fractional noise, stochastic volatility
+:run time: 141 s of processor time
 :page: fractional.md
 """
 

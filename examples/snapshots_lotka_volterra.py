@@ -12,6 +12,7 @@ Shen, Berlinghieri and Broderick (2024), arXiv:2408.06277, section 5.
 :engine: Schrodinger bridges, a refined reference
 :data: simulated
 :tags: snapshots, bridges
+:run time: 146 s of processor time
 :page: snapshots.md
 """
 
