@@ -9,53 +9,28 @@ sds, the bound, the log evidence by importance and the share of effective draws,
 the steps, compiled before.
 """
 
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
-from numpyro.infer import MCMC, SVI, Trace_ELBO
-from numpyro.infer.gibbs import Gibbs
+from numpyro.infer import SVI, Trace_ELBO
 
 import numpyro_sde as nsde
 from numpyro_sde.guides import AutoPathGuide, ControlledPath, conjugate_fit, fit_conjugate
 from numpyro_sde.guides.training import compiled_steps
 
-PRIOR = nsde.fields.HSGP(dim=1, box=3.0, num=8)
-GRID = nsde.TimeGrid(np.arange(41) * 0.25, max_step=0.05)
-AT = np.linspace(-1.4, 1.4, 15)
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "fields"))
+
+from test_latent_agreement import data, gibbs, model, values
+
 RATE, PARTICLES = 3e-3, 8
 
 
-def model(y=None):
-    f = PRIOR.register("f", amplitude=dist.LogNormal(1.0, 0.5), length=1.0)
-    sde = nsde.SDE(lambda t, x, p: p(x), lambda t, x, p: 1.0, params=f)
-    x = numpyro.sample("x", nsde.SDEPath(sde, GRID, dist.Normal(0.0, 1.0)))
-    nsde.observe("y", x, lambda t, x: dist.Normal(x, 0.2), obs=y, at=GRID.index[1:])
-
-
-def data():
-    sde = nsde.SDE(lambda t, x: 3.0 * (x - x**3), lambda t, x: 1.0)
-    fine = nsde.SDEPath(sde, np.arange(4001) * 0.0025, init=1.0).sample(jax.random.key(2))
-    noise = jax.random.normal(jax.random.key(3), (40,))
-    return np.asarray(fine)[100::100] + 0.2 * np.asarray(noise)
-
-
-@jax.jit
-@jax.vmap
-def values(z, amplitude):
-    return PRIOR.from_weights(z, amplitude=amplitude, length=1.0).on(AT)
-
-
 def truth(y):
-    blocks = [
-        (nsde.infer.ConditionalSMC(model, num_particles=32), ["x"]),
-        (nsde.infer.CollapsedField(model, "f"), None),
-    ]
-    mcmc = MCMC(Gibbs(blocks), num_warmup=500, num_samples=6000, progress_bar=False)
-    mcmc.run(jax.random.key(0), y)
-    draws = mcmc.get_samples()
+    draws = gibbs(y).get_samples()
     band = np.asarray(values(draws["f/z"], draws["f/amplitude"]))
     return band.mean(0), band.std(0)
 

@@ -31,7 +31,7 @@ from numpyro.infer.initialization import init_to_median, init_to_value
 from numpyro_sde.collapse import normal_weights
 from numpyro_sde.fields.field import LinearField, recorded_fields
 from numpyro_sde.guides.auto import AutoFlow
-from numpyro_sde.guides.split import check_weights, hidden_sites
+from numpyro_sde.guides.split import check_weights, hidden_sites, places_of
 from numpyro_sde.models.stack import outside_all_handlers
 
 ENGINE = "AutoConjugate"
@@ -169,10 +169,7 @@ class AutoConjugate(AutoGuide):
             covariance: `(D, D)`.
             sizes: number of unconstrained coordinates of each site.
         """
-        ends = np.cumsum([sizes[name] for name in names])
-        places = {
-            name: np.arange(end - sizes[name], end) for name, end in zip(names, ends, strict=True)
-        }
+        places = places_of(names, sizes)
         rest = tuple(name for name in names if name not in self.weights)
         kept = np.concatenate([places[n] for n in rest]) if rest else np.zeros(0, int)
         own = np.concatenate([places[n] for n in self.weights])

@@ -54,6 +54,12 @@ def check_weights(weights: Any) -> tuple[str, ...]:
     return tuple(weights)
 
 
+def places_of(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Where each site lies in the vector of all unconstrained coordinates."""
+    ends = np.cumsum([sizes[name] for name in names])
+    return {name: np.arange(end - sizes[name], end) for name, end in zip(names, ends, strict=True)}
+
+
 class AutoSplit(AutoGuideList):
     """A flow over ordinary parameters and a low-rank normal law over the weights of fields.
 
@@ -110,10 +116,7 @@ class AutoSplit(AutoGuideList):
             covariance: `(D, D)`.
             sizes: number of unconstrained coordinates of each site.
         """
-        ends = np.cumsum([sizes[name] for name in names])
-        places = {
-            name: np.arange(end - sizes[name], end) for name, end in zip(names, ends, strict=True)
-        }
+        places = places_of(names, sizes)
         rest = tuple(name for name in names if name not in self.weights)
         kept = np.concatenate([places[n] for n in rest]) if rest else np.zeros(0, int)
         own = np.concatenate([places[n] for n in names if n in self.weights])

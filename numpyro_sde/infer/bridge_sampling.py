@@ -25,7 +25,7 @@ from scipy.special import logsumexp
 from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound, complain, judge_weights
 from numpyro_sde.infer.rotation import prior_values
 from numpyro_sde.reparam.path import is_innovation
-from numpyro_sde.runtime.draws import on_host
+from numpyro_sde.runtime.draws import on_one_device
 from numpyro_sde.smc.tails import pareto_shape
 
 _MOST_STEPS, _SETTLED = 1000, 1e-8
@@ -118,7 +118,7 @@ def by_bridge(
             "bridge sampling needs draws of all latent sites of the model, and the fit has none of "
             f"{missing}: it has {sorted(samples)}"
         )
-    chains = jax.tree.map(jnp.asarray, on_host(samples, names))
+    chains = on_one_device(samples, names)
     num_chains, length = next(iter(chains.values())).shape[:2]
     if num_chains * length < 2 * _LEAST_DRAWS:
         raise ValueError(f"bridge sampling needs 100 draws or more, got {num_chains * length}")

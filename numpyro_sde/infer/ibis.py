@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
-from numpyro_sde.runtime.draws import on_host
+from numpyro_sde.runtime.draws import on_one_device
 from numpyro_sde.statespace.checks import check_count, typed_key
 
 _TARGET_ACCEPT, _GAIN = 0.8, 1.0
@@ -208,7 +208,7 @@ def _of_latent_sites(
                 f"latent site {name!r} has shape {here} under the old data and {there} under the "
                 "new: ibis renews what both have; integrate a path out with handlers.marginalize"
             )
-    values = jax.tree.map(jnp.asarray, on_host(samples, shapes))
+    values = on_one_device(samples, shapes)
     counts = {len(value) for value in values.values()}
     for name, shape in shapes.items():
         if values[name].shape[1:] != shape or len(counts) > 1:

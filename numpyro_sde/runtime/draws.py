@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 
-def on_host(
+def on_one_device(
     samples: Mapping[str, Any], names: Iterable[str] | None = None
-) -> dict[str, np.ndarray]:
-    """Draws by site, as host arrays.
+) -> dict[str, Array]:
+    """Draws by site, on the default device.
 
     Those of parallel chains lie over several devices, and XLA would split a program of them over
     all of these, with a sum or a copy between devices at every step of its loops.
@@ -21,7 +23,9 @@ def on_host(
         names: sites to take; None for all.
 
     Example:
-        >>> on_host({"a": [1.0, 2.0], "b": [3.0]}, ["a"])
-        {'a': array([1., 2.])}
+        >>> on_one_device({"a": [1.0, 2.0], "b": [3.0]}, ["a"])["a"].shape
+        (2,)
     """
-    return {name: np.asarray(samples[name]) for name in (samples if names is None else names)}
+    chosen = samples if names is None else names
+    # By way of the host: `jnp.asarray` leaves an array where it is.
+    return {name: jnp.asarray(np.asarray(samples[name])) for name in chosen}

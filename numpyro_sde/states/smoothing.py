@@ -20,7 +20,7 @@ from numpyro_sde.handlers import marginalize
 from numpyro_sde.joining import join_clocks
 from numpyro_sde.models.arguments import released, with_data_as_arguments
 from numpyro_sde.models.survey import survey
-from numpyro_sde.runtime.draws import on_host
+from numpyro_sde.runtime.draws import on_one_device
 from numpyro_sde.runtime.entry import entry_point
 from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.states.jump_times import JumpSizes, draw_jumps, fitted_jumps
@@ -108,9 +108,9 @@ def smooth(
     if samples is None:
         raise TypeError("smooth: samples are missing: draws of the other sites, or hand over a fit")
     check_count("thinning", thinning)
-    samples = {name: value[::thinning] for name, value in on_host(samples).items()}
+    draws = {name: value[::thinning] for name, value in on_one_device(samples).items()}
     if isinstance(model, collapse):
-        return smooth_weights(model, samples, model_args, model_kwargs, rng_key, batch_size)
+        return smooth_weights(model, draws, model_args, model_kwargs, rng_key, batch_size)
     inner = model
     if isinstance(model, marginalize):
         assert model.fn is not None
@@ -125,7 +125,7 @@ def smooth(
         raise ValueError(
             "smooth: the model has no latent SDEPath site, nor a JumpPath, that it observes"
         )
-    kept = {name: jnp.asarray(value) for name, value in samples.items() if name not in names}
+    kept = {name: value for name, value in draws.items() if name not in names}
     if not kept:
         raise ValueError(f"samples must hold draws of the sites other than {sorted(names)}")
     num_draws = {name: value.shape[0] for name, value in kept.items()}

@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Float, PRNGKeyArray
 
 from numpyro_sde.diagnostics.compare.sites import is_latent, trace_model
 from numpyro_sde.diagnostics.compare.statistics import fit_weights
-from numpyro_sde.runtime.draws import on_host
+from numpyro_sde.runtime.draws import on_one_device
 
 _POINTS = 5
 
@@ -90,7 +90,7 @@ def guide_quality(
         raise ValueError("guide_quality: the model has no path under GuidedReparam")
     drawn = {f"{name}{suffix}" for name in guided for suffix in ("_innov", "_init_innov", "_init")}
     latent = [name for name, site in sites.items() if is_latent(site) and name not in drawn]
-    kept = jax.tree.map(jnp.asarray, on_host(samples, [name for name in latent if name in samples]))
+    kept = on_one_device(samples, [name for name in latent if name in samples])
     length = min((len(v) for v in kept.values()), default=1)
     chosen = np.linspace(0, length - 1, num_points).astype(int)
 

@@ -35,7 +35,7 @@ from numpyro_sde.distributions.statement import Statement
 from numpyro_sde.filters.particle import Particle
 from numpyro_sde.infer.pmmh import PMMH
 from numpyro_sde.models.survey import survey
-from numpyro_sde.runtime.draws import on_host
+from numpyro_sde.runtime.draws import on_one_device
 from numpyro_sde.states.integrated import run_integrated
 from numpyro_sde.statespace.model import AbstractFilter
 
@@ -165,7 +165,7 @@ class Reading(NamedTuple):
         over_draws = jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=batch_size))
 
         def call(samples: Mapping[str, Any], rng_key: PRNGKeyArray) -> Any:
-            values = jax.tree.map(jnp.asarray, on_host(samples, self.samples))
+            values = on_one_device(samples, self.samples)
             keys = jax.random.split(rng_key, len(next(iter(values.values()))))
             return jax.tree.map(np.asarray, over_draws((values, keys)))
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from numpyro_sde.diagnostics.compare.plots import COLOURS, make_axes
-from numpyro_sde.runtime.draws import on_host
+from numpyro_sde.runtime.draws import on_one_device
 from numpyro_sde.sde import SDE
 
 _RIDGE = 0.95
@@ -145,7 +145,7 @@ def averaged_drift(
     grid = np.asarray(states, np.float64)
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"states must have shape (G,), at least 2 of them, got {grid.shape}")
-    sites = jax.tree.map(jnp.asarray, on_host(samples))
+    sites = on_one_device(samples)
     sizes = {len(value) for value in sites.values() if value.ndim}
     if len(sizes) != 1:
         raise ValueError(f"samples must have one number of draws in front, got {sorted(sizes)}")
