@@ -83,7 +83,7 @@ def compare_paths(case, paths):
 
 
 def by_pmmh(case, seed):
-    """Default kernel; evidence by filters with its particles; paths at 2,000 of the draws."""
+    """Default kernel; evidence by its filters; paths at 2,000 of the draws."""
     model, y = MODELS[case], multimodal.data(case)
     keys = jax.random.split(jax.random.key(seed), 4)
     kernel = nsde.infer.PMMH(model).tune(keys[0], y)
@@ -91,7 +91,7 @@ def by_pmmh(case, seed):
     mcmc = MCMC(kernel, num_warmup=warmup, num_samples=draws, num_chains=chains, progress_bar=False)
     mcmc.run(keys[1], y)
     posterior = mcmc.get_samples(group_by_chain=True)
-    found = nsde.evidence(model, y, rng_key=keys[2], num_particles=kernel.num_particles)
+    found = nsde.evidence(mcmc, rng_key=keys[2])
     paths = nsde.smooth(mcmc, rng_key=keys[3], thinning=max(1, chains * draws // 4_000))
     note = f"{kernel.num_particles} particles, {kernel.tuning.method.proposal}"
     return posterior, paths["x"], found.log_evidence, found.error, note

@@ -13,6 +13,7 @@ from numpyro.infer import MCMC
 from numpyro_sde.infer.bridge_sampling import by_bridge
 from numpyro_sde.infer.evidence_result import Evidence, EvidenceRound, complain
 from numpyro_sde.infer.importance import by_filters
+from numpyro_sde.infer.pmmh import PMMH
 from numpyro_sde.infer.tempered import Tempered
 from numpyro_sde.infer.tempered_smc import by_smc
 from numpyro_sde.reparam.automatic import auto
@@ -20,7 +21,7 @@ from numpyro_sde.smc.proposals import Proposal
 from numpyro_sde.statespace.checks import check_choice, check_count, typed_key
 
 _METHODS = ("filters", "tempered", "smc", "bridge")
-_OF_A_FIT = ("tempered", "bridge")
+_OF_A_FIT = ("filters", "tempered", "bridge")
 _SMC_REPEATS = 4
 
 
@@ -50,8 +51,10 @@ def evidence(
     enter: an evidence under a vague prior says little.
 
     "filters" makes three rounds of draws from a Student t law about an approximate mode, refitted
-    in between, and more where three do not agree. "tempered" and "smc" treat the paths of the model
-    by `reparam.auto`, if it does not treat them itself. "bridge" sees the modes that the fit has
+    in between, and more where three do not agree. Of a fit by `PMMH` it takes the filters that the
+    kernel has chosen, and begins where its chains ended: neither is looked for again. "tempered"
+    and "smc" treat the paths of the model by `reparam.auto`, if it does not treat them itself.
+    "bridge" sees the modes that the fit has
     seen, and no others.
 
     Args:
@@ -59,7 +62,8 @@ def evidence(
             arguments are then taken.
         *args: arguments of the model.
         rng_key: random key.
-        method: None for "filters"; of a fit for "tempered" where `Tempered` ran, else "bridge".
+        method: None for "filters"; of a fit for "filters" where `PMMH` ran, for "tempered" where
+            `Tempered` did, else "bridge".
         num_draws: draws in each round of "filters"; sweeps of "tempered" after a warm-up of half as
             many.
         num_particles: particles of each filter, None for as many as make its log likelihood known
@@ -99,8 +103,7 @@ def evidence(
     """
     is_fit = isinstance(model, MCMC)
     if method is None:
-        tempered = isinstance(model, MCMC) and isinstance(model.sampler, Tempered)
-        method = "tempered" if tempered else "bridge" if is_fit or fit is not None else "filters"
+        method = _method_for(model, fit)
     check_choice("method", method, _METHODS)
     check_count("num_draws", num_draws, least=50)
     key = typed_key(rng_key)
@@ -109,16 +112,14 @@ def evidence(
             raise ValueError(
                 f"method={method!r} runs on a model, not on a fit: hand over the model"
             )
-        return _of_fit(model, method, key)
+        return _of_fit(model, method, key, num_draws)
     if (fit is not None) != (method == "bridge"):
         raise ValueError("method='bridge' needs fit=, and no other method takes one")
     if method == "bridge":
         return by_bridge(model, args, kwargs, key, _draws_of(fit))
     if method == "filters":
-        return by_filters(
-            model, args, kwargs, key,
-            num_draws=num_draws, num_particles=num_particles, proposal=proposal,
-        )  # fmt: skip
+        kernel = PMMH(model, num_particles, proposal=proposal)
+        return by_filters(model, args, kwargs, key, num_draws=num_draws, kernel=kernel)
     treated = auto(model)
     if method == "smc":
         count = 512 if num_particles is None else num_particles
@@ -132,7 +133,17 @@ def evidence(
     return _of_tempering(mcmc)
 
 
-def _of_fit(mcmc: MCMC, method: str, key: PRNGKeyArray) -> Evidence:
+def _method_for(model: Any, fit: Any) -> str:
+    """The method where none was asked for."""
+    kernel = model.sampler if isinstance(model, MCMC) else None
+    if isinstance(kernel, PMMH):
+        return "filters"
+    if isinstance(kernel, Tempered):
+        return "tempered"
+    return "bridge" if kernel is not None or fit is not None else "filters"
+
+
+def _of_fit(mcmc: MCMC, method: str, key: PRNGKeyArray, num_draws: int) -> Evidence:
     if method == "tempered":
         if not isinstance(mcmc.sampler, Tempered):
             raise ValueError(
@@ -140,7 +151,19 @@ def _of_fit(mcmc: MCMC, method: str, key: PRNGKeyArray) -> Evidence:
                 f"{type(mcmc.sampler).__name__}: use method='bridge', or hand over the model"
             )
         return _of_tempering(mcmc)
+    if method == "filters" and not isinstance(mcmc.sampler, PMMH):
+        raise ValueError(
+            "method='filters' of a fit needs one by infer.PMMH, got "
+            f"{type(mcmc.sampler).__name__}: hand over the model"
+        )
+    if mcmc.last_state is None:
+        raise ValueError("the fit has not run: call mcmc.run(rng_key, ...) first")
     args, kwargs = mcmc._args, mcmc._kwargs
+    if method == "filters":
+        return by_filters(
+            mcmc.sampler.model, args, kwargs, key,
+            num_draws=num_draws, kernel=mcmc.sampler, state=mcmc.last_state,
+        )  # fmt: skip
     return by_bridge(mcmc.sampler.model, args, kwargs, key, mcmc.get_samples(group_by_chain=True))
 
 

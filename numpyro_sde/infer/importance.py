@@ -26,9 +26,9 @@ from numpyro_sde.infer.evidence_result import (
     complain,
     judge_weights,
 )
-from numpyro_sde.infer.pmmh import PMMH
+from numpyro_sde.infer.pmmh import PMMH, PMMHState
 from numpyro_sde.infer.racing import estimated_log_density
-from numpyro_sde.smc.proposals import Proposal
+from numpyro_sde.runtime.draws import on_one_device
 from numpyro_sde.smc.tails import pareto_shape
 
 _FREEDOM = 5.0
@@ -46,18 +46,28 @@ def by_filters(
     rng_key: PRNGKeyArray,
     *,
     num_draws: int,
-    num_particles: int | None,
-    proposal: str | Proposal,
+    kernel: PMMH,
+    state: PMMHState | None = None,
 ) -> Evidence:
     """The evidence by three rounds of importance sampling or more.
+
+    Args:
+        model: the model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        rng_key: random key.
+        num_draws: draws in each round.
+        kernel: whose filters are run, tuned for these arguments if it is not yet.
+        state: where its chains ended, if they ran: the first law is then theirs.
 
     Raises:
         RuntimeError: no three rounds that agree within 3 of their errors, or no finite weights.
     """
     tune_key, rng_key = jax.random.split(rng_key)
-    kernel = PMMH(model, num_particles, proposal=proposal).tune(tune_key, *args, **kwargs)
-    found = kernel.tuning
-    flat, back = ravel_pytree(found.z)
+    found = kernel.tuned_for(tune_key, args, kwargs)
+    (flat, back), factor = ravel_pytree(found.z), np.asarray(found.factor, float)
+    if state is not None:
+        flat, factor = _where_chains_ended(state)
     if flat.size > _MOST_PARAMETERS:
         complain(f"{flat.size} parameters are many for importance sampling: look at ess and khat")
 
@@ -71,7 +81,7 @@ def by_filters(
         return lax.map(one, (points, keys))
 
     width = 2.38 / np.sqrt(flat.size)  # that of the kernel's random walk
-    law = _Student(np.asarray(flat, float), _FIRST_WIDTH / width * np.asarray(found.factor, float))
+    law = _Student(np.asarray(flat, float), _FIRST_WIDTH / width * factor)
     rounds: list[EvidenceRound] = []
     while True:
         draw_key, run_key, rng_key = jax.random.split(rng_key, 3)
@@ -107,6 +117,15 @@ def by_filters(
         found.race,
         "filters",
     )
+
+
+def _where_chains_ended(state: PMMHState) -> tuple[Array, np.ndarray]:
+    """Mean of the last values of all chains, and a factor of their walks' mean covariance."""
+    z, factors = on_one_device(state.z), np.asarray(state.factor, float)
+    if factors.ndim == 2:
+        return ravel_pytree(z)[0], factors
+    covariance = np.mean(factors @ np.swapaxes(factors, 1, 2), axis=0)
+    return ravel_pytree(jax.tree.map(lambda a: a.mean(0), z))[0], np.linalg.cholesky(covariance)
 
 
 def _summarise(log_weights: np.ndarray) -> EvidenceRound:

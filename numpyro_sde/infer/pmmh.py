@@ -46,6 +46,8 @@ from numpyro_sde.statespace.checks import typed_key
 _TARGET_SD = 1.2
 # Points count for it whose log density is at most so far below the highest, errors allowed for.
 _CENTRAL = 3.0
+# A spread below this share of what is aimed at: fewer particles are tried, with so much to spare.
+_TOO_GOOD, _SAFETY = 0.5, 1.5
 _REPLICATES, _LEAST_REPLICATES = 24, 8
 _FIRST_PARTICLES = 4
 # What "auto" races, with so many particles.
@@ -264,6 +266,7 @@ class PMMH(MCMCKernel):
                 names=_RACED,
                 num_particles=self._given_particles or _RACE_PARTICLES,
                 options=self._options(),
+                fixed=self._given_particles is not None,
             )
             proposal = raced.chosen
             flat = jnp.asarray(raced.best_point, flat.dtype)
@@ -307,29 +310,24 @@ class PMMH(MCMCKernel):
         Returns:
             The number, the standard deviation with it, and the point of the highest density.
         """
-        size = _FIRST_PARTICLES
+        size, enough = _FIRST_PARTICLES, None
         while True:
-            method = self._estimator(size, proposal)
-            count = max(_REPLICATES // len(points), _LEAST_REPLICATES)
-            keys = jax.random.split(jax.random.fold_in(key, size), count * len(points))
-            at = jax.vmap(back)(jnp.asarray(np.repeat(points, count, axis=0)))
-            estimate: Any = partial(
-                pairs,
-                self._model,
-                method=method,
-                correlation=Held(self.correlation),
-                points=at,
-                keys=keys,
+            points, sds, levels = self._estimates_at(
+                key, points, back, size, proposal, args, kwargs
             )
-            values = np.asarray(with_data_as_arguments(self._model, args, kwargs, estimate))
-            sds, levels = spread_and_level(values.astype(float).reshape(len(points), count, 2))
-            holding = levels >= np.max(levels) - _CENTRAL - 2.0 * sds
-            points, sds, levels = points[holding], sds[holding], levels[holding]
-            sd = float(np.max(sds))
-            if sd <= _TARGET_SD or size >= _MOST_PARTICLES:
-                break
-            growth = min(max((sd / _TARGET_SD) ** 2, 1.5), 8.0)
-            size = int(min(np.ceil(size * growth), _MOST_PARTICLES))
+            sd, best = float(np.max(sds)), points[int(np.argmax(levels))]
+            if sd > _TARGET_SD and size < _MOST_PARTICLES:
+                growth = min(max((sd / _TARGET_SD) ** 2, 1.5), 8.0)
+                size = int(min(np.ceil(size * growth), _MOST_PARTICLES))
+                if enough is None or size < enough[0]:
+                    continue
+                size, sd, best = enough
+            elif enough is None and sd < _TOO_GOOD * _TARGET_SD and size > _FIRST_PARTICLES:
+                # What asked for so many may have been a point that holds no mass.
+                enough = size, sd, best
+                size = int(np.ceil(_SAFETY * size * (sd / _TARGET_SD) ** 2))
+                continue
+            break
         if not sd <= 2.0 * _TARGET_SD:
             others = [n for n in ("auto", "guided", "bootstrap") if n != self.proposal]
             warnings.warn(
@@ -339,7 +337,34 @@ class PMMH(MCMCKernel):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return size, sd, points[int(np.argmax(levels))]
+        return size, sd, best
+
+    def _estimates_at(
+        self,
+        key: PRNGKeyArray,
+        points: np.ndarray,
+        back: Callable[[Array], Any],
+        size: int,
+        proposal: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the points those that hold mass, the spread of estimates there, and their level."""
+        method = self._estimator(size, proposal)
+        count = max(_REPLICATES // len(points), _LEAST_REPLICATES)
+        keys = jax.random.split(jax.random.fold_in(key, size), count * len(points))
+        estimate: Any = partial(
+            pairs,
+            self._model,
+            method=method,
+            correlation=Held(self.correlation),
+            points=jax.vmap(back)(jnp.asarray(np.repeat(points, count, axis=0))),
+            keys=keys,
+        )
+        values = np.asarray(with_data_as_arguments(self._model, args, kwargs, estimate))
+        sds, levels = spread_and_level(values.astype(float).reshape(len(points), count, 2))
+        holding = levels >= np.max(levels) - _CENTRAL - 2.0 * sds
+        return points[holding], sds[holding], levels[holding]
 
     def init(
         self,
@@ -353,7 +378,7 @@ class PMMH(MCMCKernel):
         self._num_warmup = num_warmup
         # Chains in one program come with a batch of keys.
         rng_key = typed_key(rng_key)
-        self._find(rng_key if rng_key.ndim == 0 else rng_key[0], model_args, kwargs)
+        self.tuned_for(rng_key if rng_key.ndim == 0 else rng_key[0], model_args, kwargs)
         tuned, correlation = self.tuning, Held(self.correlation)
         rest = (tuned.method, correlation, tuned.z, jnp.asarray(tuned.factor), rng_key, init_params)
         state: PMMHState = with_data_as_arguments(
@@ -361,20 +386,20 @@ class PMMH(MCMCKernel):
         )
         return state
 
-    def _find(self, key: PRNGKeyArray, args: Any, kwargs: Any) -> None:
-        """Use what was found for these data, or find it."""
+    def tuned_for(self, key: PRNGKeyArray, args: Any, kwargs: Any) -> Tuned:
+        """What was found for these arguments of the model, now in use; found where it was not."""
         data = fingerprint(args, kwargs)
         if data is None and self._current is not None:
-            return  # traced data: those that the kernel was tuned for
+            return self.tuning  # traced data: those that the kernel was tuned for
         if data in self._tuned:
             self._use(self._tuned[data])
-            return
+            return self.tuning
         if isinstance(key, jax.core.Tracer) or data is None:
             raise ValueError(
                 "PMMH chooses its start and number of particles before chains are compiled: "
                 "call kernel.tune(rng_key, *model_args, **model_kwargs) first"
             )
-        self.tune(key, *args, **kwargs)
+        return self.tune(key, *args, **kwargs).tuning
 
     def sample(self, state: PMMHState, model_args: Any, model_kwargs: Any) -> PMMHState:
         kwargs = {} if model_kwargs is None else model_kwargs
@@ -425,7 +450,7 @@ class PMMH(MCMCKernel):
     def postprocess_fn(self, model_args: Any, model_kwargs: Any) -> Callable[..., Any]:
         """Constrain the values and add deterministic sites."""
         kwargs = {} if model_kwargs is None else model_kwargs
-        self._find(jax.random.key(0), model_args, kwargs)
+        self.tuned_for(jax.random.key(0), model_args, kwargs)
         return self.tuning.postprocess(*model_args, **kwargs)
 
 

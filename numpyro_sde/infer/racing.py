@@ -46,6 +46,8 @@ _BOUNDED = ("bootstrap", "defensive")
 _DOUBT = 4.0
 # Points hold mass where their log density is at most so far below the highest.
 _MASS = 8.0
+# Where no bounded proposal's estimates are this steady, their level tells nothing: more particles.
+_TELLING_SD, _MORE, _MOST_RACED = 3.0, 8, 512
 
 
 class LikelihoodEstimator(Particle):
@@ -203,8 +205,13 @@ def race_proposals(
     names: Sequence[str],
     num_particles: int,
     options: dict[str, Any],
+    fixed: bool = False,
 ) -> ProposalRace:
     """Run each proposal several times at several points about a start.
+
+    With few particles a candidate may differ by dozens of nats from run to run, and which one wins
+    is chance. Where that is so even for the steadiest of those with bounded weights, all run again
+    with eight times as many.
 
     A candidate is dropped whose log mean likelihood is below the best by more than three nats and
     three of its own standard deviations at any point that holds mass. Of the rest the one with the
@@ -218,16 +225,42 @@ def race_proposals(
         start: where the points are, unconstrained.
         key: random key.
         names: of the proposals.
-        num_particles: particles of each filter.
+        num_particles: particles of each filter in the first race.
         options: other options of `filters.Particle`.
+        fixed: whether `num_particles` is the number that will run: no race with more then.
     """
     _, back = ravel_pytree(start.z)
     point_key, run_key = jax.random.split(key)
     points = spread_points(start, point_key, NUM_POINTS)
-    keys = jax.random.split(run_key, NUM_RUNS)
+    at = jax.vmap(back)(jnp.asarray(points))
+    while True:
+        keys = jax.random.split(jax.random.fold_in(run_key, num_particles), NUM_RUNS)
+        runs = _run_all(model, args, kwargs, at, keys, names, num_particles, options)
+        found = judge(*runs, points, num_particles)
+        if fixed or _tells(found) or num_particles * _MORE > _MOST_RACED:
+            return found
+        num_particles *= _MORE
+
+
+def _tells(found: ProposalRace) -> bool:
+    """Whether the levels of the race are those of the likelihood, and not chance."""
+    sds = [c.sd for c in found.contestants if c.name in _BOUNDED]
+    return not sds or min(sds) <= _TELLING_SD
+
+
+def _run_all(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    at: dict[str, Array],
+    keys: PRNGKeyArray,
+    names: Sequence[str],
+    num_particles: int,
+    options: dict[str, Any],
+) -> tuple[tuple[str, ...], Float[np.ndarray, "C J R"], Float[np.ndarray, " C"]]:
+    """Names of those that suit the model, their log densities, and milliseconds of one filter."""
     raced: dict[str, tuple[Float[np.ndarray, "J R"], float]] = {}
     refused: ValueError | None = None
-    at = jax.vmap(back)(jnp.asarray(points))
     for name in names:
         for proposal in _forms(name, names):
             method = LikelihoodEstimator(num_particles, proposal=proposal, **options)
@@ -240,7 +273,7 @@ def race_proposals(
     if not raced and refused is not None:
         raise refused
     values, times = zip(*raced.values(), strict=True)
-    return judge(tuple(raced), np.array(values), np.array(times), points, num_particles)
+    return tuple(raced), np.array(values), np.array(times)
 
 
 def _forms(name: str, names: Sequence[str]) -> tuple[str | Proposal, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.infer import MCMC, NUTS
 from numpyro.infer.util import log_density
 
 import numpyro_sde as nsde
@@ -67,6 +68,26 @@ def test_it_is_inside_two_errors_in_18_of_20_seeds(x64):
     misses, inside, _ = check("bootstrap", 200, 20, 1000)
     assert inside.sum() >= 18
     assert np.max(np.abs(misses)) < 0.1
+
+
+def test_a_fit_by_particles_has_its_filters_and_its_law(x64, monkeypatch):
+    """Nothing is looked for again: neither a proposal, nor a number, nor where the mass is."""
+    kernel = nsde.infer.PMMH(model, 4, proposal="guided")
+    mcmc = MCMC(
+        kernel, num_warmup=100, num_samples=100, num_chains=2, chain_method="vectorized",
+        progress_bar=False,
+    )  # fmt: skip
+    mcmc.run(jax.random.key(0), Y)
+    monkeypatch.setattr(kernel, "tune", None)
+    found = nsde.evidence(mcmc, rng_key=jax.random.key(1), num_draws=400)
+    assert found.method == "filters"
+    assert found.num_particles == 4
+    assert abs(found.log_evidence - exact()) < 4.0 * found.error < 0.4
+    nuts = MCMC(NUTS(model), num_warmup=1, num_samples=1)
+    with pytest.raises(ValueError, match=r"needs one by infer\.PMMH, got NUTS"):
+        nsde.evidence(nuts, rng_key=jax.random.key(1), method="filters")
+    with pytest.raises(ValueError, match="has not run"):
+        nsde.evidence(nuts, rng_key=jax.random.key(1))
 
 
 @pytest.mark.slow

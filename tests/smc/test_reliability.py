@@ -110,3 +110,16 @@ def test_a_race_drops_what_is_confidently_low():
     # A candidate that collapses where there is mass is dropped, not excused by its spread.
     values[1, 0] = -np.inf
     assert not judge(("a", "b", "c"), values, np.ones(3), np.zeros((4, 1)), 64).contestants[1].kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_levels_that_are_chance_are_raced_again(seed):
+    """A neuron seen by its voltage: of 64 particles the estimates differ by dozens of nats."""
+    kernel = nsde.infer.PMMH(multimodal.neuron)
+    kernel.tune(jax.random.key(seed), multimodal.data("fhn"))
+    assert kernel.proposals.num_particles == 512
+    assert kernel.proposals.chosen in ("bootstrap", "defensive")
+    assert kernel.log_likelihood_sd <= 1.2
+    # At the posterior's mean 2,048 bootstrap particles have 0.65, 512 have 1.3 (40 runs).
+    assert kernel.num_particles <= 2048
