@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro.infer.util import potential_energy
 
 from numpyro_sde.filters.particle import Particle, is_above
@@ -46,6 +46,8 @@ _BOUNDED = ("bootstrap", "defensive")
 _DOUBT = 4.0
 # Points hold mass where their log density is at most so far below the highest.
 _MASS = 8.0
+# Central are those of the better half that are at most so far below the highest.
+_CENTRAL = 4.0
 # Where no bounded proposal's estimates are this steady, their level tells nothing: more particles.
 _TELLING_SD, _MORE, _MOST_RACED = 3.0, 8, 512
 
@@ -152,9 +154,16 @@ class ProposalRace(NamedTuple):
 
     @property
     def central(self) -> Float[np.ndarray, "K D"]:
-        """The half of the points with the highest density."""
-        order = np.argsort(-self.log_density)
-        return self.points[order[: max(1, len(order) // 2)]]
+        """Those points of the better half that are at most 4 nats below the best."""
+        return self.points[_central(self.log_density)]
+
+
+def _central(log_density: Float[np.ndarray, " J"]) -> Int[np.ndarray, " K"]:
+    """Index of the central points, the best one first."""
+    order = np.argsort(-log_density)[: max(1, log_density.size // 2)]
+    near = log_density[order] >= log_density[order[0]] - _CENTRAL
+    near[0] = True  # of minus infinity too
+    return order[near]
 
 
 def spread_points(start: Start, key: PRNGKeyArray, count: int) -> Float[np.ndarray, "J D"]:
@@ -344,7 +353,7 @@ def judge(
     lost = (short > 3.0 + 3.0 * sds) | np.isposinf(short)
     kept = ~np.any(lost & mass, axis=1)
     kept |= ~np.any(kept)
-    central = np.argsort(-best)[: max(1, best.size // 2)]
+    central = _central(best)
     worst = np.max(sds[:, central], axis=1)
     # By how much a number of runs of the same total time would leave.
     typical = np.median(sds[:, central], axis=1)
