@@ -36,7 +36,7 @@ MODELS = {"well": multimodal.well, "abs": multimodal.folded, "fhn": multimodal.n
 GRIDS = {"well": multimodal.WELL_GRID, "abs": multimodal.ABS_GRID, "fhn": multimodal.FHN_GRID}
 SITES = {"well": ("scale",), "abs": ("scale",), "fhn": ("epsilon", "scale")}
 # Chains, warm-up, draws of each.
-PMMH = {"well": (2, 1_000, 8_000), "abs": (2, 1_000, 8_000), "fhn": (2, 500, 2_500)}
+PMMH = {"well": (2, 1_000, 8_000), "abs": (2, 1_000, 8_000), "fhn": (2, 1_000, 8_000)}
 TEMPERED = {
     "well": ({"num_levels": 12, "reference": "guide"}, 2, 1_000, 20_000),
     "abs": ({"num_levels": 14}, 2, 1_000, 40_000),
@@ -92,7 +92,7 @@ def by_pmmh(case, seed):
     mcmc.run(keys[1], y)
     posterior = mcmc.get_samples(group_by_chain=True)
     found = nsde.evidence(mcmc, rng_key=keys[2])
-    paths = nsde.smooth(mcmc, rng_key=keys[3], thinning=max(1, chains * draws // 4_000))
+    paths = nsde.smooth(mcmc, rng_key=keys[3], thinning=max(1, chains * draws // 2_000))
     note = f"{kernel.num_particles} particles, {kernel.tuning.method.proposal}"
     return posterior, paths["x"], found.log_evidence, found.error, note
 

@@ -46,8 +46,8 @@ from numpyro_sde.statespace.checks import typed_key
 _TARGET_SD = 1.2
 # Points count for it whose log density is at most so far below the highest, errors allowed for.
 _CENTRAL = 3.0
-# A spread below this share of what is aimed at: fewer particles are tried, with so much to spare.
-_TOO_GOOD, _SAFETY = 0.5, 1.5
+# Of many particles with a spread below this share of what is aimed at, fewer are tried.
+_MANY, _TOO_GOOD, _SAFETY = 64, 0.8, 1.2
 _REPLICATES, _LEAST_REPLICATES = 24, 8
 _FIRST_PARTICLES = 4
 # What "auto" races, with so many particles.
@@ -322,7 +322,7 @@ class PMMH(MCMCKernel):
                 if enough is None or size < enough[0]:
                     continue
                 size, sd, best = enough
-            elif enough is None and sd < _TOO_GOOD * _TARGET_SD and size > _FIRST_PARTICLES:
+            elif enough is None and sd < _TOO_GOOD * _TARGET_SD and size > _MANY:
                 # What asked for so many may have been a point that holds no mass.
                 enough = size, sd, best
                 size = int(np.ceil(_SAFETY * size * (sd / _TARGET_SD) ** 2))
