@@ -266,7 +266,6 @@ class PMMH(MCMCKernel):
                 names=_RACED,
                 num_particles=self._given_particles or _RACE_PARTICLES,
                 options=self._options(),
-                fixed=self._given_particles is not None,
             )
             proposal = raced.chosen
             flat = jnp.asarray(raced.best_point, flat.dtype)

@@ -214,7 +214,6 @@ def race_proposals(
     names: Sequence[str],
     num_particles: int,
     options: dict[str, Any],
-    fixed: bool = False,
 ) -> ProposalRace:
     """Run each proposal several times at several points about a start.
 
@@ -236,7 +235,6 @@ def race_proposals(
         names: of the proposals.
         num_particles: particles of each filter in the first race.
         options: other options of `filters.Particle`.
-        fixed: whether `num_particles` is the number that will run: no race with more then.
     """
     _, back = ravel_pytree(start.z)
     point_key, run_key = jax.random.split(key)
@@ -246,7 +244,7 @@ def race_proposals(
         keys = jax.random.split(jax.random.fold_in(run_key, num_particles), NUM_RUNS)
         runs = _run_all(model, args, kwargs, at, keys, names, num_particles, options)
         found = judge(*runs, points, num_particles)
-        if fixed or _tells(found) or num_particles * _MORE > _MOST_RACED:
+        if _tells(found) or num_particles * _MORE > _MOST_RACED:
             return found
         num_particles *= _MORE
 
