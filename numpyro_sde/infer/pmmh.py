@@ -42,8 +42,10 @@ from numpyro_sde.smc.resampling import Resampling
 from numpyro_sde.smc.settings import make_setting
 from numpyro_sde.statespace.checks import typed_key
 
-# Standard deviation of the log likelihood to aim at.
-_TARGET_SD = 1.2
+# Standard deviation of the log likelihood to aim at, and what is good enough: costs are flat there.
+_TARGET_SD, _LARGEST_SD = 1.2, 1.5
+# The number of particles grows by so much at once at most.
+_GROWTH = 4.0
 # Points count for it whose log density is at most so far below the highest, errors allowed for.
 _CENTRAL = 3.0
 # Of many particles with a spread below this share of what is aimed at, fewer are tried.
@@ -315,8 +317,8 @@ class PMMH(MCMCKernel):
                 key, points, back, size, proposal, args, kwargs
             )
             sd, best = float(np.max(sds)), points[int(np.argmax(levels))]
-            if sd > _TARGET_SD and size < _MOST_PARTICLES:
-                growth = min(max((sd / _TARGET_SD) ** 2, 1.5), 8.0)
+            if sd > _LARGEST_SD and size < _MOST_PARTICLES:
+                growth = min((sd / _TARGET_SD) ** 2, _GROWTH)
                 size = int(min(np.ceil(size * growth), _MOST_PARTICLES))
                 if enough is None or size < enough[0]:
                     continue

@@ -49,7 +49,7 @@ _MASS = 8.0
 # Central are those of the better half that are at most so far below the highest.
 _CENTRAL = 4.0
 # Where no bounded proposal's estimates are this steady, their level tells nothing: more particles.
-_TELLING_SD, _MORE, _MOST_RACED = 3.0, 8, 512
+_TELLING_SD, _MORE, _MOST_RACED = 1.5, 8, 512
 
 
 class LikelihoodEstimator(Particle):

@@ -120,6 +120,6 @@ def test_levels_that_are_chance_are_raced_again(seed):
     kernel.tune(jax.random.key(seed), multimodal.data("fhn"))
     assert kernel.proposals.num_particles == 512
     assert kernel.proposals.chosen in ("bootstrap", "defensive")
-    assert kernel.log_likelihood_sd <= 1.2
+    assert kernel.log_likelihood_sd <= 1.5
     # At the posterior's mean 2,048 bootstrap particles have 0.65, 512 have 1.3 (40 runs).
     assert kernel.num_particles <= 2048
