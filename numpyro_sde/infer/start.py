@@ -27,6 +27,9 @@ from numpyro_sde.statespace.model import AbstractFilter, StateSpaceModel
 _PLAIN_SCALE = 0.1
 # Step of the difference of gradients behind the curvature: unconstrained, so of unit scale.
 _DIFFERENCE = 1e-2
+# About its minimum a quadratic surface rises by half a nat over one standard deviation; one that
+# rises by so much more, or falls by so much, has no curvature to speak of.
+_MOST_RISE, _MOST_FALL = 4.0, 1.0
 
 
 class _NoData(AbstractFilter):
@@ -56,7 +59,9 @@ def approximate_mode(
 
     The extended Kalman filter; that of hidden regimes, or of a Markov jump process, where the paths
     are such. Where all refuse the model, or its likelihood is not finite, the median is the start
-    and the covariance a small multiple of the unit matrix. It can be traced; outside a trace the
+    and the covariance a small multiple of the unit matrix. So it is in directions in which the
+    likelihood does not rise as its curvature says: a filter that loses a spiking neuron jumps by
+    hundreds of nats from one parameter value to the next. It can be traced; outside a trace the
     search runs on the host, for which one gradient is all that has to be compiled.
 
     Returns:
@@ -141,12 +146,38 @@ def _descend_on_host(both: Callable[..., Any], flat: Array) -> tuple[Array, Arra
         for step in _DIFFERENCE * np.eye(start.size)
     ]
     hessian = 0.5 * (np.array(rows) + np.array(rows).T)
-    mode = jnp.asarray(found.x, flat.dtype)
     if not np.all(np.isfinite(hessian)):
-        return mode, plain
+        return jnp.asarray(found.x, flat.dtype), plain
     values, vectors = np.linalg.eigh(hessian)
-    covariance = (vectors / np.maximum(values, 1.0)) @ vectors.T
-    return mode, jnp.asarray(np.linalg.cholesky(covariance), flat.dtype)
+    steps = (vectors / np.sqrt(np.maximum(values, 1.0))).T
+    rises = np.array([[at(found.x + sign * step)[0] for step in steps] for sign in (1, -1)])
+    slopes = steps @ found.jac
+    mode, covariance = _checked(found.x, start, values, vectors, slopes, rises - found.fun, np)
+    return jnp.asarray(mode, flat.dtype), jnp.asarray(np.linalg.cholesky(covariance), flat.dtype)
+
+
+def _checked(
+    mode: Any, start: Any, values: Any, vectors: Any, slopes: Any, rises: Any, xp: Any
+) -> tuple[Any, Any]:
+    """Mode and covariance; plain in directions in which the surface does not rise as it should.
+
+    Where there is no other direction the mode is a ripple, and the start as good.
+
+    Args:
+        mode: where the search ended, `(D,)`.
+        start: where it began, `(D,)`.
+        values: eigenvalues of the Hessian there.
+        vectors: its eigenvectors, as columns.
+        slopes: of the potential there, by one standard deviation along each, `(D,)`.
+        rises: of the potential over one standard deviation along each, both ways, `(2, D)`; NaN
+            or infinite where it is not finite.
+        xp: numpy, or jax.numpy in a trace.
+    """
+    believed = xp.all((rises <= _MOST_RISE) & (rises >= -_MOST_FALL), axis=0)
+    believed &= xp.abs(slopes) <= _MOST_FALL
+    # Directions in which the approximation is flat or concave get the prior's unit scale.
+    variances = xp.where(believed, 1.0 / xp.maximum(values, 1.0), _PLAIN_SCALE**2)
+    return xp.where(xp.any(believed), mode, start), (vectors * variances[None]) @ vectors.T
 
 
 def _descend(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, Array]:
@@ -164,8 +195,11 @@ def _descend(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, A
     better = jnp.isfinite(found.fun) & jnp.all(jnp.isfinite(found.x)) & (found.fun * scale <= first)
     mode = jnp.where(better, found.x, flat)
     values, vectors = jnp.linalg.eigh(jax.hessian(potential)(mode))
-    # Directions in which the approximation is flat or concave get the prior's unit scale.
-    covariance = (vectors / jnp.maximum(values, 1.0)) @ vectors.T
+    steps = (vectors / jnp.sqrt(jnp.maximum(values, 1.0))[None]).T
+    across = jax.vmap(guarded)(jnp.concatenate([mode[None] + steps, mode[None] - steps]))
+    rises = across.reshape(2, dim) - guarded(mode)
+    slopes = steps @ jax.grad(guarded)(mode)
+    mode, covariance = _checked(mode, flat, values, vectors, slopes, rises, jnp)
     factor = jnp.linalg.cholesky(covariance)
     plain = _PLAIN_SCALE * jnp.eye(dim, dtype=flat.dtype)
     return mode, jnp.where(jnp.all(jnp.isfinite(factor)) & better, factor, plain)
