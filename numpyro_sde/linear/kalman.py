@@ -70,6 +70,9 @@ class LinearGaussian(eqx.Module):
             nearly singular (`discretize.transition_sqrt`): a factor found from `Q` has lost
             half of the digits.
         correlated: whether `R` holds covariance matrices.
+        coupled: number of leading rows of `F` that are full, where the others are diagonal (states
+            that a bank of relaxations drives): the sequential form then takes the square of `d`
+            for a step, not its cube. What stands off the diagonal there is not read.
 
     A batch of models is made and used inside `jax.vmap`.
 
@@ -97,6 +100,7 @@ class LinearGaussian(eqx.Module):
     P0_factor: Float[Array, "d m"] | None = None
     Q_factor: Float[Array, "T-1 d m"] | None = None
     correlated: bool = eqx.field(static=True, default=False)
+    coupled: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
         """Check that the shapes fit together."""
@@ -311,7 +315,7 @@ def log_likelihood(
     chosen = choose_form(form, steps.y.shape[0], model.state_size, model.m0.dtype)
     factored = not (model.P0_factor is None and model.Q_factor is None)
     form = "guarded" if form == "auto" and chosen == "sqrt" and not factored else chosen
-    return recursions.log_likelihood(steps, form) + constant.sum()
+    return recursions.log_likelihood(steps, form, model.coupled) + constant.sum()
 
 
 @partial(jax.jit, static_argnames="form")
@@ -349,7 +353,7 @@ def kalman_filter(
     steps, constant = scalar_steps(model, y, mask)
     form = choose_form(form, steps.y.shape[0], model.state_size, model.m0.dtype)
     p = y.shape[1]
-    prediction = recursions.predict(steps, form)
+    prediction = recursions.predict(steps, form, model.coupled)
     mean, cov = recursions.update(steps, prediction)
     increments = recursions.increments(prediction).reshape(-1, p).sum(-1) + constant
     factor = None

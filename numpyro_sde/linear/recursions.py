@@ -41,6 +41,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.coupled import (
+    congruence,
+    is_dense,
+    slope_of_transition,
+    times,
+    transposed_times,
+)
 from numpyro_sde.linear.ranks import equal_rank
 from numpyro_sde.linear.running_products import running
 from numpyro_sde.linear.small import (
@@ -134,17 +141,20 @@ def _scan(
 # --- forward ----------------------------------------------------------------------------------
 
 
-def _scan_covariances(steps: ScalarSteps) -> Float[Array, "n d d+1"]:
+def _scan_covariances(steps: ScalarSteps, coupled: int | None = None) -> Float[Array, "n d d+1"]:
     """Predicted `[P | m]` of every step, by one `lax.scan`."""
-    d = steps.m0.shape[-1]
+    d, dense = steps.m0.shape[-1], is_dense(steps.F, coupled)
 
     def step(Z: Array, x: tuple[Array, ...]) -> Array:
         F, Q, c, h, r, y = x
         u = matvec(Z[:, :d], h)
         k = matvec(F, u) / (_dot(u, h) + r)
-        W = matmul(F - outer(k, h), Z)
-        P = matmul(W[:, :d], transpose(F - outer(k, h)))
-        return _augment(P, W[:, d]) + outer(k, jnp.append(r * k, y)) + _augment(Q, c)
+        if dense:
+            W = matmul(F - outer(k, h), Z)
+            Z = _augment(matmul(W[:, :d], transpose(F - outer(k, h))), W[:, d])
+        else:
+            Z = congruence(partial(times, F, coupled=coupled), k, h, Z)
+        return Z + outer(k, jnp.append(r * k, y)) + _augment(Q, c)
 
     return _scan(step, _augment(steps.P0, steps.m0), (steps.F, steps.Q, steps.c, *_before(steps)))
 
@@ -207,13 +217,13 @@ class _Seen(NamedTuple):
     spread: Float[Array, " n"]
 
 
-@jax.custom_jvp
-def _scan_guarded(steps: ScalarSteps) -> _Seen:
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _scan_guarded(steps: ScalarSteps, coupled: int | None) -> _Seen:
     """Predictions by covariances where they keep their digits, else by factors.
 
     What a batch of models needs is decided for all of them.
     """
-    by_covariances = _seen(steps, _scan_covariances(steps))
+    by_covariances = _seen(steps, _scan_covariances(steps, coupled))
 
     # A loop of one round or none: under `vmap` it runs if any element asks for it, where both
     # branches of a `cond` would run.
@@ -238,7 +248,9 @@ def _seen_by_factors(steps: ScalarSteps, Z: Float[Array, "n d d+1"]) -> _Seen:
 
 @_scan_guarded.defjvp
 def _scan_guarded_jvp(
-    primals: tuple[ScalarSteps], tangents: tuple[ScalarSteps]
+    coupled: int | None,  # noqa: ARG001
+    primals: tuple[ScalarSteps],
+    tangents: tuple[ScalarSteps],
 ) -> tuple[_Seen, _Seen]:
     # The loop has no reverse derivative; the factors are good wherever it leads.
     return jax.jvp(lambda steps: _seen_by_factors(steps, _scan_factors(steps)), primals, tangents)
@@ -310,20 +322,22 @@ def _update(m: Array, P: Array, K: Array, v: Array, h: Array, r: Array) -> tuple
     return m + K * v[..., None], symmetrize(P)
 
 
-def predict(steps: ScalarSteps, form: str) -> Prediction:
+def predict(steps: ScalarSteps, form: str, coupled: int | None = None) -> Prediction:
     """Predicted moments and innovations of every step.
 
-    `form` is "sequential", "sqrt", "parallel" or "guarded"; see the module's opening.
+    `form` is "sequential", "sqrt", "parallel" or "guarded"; see the module's opening. Of `F` only
+    the first `coupled` rows are full, the others diagonal, where that is given.
     """
     S = None
     if form == "sqrt":
         Z = _scan_factors(steps)
         S, seen = Z[..., :-1], _seen_by_factors(steps, Z)
     elif form == "guarded":
-        seen = _scan_guarded(steps)
+        seen = _scan_guarded(steps, coupled)
+    elif form == "parallel":
+        seen = _seen(steps, _associate(steps))
     else:
-        scan = _associate if form == "parallel" else _scan_covariances
-        seen = _seen(steps, scan(steps))
+        seen = _seen(steps, _scan_covariances(steps, coupled))
     P, m, u, s = seen.Z[..., :-1], seen.Z[..., -1], seen.u, seen.spread + steps.r
     # A variance below zero anywhere spoils its step, so that a wrong sign cannot pass.
     bad = (steps.r < 0) | (diagonal(P) < 0).any(-1)
@@ -388,12 +402,22 @@ def affine_backward(
     return running(compose, (ends[::-1], B[::-1]), neutral)[1][::-1]
 
 
-def _information(steps: ScalarSteps, p: Prediction, form: str) -> Float[Array, "n d d+1"]:
+def _information(
+    steps: ScalarSteps, p: Prediction, form: str, coupled: int | None = None
+) -> Float[Array, "n d d+1"]:
     """What the observations from each step on say about its state, `[N | n]`."""
     h, k = steps.h, matvec(steps.F, p.K[:-1])
     w = p.v / p.s
-    B = outer(h, jnp.concatenate([h / p.s[:, None], w[:, None]], axis=-1))
-    return affine_backward(steps.F - outer(k, _early(h)), B, form)
+    seen = jnp.concatenate([h / p.s[:, None], w[:, None]], axis=-1)
+    if form == "parallel" or is_dense(steps.F, coupled):
+        return affine_backward(steps.F - outer(k, _early(h)), outer(h, seen), form)
+
+    def step(Z: Array, x: tuple[Array, ...]) -> Array:
+        F, h, k, seen = x
+        return congruence(partial(transposed_times, F, coupled=coupled), h, k, Z) + outer(h, seen)
+
+    arrays = steps.F[::-1], _early(h)[::-1], k[::-1], seen[:-1][::-1]
+    return _scan(step, outer(h[-1], seen[-1]), arrays)[::-1]
 
 
 def first_information(
@@ -404,11 +428,11 @@ def first_information(
     return symmetrize(Z[0, :, :-1]), Z[0, :, -1]
 
 
-def _score(steps: ScalarSteps, p: Prediction, form: str) -> ScalarSteps:
+def _score(steps: ScalarSteps, p: Prediction, form: str, coupled: int | None = None) -> ScalarSteps:
     """Derivatives of the log likelihood by every array of the model."""
     h, F = steps.h, steps.F
     w, k = p.v / p.s, matvec(F, p.K[:-1])
-    Z = _information(steps, p, form)
+    Z = _information(steps, p, form, coupled)
     N, n = Z[..., :-1], Z[..., -1]
     G = 0.5 * (outer(n, n) - N)
     G_later = _summed(G[1:], steps.Q)
@@ -427,7 +451,7 @@ def _score(steps: ScalarSteps, p: Prediction, form: str) -> ScalarSteps:
     return ScalarSteps(
         m0=n[0],
         P0=G[0],
-        F=_slope_of_transition(F, n[1:], m[:-1], G[1:], P[:-1]),
+        F=slope_of_transition(F, n[1:], m[:-1], G[1:], P[:-1], coupled),
         c=_summed(n[1:], steps.c),
         Q=G_later,
         h=_summed(e[:, None] * (m + matvec(P, n_after)) - p.K + matvec(P, NK), h),
@@ -440,31 +464,23 @@ def _score(steps: ScalarSteps, p: Prediction, form: str) -> ScalarSteps:
     )
 
 
-def _slope_of_transition(F: Array, n: Array, m: Array, G: Array, P: Array) -> Array:
-    """`n m' + 2 G F P` of each step, or of all in sum where one F stands at every step."""
-    if F.shape[0] == n.shape[0]:
-        return outer(n, m) + 2 * matmul(G, matmul(F, P))
-    sum_of = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    return (sum_of("ka,kb->ab", n, m) + 2 * sum_of("kab,kbc->ac", G, matmul(F, P)))[None]
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def log_likelihood(steps: ScalarSteps, form: str) -> Float[Array, ""]:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def log_likelihood(steps: ScalarSteps, form: str, coupled: int | None = None) -> Float[Array, ""]:
     """Log likelihood of all observations, less `log(2 pi) / 2` for each, with its exact score.
 
     The derivative is the closed form in the module's opening, so a gradient costs about
     three times the value for every `form`. In the square-root form, `factor0` and
     `noise_factor` where given take the derivative that `P0` and `Q` would have taken.
     """
-    return increments(predict(steps, form)).sum()
+    return increments(predict(steps, form, coupled)).sum()
 
 
 def _log_likelihood_jvp(
-    form: str, primals: tuple[ScalarSteps], tangents: tuple[ScalarSteps]
+    form: str, coupled: int | None, primals: tuple[ScalarSteps], tangents: tuple[ScalarSteps]
 ) -> tuple[Array, Array]:
     (steps,), (dots,) = primals, tangents
-    prediction = predict(steps, form)
-    gradient = _score(steps, prediction, form)
+    prediction = predict(steps, form, coupled)
+    gradient = _score(steps, prediction, form, coupled)
     # A factor that was given was read instead of its covariance, and only by this form.
     ignored = {
         "P0": form == "sqrt" and steps.factor0 is not None,
@@ -474,12 +490,8 @@ def _log_likelihood_jvp(
     }
     out = jnp.zeros_like(prediction.s[0])
     for name, slope, dot in zip(ScalarSteps._fields, gradient, dots, strict=True):
-        if (
-            slope is None
-            or dot is None
-            or isinstance(dot, SymbolicZero)
-            or ignored.get(name, False)
-        ):
+        nothing = slope is None or dot is None or isinstance(dot, SymbolicZero)
+        if nothing or ignored.get(name, False):
             continue
         out = out + (slope * dot).sum()
     return increments(prediction).sum(), out

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
 import state_space as ss
+from numpyro.infer.util import log_density
 from scipy.integrate import solve_ivp
 
 import numpyro_sde as nsde
+from numpyro_sde.filters import kalman
 from numpyro_sde.schemes import Euler, LocalLinear, Milstein, Strang
 from numpyro_sde.schemes.time_varying import TimeVaryingLinear
 
@@ -243,3 +247,41 @@ def test_a_solve_against_the_state_is_not_linear():
 
     with pytest.raises(ValueError, match=r"drift.* is not affine in x"):
         value(drift, noise)
+
+
+class _Told(nsde.filters.Kalman):
+    """What becomes of the arrays of a model, in place of their log likelihood."""
+
+    def log_likelihood(self, model):
+        model = kalman._discretized(model)
+        arrays = kalman.linear_arrays(model, kalman._observed_rows(model), shared=True)
+        linear, d = arrays.model, arrays.model.coupled
+        assert d == np.prod(model.state_shape, dtype=int) < linear.state_size
+        off = linear.F * (1.0 - jnp.eye(linear.state_size))
+        dense = dataclasses.replace(linear, coupled=None)
+        values = [
+            kalman.kalman.log_likelihood(m, arrays.y, arrays.present, form=self.form)
+            for m in (linear, dense)
+        ]
+        return values[0] - values[1] + 1e3 * jnp.sum(jnp.abs(off[:, d:]))
+
+
+@pytest.mark.parametrize("scheme", [None, Euler(), LocalLinear()], ids=["none", "Euler", "linear"])
+@pytest.mark.parametrize("d", [1, 2])
+def test_a_bank_that_is_not_read_across_changes_nothing(scheme, d, x64):
+    """Fractional noise: the rows of a transition behind the state's own are diagonal."""
+
+    def model(rate):
+        drift = (lambda t, x, p: -p * x) if d == 1 else (lambda t, x, p: p * (A @ x) + B)
+        diffusion = (lambda t, x, p: 0.5) if d == 1 else (lambda t, x, p: L)
+        noise = nsde.noise.MarkovFBM(0.3, num_terms=4)
+        sde = nsde.SDE(drift, diffusion, noise=noise, params=rate)
+        init = dist.Normal(0.5, 0.8) if d == 1 else dist.MultivariateNormal(jnp.asarray(M0), P0)
+        x = numpyro.sample("x", nsde.SDEPath(sde, TIMES, init, scheme=scheme))
+        emission = (lambda t, x: dist.Normal(x, NOISE)) if d == 1 else _first
+        nsde.observe("y", x, emission, obs=Y)
+
+    told = nsde.handlers.marginalize(model, method=_Told("sequential"))
+    assert abs(log_density(told, (1.3,), {}, {})[0]) < 1e-11
+    usual = nsde.handlers.marginalize(model, method=nsde.filters.Kalman())
+    assert abs(log_density(usual, (1.3,), {}, {})[0]) > 1.0

@@ -134,3 +134,30 @@ def test_guarded_likelihood_has_second_derivatives_by_every_mode():
 
         want = float(jax.jacfwd(jax.jacfwd(plain))(0.0))
     np.testing.assert_allclose([reverse, forward], want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["sequential", "sqrt", "parallel", "guarded"])
+@pytest.mark.parametrize("of_each", [False, True], ids=["shared", "of each step"])
+def test_rows_that_are_diagonal_need_not_be_read(form, of_each, x64):
+    """Transitions of which only the first row is full: the same numbers by fewer products."""
+    steps = spread(shared()) if of_each else shared()
+    steps = steps._replace(y=steps.y.at[3].set(2.0))
+
+    def both(coupled, steps):
+        return jax.value_and_grad(lambda s: recursions.log_likelihood(s, form, coupled))(steps)
+
+    (got, slopes), (want, wanted) = (both(coupled, steps) for coupled in (1, None))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    read = np.eye(D) + np.eye(D)[:, :1] > 0
+    for name in ScalarSteps._fields[:8]:
+        a, b = (np.asarray(getattr(x, name)) for x in (slopes, wanted))
+        if name == "F":
+            a, b = a[:, read], b[:, read]
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)
+    curvature = [
+        jax.hessian(lambda r, c=c: recursions.log_likelihood(steps._replace(r=r), form, c))(steps.r)
+        for c in (1, None)
+    ]
+    np.testing.assert_allclose(*curvature, rtol=1e-8, atol=1e-9)
+    batch = jax.vmap(lambda y: recursions.log_likelihood(steps._replace(y=y), form, 1))
+    np.testing.assert_allclose(batch(jnp.stack([steps.y] * 2))[1], want, rtol=1e-12)
