@@ -50,7 +50,7 @@ _GROWTH = 4.0
 _CENTRAL = 3.0
 # Of many particles with a spread below this share of what is aimed at, fewer are tried.
 _MANY, _TOO_GOOD, _SAFETY = 64, 0.8, 1.2
-_REPLICATES, _LEAST_REPLICATES = 24, 8
+_REPLICATES, _LEAST_REPLICATES, _TURNS = 24, 8, 3
 _FIRST_PARTICLES = 4
 # What "auto" races, with so many particles.
 _RACED = ("guided", "bootstrap", "auxiliary", "defensive")
@@ -353,17 +353,19 @@ class PMMH(MCMCKernel):
         """Of the points those that hold mass, the spread of estimates there, and their level."""
         method = self._estimator(size, proposal)
         count = max(_REPLICATES // len(points), _LEAST_REPLICATES)
-        keys = jax.random.split(jax.random.fold_in(key, size), count * len(points))
-        estimate: Any = partial(
-            pairs,
-            self._model,
-            method=method,
-            correlation=Held(self.correlation),
-            points=jax.vmap(back)(jnp.asarray(np.repeat(points, count, axis=0))),
-            keys=keys,
-        )
-        values = np.asarray(with_data_as_arguments(self._model, args, kwargs, estimate))
-        sds, levels = spread_and_level(values.astype(float).reshape(len(points), count, 2))
+        at = jax.vmap(back)(jnp.asarray(np.repeat(points, count, axis=0)))
+        found = np.zeros((len(points), 0, 2))
+        for turn in range(_TURNS):
+            keys = jax.random.split(jax.random.fold_in(key, size + turn), count * len(points))
+            options = {"method": method, "correlation": Held(self.correlation), "points": at}
+            estimate: Any = partial(pairs, self._model, keys=keys, **options)
+            values = np.asarray(with_data_as_arguments(self._model, args, kwargs, estimate))
+            again = values.astype(float).reshape(len(points), count, 2)
+            found = np.concatenate([found, again], axis=1)
+            sds, levels = spread_and_level(found)
+            # The largest of several spreads that a few runs tell is too large by chance.
+            if not _LARGEST_SD < np.max(sds) <= _TURNS * _LARGEST_SD:
+                break
         holding = levels >= np.max(levels) - _CENTRAL - 2.0 * sds
         return points[holding], sds[holding], levels[holding]
 
