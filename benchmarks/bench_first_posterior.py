@@ -84,9 +84,22 @@ def case_guided(cases, seed=0, cache=None):
     return run_mcmc(kernel, cases.lv_data(seed)), kernel
 
 
-def case_guided_again(cases):
+def case_numpyro_alone(cases):
+    """Two parameters and five numbers, without this package: what no model can be below."""
+    from numpyro.infer import NUTS
+
+    return run_mcmc(NUTS(cases.two_numbers), np.arange(5.0))
+
+
+def case_guided_again_cached(cases):
+    """A second run in the same process, the compiled programs on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return case_guided_again(cases, folder)
+
+
+def case_guided_again(cases, cache=None):
     """A second run in the same process: seconds of that alone."""
-    _, kernel = case_guided(cases)
+    _, kernel = case_guided(cases, cache=cache)
     start = time.process_time()
     samples = run_mcmc(kernel, cases.lv_data(0), seed=1)
     return samples, time.process_time() - start
@@ -243,8 +256,10 @@ def case_particle_filter(cases):
 
 # Name, what it must show, how it is run.
 CASES = {
+    "NumPyro alone, two parameters": ("", case_numpyro_alone),
     "guided": ("under 15 s, ESS >= 400", case_guided),
     "guided, again in the process": ("under 4 s", case_guided_again),
+    "guided, again in the process, cache": ("under 4 s", case_guided_again_cached),
     "guided, new data, second process, cache": ("under 6 s", "cached"),
     "guided, one gradient (ms)": ("under 0.5 ms", case_gradient),
     "whitened": ("12 s", case_whitened),

@@ -81,6 +81,16 @@ def plain_lv_model(y):
     numpyro.sample("y", dist.Normal(seen, LV_NOISE).to_event(2), obs=y)
 
 
+def two_numbers(y):
+    """As little as a posterior can be."""
+    import numpyro
+    import numpyro.distributions as dist
+
+    mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+
 # --- A scalar process seen 1,000 times --------------------------------------------------------
 
 OU_NOISE = 0.1

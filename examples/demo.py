@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
     svi_steps: int = 4000
     svi_particles: int = 32
     svi_draws: int = 4000
-    path_steps: int = 4000
+    path_steps: int = 2500
     path_particles: int = 16
     sweeps: int = 4000
 
