@@ -126,7 +126,7 @@ class PMMH(MCMCKernel):
     Args:
         model: the model, its path sites as they are.
         num_particles: number of particles; None chooses it so that the standard deviation of the
-            log likelihood is near 1.2 at the worst of the central points, for each data set anew.
+            log likelihood is at most 1.5 at the worst of the central points, for each data set.
         proposal: how particles move, as in `filters.Particle`. "auto" takes "guided" where the
             model is linear and normal, where that is exact; of a `SwitchingSDE` that is linear and
             normal in each regime, sequences of regimes (`filters.RaoBlackwell`); else "guided",
