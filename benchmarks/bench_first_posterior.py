@@ -178,6 +178,16 @@ def case_ou_cuthbert(cases):
     return run_mcmc(NUTS(cases.cuthbert_model), *cases.ou_data())
 
 
+def case_ou_dynestyx(cases):
+    import jax
+    import numpyro
+    from numpyro.infer import NUTS
+
+    numpyro.enable_x64()
+    times, y = cases.ou_data()
+    return run_mcmc(NUTS(cases.dynestyx_model), times, jax.numpy.asarray(y))
+
+
 def case_path_guide(cases):
     """SVI of 1,500 steps and 500 draws; seconds beyond the training proper are shown."""
     nsde = ours()
@@ -269,6 +279,7 @@ CASES = {
     "OU, 1,000 points, Kalman": ("8.5 s", case_ou),
     "OU, scalar filter by hand, NumPyro": ("", case_ou_by_hand),
     "OU, cuthbert": ("", case_ou_cuthbert),
+    "OU, dynestyx": ("", case_ou_dynestyx),
     "AutoPathGuide, beyond training": ("15 s", case_path_guide),
     "ParticleGibbs, 32 particles": ("20 s", case_particle_gibbs),
     "MarkovFBM, Kalman, 1,001 points": ("10 s", case_rough),

@@ -194,6 +194,27 @@ def cuthbert_model(times, y):
     numpyro.factor("filter", states.log_normalizing_constant[-1])
 
 
+def dynestyx_model(times, y):
+    """The same by dynestyx, whose filter solves differential equations between the data."""
+    import dynestyx
+    import jax.numpy as jnp
+    from dynestyx.inference.configs.filter import ContinuousTimeKFConfig
+
+    rate, mean, scale = ou_parameters()
+    one = jnp.ones((1, 1))
+    process = dynestyx.LTI_continuous(
+        A=-rate * one,
+        L=scale * one,
+        H=one,
+        R=OU_NOISE**2 * one,
+        b=(rate * mean)[None],
+        initial_mean=mean[None],
+        initial_cov=one,
+    )
+    with dynestyx.Filter(filter_config=ContinuousTimeKFConfig()):
+        dynestyx.sample("x", process, obs_times=jnp.asarray(times), obs_values=y[:, None])
+
+
 # --- Others ------------------------------------------------------------------------------------
 
 
