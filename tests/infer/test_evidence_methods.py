@@ -59,7 +59,7 @@ def test_bridge_sampling_of_a_run():
     assert found.error < 0.1
     with pytest.raises(ValueError, match="needs one by"):
         nsde.evidence(mcmc, method="tempered", rng_key=jax.random.key(0))
-    with pytest.raises(ValueError, match="needs one by infer.PMMH"):
+    with pytest.raises(ValueError, match=r"needs one by infer\.PMMH"):
         nsde.evidence(mcmc, method="filters", rng_key=jax.random.key(0))
 
 
