@@ -490,8 +490,7 @@ def _log_likelihood_jvp(
     }
     out = jnp.zeros_like(prediction.s[0])
     for name, slope, dot in zip(ScalarSteps._fields, gradient, dots, strict=True):
-        nothing = slope is None or dot is None or isinstance(dot, SymbolicZero)
-        if nothing or ignored.get(name, False):
+        if slope is None or dot is None or isinstance(dot, SymbolicZero) or ignored.get(name):
             continue
         out = out + (slope * dot).sum()
     return increments(prediction).sum(), out
