@@ -22,7 +22,7 @@ Call `numpyro.enable_x64()` first where yours does. All random seeds are fixed.
 :tags: comparing fits, flows, particles
 :page: first_model.md
 :picture: nile_level.png
-:run time: 4 minutes
+:run time: 3 minutes
 """
 
 import argparse
