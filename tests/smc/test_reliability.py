@@ -26,7 +26,8 @@ def run(scale, method, y=None):
     return result
 
 
-@pytest.mark.parametrize(("shape", "size"), [(0.2, 64), (0.8, 500), (1.2, 5000)])
+# Sizes whose tail is a whole number: ArviZ 0.23 rounds it up, ArviZ 1 down.
+@pytest.mark.parametrize(("shape", "size"), [(0.2, 65), (0.8, 625), (1.2, 4900)])
 def test_the_tail_index_is_arvizs(x64, shape, size):
     pytest.importorskip("arviz")
     weights = np.random.default_rng(0).uniform(size=size) ** -shape
