@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, NoReturn
 
 import equinox as eqx
@@ -291,7 +290,7 @@ def linear_arrays(model: StateSpaceModel, rows: np.ndarray, *, shared: bool = Fa
         Q_factor=Q_factor,
         correlated=correlated,
         # The processes that carry a noise's memory, behind the state, read themselves alone.
-        coupled=None if model.state_shape is None else math.prod(model.state_shape),
+        coupled=model.visible_size,
     )
     y = jnp.concatenate([i.values for i in model.instruments], axis=-1)
     on_host = all(isinstance(i.present, np.ndarray) for i in model.instruments)

@@ -50,7 +50,9 @@ _GROWTH = 4.0
 _CENTRAL = 3.0
 # Of many particles with a spread below this share of what is aimed at, fewer are tried.
 _MANY, _TOO_GOOD, _SAFETY = 64, 0.8, 1.2
-_REPLICATES, _LEAST_REPLICATES, _TURNS = 24, 8, 3
+_REPLICATES, _LEAST_REPLICATES = 24, 8
+# A spread above what is good enough, but not above this, is measured so many times.
+_DOUBTFUL_SD, _TURNS = 4.5, 3
 _FIRST_PARTICLES = 4
 # What "auto" races, with so many particles.
 _RACED = ("guided", "bootstrap", "auxiliary", "defensive")
@@ -316,19 +318,20 @@ class PMMH(MCMCKernel):
             points, sds, levels = self._estimates_at(
                 key, points, back, size, proposal, args, kwargs
             )
-            sd, best = float(np.max(sds)), points[int(np.argmax(levels))]
+            sd = float(np.max(sds))
+            found = size, sd, points[int(np.argmax(levels))]
             if sd > _LARGEST_SD and size < _MOST_PARTICLES:
                 growth = min((sd / _TARGET_SD) ** 2, _GROWTH)
                 size = int(min(np.ceil(size * growth), _MOST_PARTICLES))
-                if enough is None or size < enough[0]:
-                    continue
-                size, sd, best = enough
+                if enough is not None and size >= enough[0]:
+                    found = enough
+                    break
             elif enough is None and sd < _TOO_GOOD * _TARGET_SD and size > _MANY:
                 # What asked for so many may have been a point that holds no mass.
-                enough = size, sd, best
-                size = int(np.ceil(_SAFETY * size * (sd / _TARGET_SD) ** 2))
-                continue
-            break
+                enough, size = found, int(np.ceil(_SAFETY * size * (sd / _TARGET_SD) ** 2))
+            else:
+                break
+        size, sd, best = found
         if not sd <= 2.0 * _TARGET_SD:
             others = [n for n in ("auto", "guided", "bootstrap") if n != self.proposal]
             warnings.warn(
@@ -364,7 +367,7 @@ class PMMH(MCMCKernel):
             found = np.concatenate([found, again], axis=1)
             sds, levels = spread_and_level(found)
             # The largest of several spreads that a few runs tell is too large by chance.
-            if not _LARGEST_SD < np.max(sds) <= _TURNS * _LARGEST_SD:
+            if not _LARGEST_SD < np.max(sds) <= _DOUBTFUL_SD:
                 break
         holding = levels >= np.max(levels) - _CENTRAL - 2.0 * sds
         return points[holding], sds[holding], levels[holding]

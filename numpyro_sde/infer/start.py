@@ -148,16 +148,19 @@ def _descend_on_host(both: Callable[..., Any], flat: Array) -> tuple[Array, Arra
     hessian = 0.5 * (np.array(rows) + np.array(rows).T)
     if not np.all(np.isfinite(hessian)):
         return jnp.asarray(found.x, flat.dtype), plain
-    values, vectors = np.linalg.eigh(hessian)
-    steps = (vectors / np.sqrt(np.maximum(values, 1.0))).T
-    rises = np.array([[at(found.x + sign * step)[0] for step in steps] for sign in (1, -1)])
-    slopes = steps @ found.jac
-    mode, covariance = _checked(found.x, start, values, vectors, slopes, rises - found.fun, np)
+    mode, covariance = _checked(
+        found.x,
+        start,
+        found.jac,
+        hessian,
+        lambda x: np.array([at(p)[0] for p in x]) - found.fun,
+        np,
+    )
     return jnp.asarray(mode, flat.dtype), jnp.asarray(np.linalg.cholesky(covariance), flat.dtype)
 
 
 def _checked(
-    mode: Any, start: Any, values: Any, vectors: Any, slopes: Any, rises: Any, xp: Any
+    mode: Any, start: Any, slope: Any, hessian: Any, rise: Callable[[Any], Any], xp: Any
 ) -> tuple[Any, Any]:
     """Mode and covariance; plain in directions in which the surface does not rise as it should.
 
@@ -166,17 +169,20 @@ def _checked(
     Args:
         mode: where the search ended, `(D,)`.
         start: where it began, `(D,)`.
-        values: eigenvalues of the Hessian there.
-        vectors: its eigenvectors, as columns.
-        slopes: of the potential there, by one standard deviation along each, `(D,)`.
-        rises: of the potential over one standard deviation along each, both ways, `(2, D)`; NaN
-            or infinite where it is not finite.
+        slope: gradient of the potential at the mode, `(D,)`.
+        hessian: its second derivatives there, `(D, D)`.
+        rise: takes points `(K, D)`; returns the potential there less the mode's, NaN or large where
+            it is not finite.
         xp: numpy, or jax.numpy in a trace.
     """
-    believed = xp.all((rises <= _MOST_RISE) & (rises >= -_MOST_FALL), axis=0)
-    believed &= xp.abs(slopes) <= _MOST_FALL
+    values, vectors = xp.linalg.eigh(hessian)
     # Directions in which the approximation is flat or concave get the prior's unit scale.
-    variances = xp.where(believed, 1.0 / xp.maximum(values, 1.0), _PLAIN_SCALE**2)
+    precisions = xp.maximum(values, 1.0)
+    steps = (vectors / xp.sqrt(precisions)[None]).T
+    rises = rise(xp.concatenate([mode[None] + steps, mode[None] - steps])).reshape(2, -1)
+    believed = xp.all((rises <= _MOST_RISE) & (rises >= -_MOST_FALL), axis=0)
+    believed &= xp.abs(steps @ slope) <= _MOST_FALL
+    variances = xp.where(believed, 1.0 / precisions, _PLAIN_SCALE**2)
     return xp.where(xp.any(believed), mode, start), (vectors * variances[None]) @ vectors.T
 
 
@@ -194,12 +200,11 @@ def _descend(potential: Callable[[Array], Array], flat: Array) -> tuple[Array, A
     found = minimize(lambda x: guarded(x) / scale, flat, method="BFGS", options={"maxiter": 200})
     better = jnp.isfinite(found.fun) & jnp.all(jnp.isfinite(found.x)) & (found.fun * scale <= first)
     mode = jnp.where(better, found.x, flat)
-    values, vectors = jnp.linalg.eigh(jax.hessian(potential)(mode))
-    steps = (vectors / jnp.sqrt(jnp.maximum(values, 1.0))[None]).T
-    across = jax.vmap(guarded)(jnp.concatenate([mode[None] + steps, mode[None] - steps]))
-    rises = across.reshape(2, dim) - guarded(mode)
-    slopes = steps @ jax.grad(guarded)(mode)
-    mode, covariance = _checked(mode, flat, values, vectors, slopes, rises, jnp)
+    lowest, slope = jax.value_and_grad(guarded)(mode)
+    hessian = jax.hessian(potential)(mode)
+    mode, covariance = _checked(
+        mode, flat, slope, hessian, lambda x: jax.vmap(guarded)(x) - lowest, jnp
+    )
     factor = jnp.linalg.cholesky(covariance)
     plain = _PLAIN_SCALE * jnp.eye(dim, dtype=flat.dtype)
     return mode, jnp.where(jnp.all(jnp.isfinite(factor)) & better, factor, plain)

@@ -66,7 +66,7 @@ def transposed_times(
     return jnp.concatenate([full[..., :coupled, :], full[..., coupled:, :] + alone], axis=-2)
 
 
-def congruence(
+def through(
     product: Callable[[Array], Array],
     a: Float[Array, " d"],
     b: Float[Array, " d"],
@@ -76,7 +76,7 @@ def congruence(
 
     Example:
         >>> e = jnp.array([1.0, 0.0])
-        >>> congruence(lambda Z: 2.0 * Z, e, e, jnp.ones((2, 3))).tolist()
+        >>> through(lambda Z: 2.0 * Z, e, e, jnp.ones((2, 3))).tolist()
         [[1.0, 2.0, 1.0], [2.0, 4.0, 2.0]]
     """
     d = Z.shape[0]
@@ -102,19 +102,17 @@ def slope_of_transition(
         >>> slope_of_transition(one[:1], one[..., 0], one[..., 0], one, one, 1).tolist()
         [[[21.0, 21.0], [0.0, 21.0]]]
     """
-    shared = F.shape[0] == 1 and n.shape[0] > 1
-    sum_of = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    shared, dense = F.shape[0] == 1 and n.shape[0] > 1, is_dense(F, coupled)
     FP = times(F, P, coupled)
-    if is_dense(F, coupled):
-        if not shared:
-            return outer(n, m) + 2 * matmul(G, FP)
-        return (sum_of("ka,kb->ab", n, m) + 2 * sum_of("kab,kbc->ac", G, FP))[None]
-    alone = n * m + 2 * jnp.sum(G * transpose(FP), axis=-1)
-    top, ahead = G[:, :coupled], n[:, :coupled]
+    top, ahead = (G, n) if dense else (G[:, :coupled], n[:, :coupled])
     if shared:
+        sum_of = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
         full = (sum_of("ka,kb->ab", ahead, m) + 2 * sum_of("kab,kbc->ac", top, FP))[None]
-        alone = jnp.sum(alone, axis=0, keepdims=True)
     else:
         full = outer(ahead, m) + 2 * matmul(top, FP)
+    if dense:
+        return full
+    alone = n * m + 2 * jnp.sum(G * transpose(FP), axis=-1)
+    alone = jnp.sum(alone, axis=0, keepdims=True) if shared else alone
     eye = jnp.eye(F.shape[-1], dtype=F.dtype)[None, coupled:]
     return jnp.concatenate([full, alone[:, coupled:, None] * eye], axis=-2)

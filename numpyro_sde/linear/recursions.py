@@ -42,9 +42,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.coupled import (
-    congruence,
     is_dense,
     slope_of_transition,
+    through,
     times,
     transposed_times,
 )
@@ -103,6 +103,12 @@ def _augment(P: Array, m: Array) -> Array:
     return jnp.concatenate([P, m[..., None]], axis=-1)
 
 
+def _through(L: Array, Z: Array) -> Array:
+    """`[L P L' | L m]` of `Z = [P | m]`."""
+    W = matmul(L, Z)
+    return _augment(matmul(W[..., :-1], transpose(L)), W[..., -1])
+
+
 def _dot(a: Array, b: Array) -> Array:
     return (a * b).sum(-1)
 
@@ -150,10 +156,9 @@ def _scan_covariances(steps: ScalarSteps, coupled: int | None = None) -> Float[A
         u = matvec(Z[:, :d], h)
         k = matvec(F, u) / (_dot(u, h) + r)
         if dense:
-            W = matmul(F - outer(k, h), Z)
-            Z = _augment(matmul(W[:, :d], transpose(F - outer(k, h))), W[:, d])
+            Z = _through(F - outer(k, h), Z)
         else:
-            Z = congruence(partial(times, F, coupled=coupled), k, h, Z)
+            Z = through(partial(times, F, coupled=coupled), k, h, Z)
         return Z + outer(k, jnp.append(r * k, y)) + _augment(Q, c)
 
     return _scan(step, _augment(steps.P0, steps.m0), (steps.F, steps.Q, steps.c, *_before(steps)))
@@ -381,21 +386,17 @@ def affine_backward(
     """
     d = L.shape[-1]
 
-    def apply(L: Array, Z: Array) -> Array:
-        W = matmul(transpose(L), Z)
-        return _augment(matmul(W[..., :d], L), W[..., d])
-
     if form != "parallel":
 
         def step(Z: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-            Z = apply(x[0], Z) + x[1]
+            Z = _through(transpose(x[0]), Z) + x[1]
             return Z, Z
 
         _, Z = lax.scan(step, B[-1], (L, B[:-1]), reverse=True)
         return jnp.concatenate([Z, B[-1:]])
 
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
-        return matmul(later[0], earlier[0]), apply(earlier[0], later[1]) + earlier[1]
+        return matmul(later[0], earlier[0]), _through(transpose(earlier[0]), later[1]) + earlier[1]
 
     ends = jnp.concatenate([L, jnp.zeros_like(B[-1:, :, :d])])
     neutral = (jnp.eye(d, dtype=L.dtype), jnp.zeros_like(B[-1]))
@@ -414,7 +415,7 @@ def _information(
 
     def step(Z: Array, x: tuple[Array, ...]) -> Array:
         F, h, k, seen = x
-        return congruence(partial(transposed_times, F, coupled=coupled), h, k, Z) + outer(h, seen)
+        return through(partial(transposed_times, F, coupled=coupled), h, k, Z) + outer(h, seen)
 
     arrays = steps.F[::-1], _early(h)[::-1], k[::-1], seen[:-1][::-1]
     return _scan(step, outer(h[-1], seen[-1]), arrays)[::-1]

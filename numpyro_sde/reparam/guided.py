@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -355,7 +354,7 @@ def _guided_states(
             states, more = guided_path(model, guide, x0, z)
             return model.visible(states), weight + more, guide, states, None
         states, more, moved = _pulled_path(model, (pulls[0], pulls[1]), x0, z)
-        size = model.dim if model.state_shape is None else math.prod(model.state_shape)
+        size = model.visible_size
         again = restarted(model, pulls[0], pulls[1], filled)[:size] if normal else start
         return model.visible(states), weight + more, guide, states, (again, *moved)
 

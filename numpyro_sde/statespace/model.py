@@ -6,6 +6,7 @@ vectors `(d,)` here, scalar processes included. Batches are mapped by the caller
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -145,6 +146,11 @@ class StateSpaceModel(NamedTuple):
     def dim(self) -> int:
         """Number d of state components."""
         return self.init_mean.shape[0]
+
+    @property
+    def visible_size(self) -> int:
+        """Number of components of the user's state, which come first."""
+        return self.dim if self.state_shape is None else math.prod(self.state_shape)
 
     def visible(self, states: Float[Array, "*n d"]) -> Array:
         """The user's part of states, in the shape of the user's state."""
