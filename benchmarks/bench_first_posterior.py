@@ -4,9 +4,10 @@
 
 Each case is a process of its own: import, 500 + 500 draws, end. Printed are CPU seconds of the
 process (all threads), what of it JAX traced and compiled, the smallest effective size of the
-parameters and of the path, and effective draws a second with everything counted. Peers that are not
-installed (cuthbert; dynestyx, for Python 3.12 and later) are left out and named; FOLDER may hold
-them. On a machine with other work the numbers grow.
+parameters and of the path, and effective draws a second with everything counted. Byte code of the
+package is made before, as pip makes it. Peers that are not installed (cuthbert; dynestyx, for
+Python 3.12 and later) are left out and named; FOLDER may hold them. On a machine with other work
+the numbers grow.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 DRAWS = 500
+# What is set outside would change what is measured.
+SETTINGS = ("XLA_FLAGS", "JAX_", "PYTHONDONTWRITEBYTECODE")
 
 
 class Phases:
@@ -313,7 +316,7 @@ def run_here(name, cache):
 def run_apart(name, peers, **environment):
     command = [sys.executable, __file__, "--here", name]
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *peers]
-    given = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
+    given = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
     done = subprocess.run(
         command,
         env={**given, "PYTHONPATH": os.pathsep.join(paths), **environment},
@@ -336,6 +339,8 @@ def main():
     if arguments.here:
         run_here(arguments.here, os.environ.get("BENCH_CACHE"))
         return
+    package = Path(__file__).parents[1] / "numpyro_sde"
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(package)], check=True)
     print("| case | must show | CPU s | compiling s | min ESS | ESS / s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in arguments.cases:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.optimize import brentq
 from scipy.special import expit
 
 _LEAST_REJECTION = 1e-3
@@ -70,6 +69,8 @@ def bennett(cold: Float[np.ndarray, " n"], hot: Float[np.ndarray, " m"], step: f
         hot: likewise of the hotter one.
         step: difference of their inverse temperatures.
     """
+    from scipy.optimize import brentq  # slow to import
+
     above, below = step * np.asarray(cold, float), step * np.asarray(hot, float)
     shift = np.log(below.size / above.size)
 

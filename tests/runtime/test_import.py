@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpyro_sde as nsde
 
-SLOW = ("scipy.stats", "scipy.signal", "pandas", "arviz", "matplotlib", "diffrax", "blackjax")
+SLOW = (
+    "scipy.stats",
+    "scipy.signal",
+    "scipy.optimize",
+    "pandas",
+    "arviz",
+    "matplotlib",
+    "diffrax",
+    "blackjax",
+)
 
 
 def test_slow_packages_are_imported_late():
