@@ -25,7 +25,7 @@ from numpyro_sde.distributions.known_design import KnownDesign, known_design
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.ranks import equal_rank
-from numpyro_sde.linear.small import solve_lower
+from numpyro_sde.linear.small import diagonal, solve_lower
 from numpyro_sde.schemes import Euler
 from numpyro_sde.schemes.base import require_square
 
@@ -172,9 +172,7 @@ def weight_posterior(
     noise = -0.5 * (residual**2).sum(-1) - 0.5 * math.log(2 * math.pi) * residual.shape[-1]
     start = law.log_prob_pointwise(x)[..., 0]
     total = _sum_to(noise - log_det + start, plates)
-    total = (
-        total + 0.5 * (half**2).sum(-1) - jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
-    )
+    total = total + 0.5 * (half**2).sum(-1) - jnp.log(diagonal(root)).sum(-1)
     back = jax.scipy.linalg.solve_triangular(root, half[..., None], lower=True, trans=1)[..., 0]
     return WeightPosterior(total, back, root)
 
@@ -275,7 +273,7 @@ def _log_integral_jvp(
     root = jnp.linalg.cholesky(A + eye)
     covariance = jax.scipy.linalg.cho_solve((root, True), eye)
     mean = covariance @ b
-    value = 0.5 * b @ mean - jnp.log(jnp.diagonal(root)).sum()
+    value = 0.5 * b @ mean - jnp.log(diagonal(root)).sum()
     second = covariance + mean[:, None] * mean[None]
     return value, mean @ db - 0.5 * jnp.sum(second * dA)
 
@@ -291,8 +289,7 @@ def _whitened(rest: Array, factor: Array, law: SDEPath) -> tuple[Array, Array]:
         require_square(factor)
         flat = jnp.moveaxis(rest, 0, -1)  # (*lead, T - 1, d, k)
         rows = jnp.moveaxis(solve_lower(factor, flat), -1, 0)
-        diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
-        log_det = jnp.log(jnp.abs(diagonal)).sum((-1, -2))
+        log_det = jnp.log(jnp.abs(diagonal(factor))).sum((-1, -2))
     return rows.reshape(rest.shape[0], *lead, -1), log_det
 
 

@@ -24,6 +24,7 @@ from numpyro.util import is_prng_key
 from numpyro_sde.distributions.batching import align_new_axes, map_batch
 from numpyro_sde.distributions.fixed_start import FixedStart
 from numpyro_sde.grid import check_times
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.sde import broadcast_batch
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -95,7 +96,7 @@ def normal_log_density(cov: Array, x: Array) -> Array:
     """Log density of `N(0, cov)` by Cholesky."""
     L = jnp.linalg.cholesky(cov)
     z = jax.scipy.linalg.solve_triangular(L, x, lower=True)
-    log_det = jnp.sum(jnp.log(jnp.diagonal(L)))
+    log_det = jnp.sum(jnp.log(diagonal(L)))
     return -0.5 * (z @ z) - log_det - _HALF_LOG_2PI * x.shape[0]
 
 

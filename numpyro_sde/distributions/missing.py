@@ -9,6 +9,8 @@ import numpyro.distributions as dist
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.small import diagonal
+
 _LOG_2PI = 1.8378770664093453
 
 
@@ -69,6 +71,6 @@ def _normal_of_present(d: Any, y: Array, missing: Array) -> Array:
     tril = jnp.linalg.cholesky(covariance)
     residual = jnp.where(keep, y - d.loc, 0.0)
     z = solve_triangular(tril, residual[..., None], lower=True)[..., 0]
-    log_det = jnp.sum(jnp.log(jnp.diagonal(tril, axis1=-2, axis2=-1)), -1)
+    log_det = jnp.sum(jnp.log(diagonal(tril)), -1)
     count = jnp.sum(keep, -1)
     return -0.5 * jnp.sum(z**2, -1) - log_det - 0.5 * _LOG_2PI * count

@@ -20,7 +20,7 @@ from numpyro_sde.distributions.missing import log_prob_of_present
 from numpyro_sde.distributions.moments import mean_and_cov
 from numpyro_sde.distributions.observation import Emission, EmissionStructure
 from numpyro_sde.linear.rows import put_rows
-from numpyro_sde.linear.small import cholesky
+from numpyro_sde.linear.small import cholesky, diagonal
 from numpyro_sde.statespace.model import Instrument
 from numpyro_sde.statespace.updates import LOG_2PI
 
@@ -238,7 +238,7 @@ def _powers_of_normals(instrument: Instrument, power: Array, x: Array) -> Array:
         scaled = cov * jnp.sqrt(power[:, None] * power[None, :])  # R again: blocks of equal power
         both = present[:, None] & present[None, :]
         L = cholesky(jnp.where(both, scaled, jnp.eye(power.shape[0], dtype=cov.dtype)))
-        log_pivots = jnp.where(present, jnp.log(jnp.diagonal(L)), 0.0)
+        log_pivots = jnp.where(present, jnp.log(diagonal(L)), 0.0)
         ours = (1.0 - power) * (log_pivots + 0.5 * LOG_2PI) - 0.5 * jnp.log(power)
         return jnp.sum(jnp.where(present, ours, 0.0))
 

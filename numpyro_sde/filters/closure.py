@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.filters.moment_matching import MomentMatching
 from numpyro_sde.linear.balance import fastest_rate
-from numpyro_sde.linear.small import matmul, psd_factor, transpose
+from numpyro_sde.linear.small import diagonal, matmul, psd_factor, transpose
 from numpyro_sde.schemes.moment_closure import MomentClosure
 from numpyro_sde.statespace.checks import check_count
 from numpyro_sde.statespace.model import FilterResult, StateSpaceModel
@@ -140,7 +140,7 @@ def closure_check(
     gaps, names = [gap], ["the model's start"]
     _, mean, cov, truth = run_free(model.init_mean, model.init_cov, key)
     ends, truths, further = [mean], [truth], []
-    spread = 2.0 * jnp.sqrt(jnp.diagonal(cov))
+    spread = 2.0 * jnp.sqrt(diagonal(cov))
     finite = bool(jnp.all(jnp.isfinite(mean)) & jnp.all(jnp.isfinite(spread)))
     if finite:
         further += [(f"a start two s.d. {n}", mean + s * spread) for n, s in _SIDES]
@@ -209,7 +209,7 @@ def _enough_substeps(model: StateSpaceModel, method: MomentMatching) -> int:
     def products(mean: Array, cov: Array) -> Array:
         free = model._replace(instruments=(), init_mean=mean, init_cov=cov)
         result = method.filter(free)
-        sd = jnp.sqrt(jnp.diagonal(result.predicted_cov, axis1=-2, axis2=-1))
+        sd = jnp.sqrt(diagonal(result.predicted_cov))
         places = jnp.stack([result.predicted_mean + side * sd for side in (-2.0, 0.0, 2.0)])
 
         def at(inputs: Any, x: Array) -> Array:
@@ -279,7 +279,7 @@ def _comparison(
 def _compare(result: FilterResult, finer: FilterResult | None, simulated: Any) -> _Gap:
     mean, var, skewness, kurtosis = simulated
     predicted = result.predicted_mean[1:]
-    predicted_var = jnp.diagonal(result.predicted_cov[1:], axis1=-2, axis2=-1)
+    predicted_var = diagonal(result.predicted_cov[1:])
     # A component that the noise has not reached has no spread to measure errors in.
     floor = 1e-6 * jnp.maximum(jnp.max(var, axis=0, keepdims=True), jnp.finfo(var.dtype).tiny)
     sd = jnp.sqrt(jnp.maximum(var, floor))
@@ -288,7 +288,7 @@ def _compare(result: FilterResult, finer: FilterResult | None, simulated: Any) -
     order_gap = jnp.asarray(jnp.nan)
     if finer is not None:
         means = jnp.abs(predicted - finer.predicted_mean[1:]) / sd
-        other = jnp.diagonal(finer.predicted_cov[1:], axis1=-2, axis2=-1)
+        other = diagonal(finer.predicted_cov[1:])
         spreads = jnp.abs(jnp.sqrt(predicted_var) - jnp.sqrt(other)) / sd
         order_gap = jnp.maximum(jnp.max(means), jnp.max(spreads))
     return _Gap(

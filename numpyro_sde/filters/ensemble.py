@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_sde.linear.small import (
     cholesky,
+    diagonal,
     matmul,
     matvec,
     psd_factor,
@@ -235,7 +236,7 @@ def _perturbed_update(
     white = solve_lower(L, jnp.concatenate(columns, axis=1))
     count = members.shape[0]
     moved = members + matmul(transpose(white[:, :count]), white[:, count:-1])
-    log_density = -0.5 * jnp.sum(white[:, -1] ** 2) - jnp.sum(jnp.log(jnp.diagonal(L)))
+    log_density = -0.5 * jnp.sum(white[:, -1] ** 2) - jnp.sum(jnp.log(diagonal(L)))
     return moved, log_density - 0.5 * LOG_2PI * jnp.sum(present)
 
 
@@ -256,7 +257,7 @@ def _laplace_update(
 
     mode, B, log_density = laplace(emission, jnp.zeros_like(mean), newton_steps)
     # A pivot of zero belongs to a direction in which the members do not differ.
-    pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
+    pivots = jnp.where(diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
     z = solve_lower(S + jnp.diag(pivots), transpose(members - mean[None]))
     z = mode[:, None] + solve_lower(B, z, transposed=True)
     return mean[None] + transpose(matmul(S, z)), log_density

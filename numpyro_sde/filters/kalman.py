@@ -21,6 +21,7 @@ from numpyro_sde.filters.forced import (
 from numpyro_sde.linear import diffuse, discretize, kalman
 from numpyro_sde.linear.affine import degrees
 from numpyro_sde.linear.rows import put_rows, take_rows
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.linear.smoothing import BackwardKernel, backward_kernels
 from numpyro_sde.schemes import LocalLinear
 from numpyro_sde.schemes.dependence import dependence
@@ -276,7 +277,7 @@ def linear_arrays(model: StateSpaceModel, rows: np.ndarray, *, shared: bool = Fa
     if correlated:
         R = _block_diagonal(_aligned([p[2] for p in parts], 2))
     else:
-        variances = [jnp.diagonal(p[2], axis1=-2, axis2=-1) for p in parts]
+        variances = [diagonal(p[2]) for p in parts]
         R = jnp.concatenate(_aligned(variances, 1), axis=-1)
     linear = kalman.LinearGaussian(
         m0=model.init_mean.astype(dtype),

@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_sde.linear.balance import fastest_rate
-from numpyro_sde.linear.small import matmul, psd_factor, solve_lower, transpose, tria
+from numpyro_sde.linear.small import diagonal, matmul, psd_factor, solve_lower, transpose, tria
 from numpyro_sde.schemes import MomentClosure
 from numpyro_sde.statespace.checks import (
     EMISSIONS,
@@ -317,9 +317,9 @@ def _linearization(
     rule's error to them, magnified. The Jacobian takes over there, smoothly.
     """
     drifted = h * matmul(jacobian, S)
-    size = jnp.sum(S**2 + drifted**2, axis=1) + h * jnp.diagonal(noise)
+    size = jnp.sum(S**2 + drifted**2, axis=1) + h * diagonal(noise)
     size = size + jnp.finfo(m.dtype).eps * m**2
-    pivots = jnp.diagonal(S)
+    pivots = diagonal(S)
     root = _root(size)  # by sds: in small units the derivative of a ratio of variances overflows
     share = (pivots / jnp.where(root > 0, root, 1.0)) ** 2
     u = jnp.clip((jnp.min(share) - _NARROW) / (_WIDE - _NARROW), 0.0, 1.0)

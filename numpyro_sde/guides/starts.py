@@ -88,7 +88,7 @@ class StartLaw:
             self.bijector: Any = lambda y: jnp.ravel(bijector(jnp.reshape(y, shape)))
             self.inverse: Any = lambda x: jnp.ravel(bijector.inv(jnp.reshape(x, shape)))
             self.mean = self.inverse(self.reference)
-            slope = jnp.diagonal(jax.jacfwd(self.inverse)(self.reference))
+            slope = diagonal(jax.jacfwd(self.inverse)(self.reference))
             self.T = psd_factor(jnp.outer(slope, slope) * (self.T @ transpose(self.T)))
 
     def held(self) -> StartLaw:
@@ -133,7 +133,7 @@ class StartLaw:
     def _jacobian(self, y: Array) -> Array:
         """Log Jacobian of the map from whitened coordinates to states."""
         if self.kind == "general":
-            slopes = jnp.diagonal(jax.jacfwd(self.bijector)(y))
+            slopes = diagonal(jax.jacfwd(self.bijector)(y))
             return jnp.sum(jnp.log(diagonal(self.T))) + jnp.sum(jnp.log(jnp.abs(slopes)))
         return jnp.sum(jnp.log(diagonal(self.scale))) - jnp.sum(jnp.log(diagonal(self.L)))
 

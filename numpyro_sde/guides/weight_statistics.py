@@ -28,6 +28,7 @@ from numpyro_sde.collapse import normal_weights, sites_that_use
 from numpyro_sde.distributions.collapsed import WeightPrior, path_regression, require_linear
 from numpyro_sde.distributions.path import SDEPath
 from numpyro_sde.guides.conjugate import Layout, Likelihood, Weights, root_of
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.models.reading import refuse_weighted, run_aside
 
 ENGINE = "the conjugate update"
@@ -193,6 +194,6 @@ def likelihood_of(moments: Moments) -> Likelihood:
     S = moments.tt[1:, 1:] - center[:, None] * center[None]
     # As much as the coefficients' own number of draws would hold them to zero.
     ridge = len(center) / jnp.maximum(moments.worth, 1.0)
-    S = S + jnp.diag(ridge * jnp.diagonal(S) + jnp.finfo(S.dtype).tiny ** 0.5)
+    S = S + jnp.diag(ridge * diagonal(S) + jnp.finfo(S.dtype).tiny ** 0.5)
     slope = jnp.linalg.solve(S, y[1:] - center[:, None] * mean[None]).T
     return Likelihood(mean - slope @ center, slope, root_of(Psi))

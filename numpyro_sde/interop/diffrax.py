@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.schemes.dependence import dependence
 
 try:
@@ -172,7 +173,7 @@ def _drift_for(solver: Any, sde: SDE, t: Array, x: Array) -> Array:
     if x.ndim == 0:
         return drift - 0.5 * noise * jacobian
     if noise.ndim == 1:
-        return drift - 0.5 * noise * jnp.diagonal(jacobian)
+        return drift - 0.5 * noise * diagonal(jacobian)
     return drift - 0.5 * jnp.einsum("ijk,kj->i", jacobian, noise)
 
 

@@ -25,6 +25,7 @@ from numpyro_sde.jumps.uniformisation import (
     transition_matrices_on,
     uniform_rate,
 )
+from numpyro_sde.linear.small import diagonal
 
 
 class JumpTimes(NamedTuple):
@@ -336,6 +337,6 @@ def path_statistics(
         return log_likelihood(init, P, log_emission)
 
     slope = jax.grad(value)(Q)
-    dwell = jnp.diagonal(slope)
+    dwell = diagonal(slope)
     jumps = jnp.where(jnp.eye(Q.shape[0], dtype=bool), 0.0, Q * slope)
     return PathStatistics(jumps, dwell)

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from numpyro_sde.jumps.reactions import ReactionNetwork
+from numpyro_sde.linear.small import diagonal
 
 _Moments = tuple[Array, Array, Array]
 
@@ -110,7 +111,7 @@ def closed_step(
 
 def is_physical(mean: Float[Array, " d"], cov: Float[Array, "d d"]) -> Bool[Array, ""]:
     """Whether means and variances are finite and not negative, but for rounding."""
-    variances = jnp.diagonal(cov)
+    variances = diagonal(cov)
     slack = 1e-6 * (1.0 + jnp.max(jnp.abs(mean)))
     finite = jnp.all(jnp.isfinite(mean)) & jnp.all(jnp.isfinite(variances))
     return finite & jnp.all(mean >= -slack) & jnp.all(variances >= -slack)

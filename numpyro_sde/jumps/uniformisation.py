@@ -19,6 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float
 from scipy.special import gammaincinv, gammaln
 
+from numpyro_sde.linear.small import diagonal
+
 MAX_SQUARINGS = 12
 TAIL = 1e-14
 """Mass of the Poisson law that truncation may lose."""
@@ -54,7 +56,7 @@ def uniform_rate(Q: Float[Array, "n n"]) -> Float[Array, ""]:
 
     Constant for derivatives: the transition matrix does not depend on it.
     """
-    q = jnp.max(-jnp.diagonal(lax.stop_gradient(Q)))
+    q = jnp.max(-diagonal(lax.stop_gradient(Q)))
     return jnp.where(q == 0.0, 1.0, q)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from numpyro_sde.linear.small import psd_factor, solve_lower
+from numpyro_sde.linear.small import diagonal, psd_factor, solve_lower
 from numpyro_sde.multiscale.table import Table, look_up
 from numpyro_sde.schemes import AbstractScheme, Euler
 from numpyro_sde.schemes.base import require_square
@@ -163,7 +163,7 @@ class TwoHalvesEuler(Euler):
         if factor.ndim > x.ndim:
             require_square(factor)
             z = solve_lower(factor, residuals.T).T
-            log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor))))
+            log_det = jnp.sum(jnp.log(jnp.abs(diagonal(factor))))
         else:
             z = residuals / factor
             log_det = jnp.sum(jnp.log(jnp.abs(factor)))

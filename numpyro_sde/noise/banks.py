@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.noise.markov_fbm import BankSteps
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -146,7 +147,7 @@ def increment_log_densities(
 def _inverse(M: Float[Array, "n n"]) -> tuple[Array, Array]:
     """Inverse and log of the absolute determinant."""
     factors = jax.scipy.linalg.lu_factor(M)
-    log_det = jnp.log(jnp.abs(jnp.diagonal(factors[0]))).sum()
+    log_det = jnp.log(jnp.abs(diagonal(factors[0]))).sum()
     return jax.scipy.linalg.lu_solve(factors, jnp.eye(M.shape[0], dtype=M.dtype)), log_det
 
 
@@ -170,7 +171,7 @@ def _normal_parts(T: Array, y: Array, B: Array) -> tuple[Array, Array, Array, Ar
     half = jax.scipy.linalg.solve_triangular(L, jnp.eye(T.shape[0], dtype=T.dtype), lower=True)
     precision = half.T @ half
     solved = precision @ y
-    log_det = jnp.log(jnp.diagonal(L)).sum() + T.shape[0] * _HALF_LOG_2PI
+    log_det = jnp.log(diagonal(L)).sum() + T.shape[0] * _HALF_LOG_2PI
     return -0.5 * (y * solved).sum() - y.shape[1] * log_det, precision @ B, precision, solved
 
 

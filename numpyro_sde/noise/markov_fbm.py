@@ -31,6 +31,7 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, ArrayLike, Float
 
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.noise.brownian import AbstractNoise
 from numpyro_sde.noise.covariances import excess_of_exponential, fgn_spectral_density, power
 from numpyro_sde.noise.strong_fit import strong_nodes, strong_weights
@@ -102,10 +103,10 @@ def _steps(bank: OUBank, dt: Float[Array, " s"]) -> BankSteps:
     noise = bank.drivers @ bank.drivers.T
     sums = (bank.rates[:, None] + bank.rates[None])[None] * dt[:, None, None]
     Q = noise[None] * dt[:, None, None] * _phi1(-sums)
-    diagonal = jnp.diagonal(noise)[None]
+    own = diagonal(noise)[None]
     # Of int U with itself and with U, without U(0); only for independent drivers.
-    with_end = 0.5 * diagonal * passed**2
-    alone = diagonal * dt[:, None] ** 3 * _third(x)
+    with_end = 0.5 * own * passed**2
+    alone = own * dt[:, None] ** 3 * _third(x)
     a, b = bank.difference, bank.integral
     a, b = jnp.broadcast_to(a, x.shape), jnp.broadcast_to(b, x.shape)
     gain = jnp.einsum("sij,sj->si", Q, a) + with_end * b

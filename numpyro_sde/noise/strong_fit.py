@@ -16,6 +16,7 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, ArrayLike, Float
 
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.noise.covariances import excess_of_exponential, power
 
 _SERIES_BELOW, _SERIES_TERMS = 2.0, 24
@@ -102,7 +103,7 @@ def strong_weights(
         (3,)
     """
     system = strong_system(rates, hurst, horizon, kind)
-    size = jnp.sqrt(jnp.diagonal(system.A))
+    size = jnp.sqrt(diagonal(system.A))
     return jnp.linalg.solve(system.A / (size[:, None] * size[None]), system.b / size) / size
 
 

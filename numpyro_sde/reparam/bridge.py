@@ -16,6 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
+from numpyro_sde.linear.small import diagonal
+
 if TYPE_CHECKING:
     from numpyro_sde.schemes.base import AbstractScheme
     from numpyro_sde.sde import SDE
@@ -97,13 +99,13 @@ def bridge_path(
     def step(x: Array, now: Any) -> tuple[Array, tuple[Array, Array]]:
         t, h, e, end, left, factor_of_variance, determined, beyond, c = now
         factor = sde.noise_factor_at(t, x) * jnp.sqrt(h * factor_of_variance)
-        diagonal = factor.ndim == x.ndim
-        noise = factor * e if diagonal else factor @ e
+        alone = factor.ndim == x.ndim  # each component has noise of its own
+        noise = factor * e if alone else factor @ e
         pulled = x + (end - x) * (h / left) + noise
         drifted = scheme.step(sde, t, h, x, e, c) if scheme.has_innovations else pulled
         x_next = jnp.where(determined, end, jnp.where(beyond, drifted, pulled)).astype(x.dtype)
         true = scheme.log_density(sde, t, h, x, x_next, c)
-        scales = factor if diagonal else jnp.diagonal(factor)
+        scales = factor if alone else diagonal(factor)
         proposed = jnp.sum(-0.5 * e**2 - 0.5 * jnp.log(2.0 * jnp.pi) - jnp.log(jnp.abs(scales)))
         ratio = jnp.where(beyond, 0.0, true - jnp.where(determined, 0.0, proposed))
         # A step past the last known state follows the true law: its ratio is one.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_sde.linear.small import solve_lower
+from numpyro_sde.linear.small import diagonal, solve_lower
 
 if TYPE_CHECKING:
     from numpyro_sde.sde import SDE
@@ -233,7 +233,7 @@ def gaussian_log_density(x: Array, mean: Array, factor: Array) -> Float[Array, "
     else:
         require_square(factor)
         z = solve_lower(factor, (x - mean)[:, None])[:, 0]
-        log_det = jnp.log(jnp.abs(jnp.diagonal(factor)))
+        log_det = jnp.log(jnp.abs(diagonal(factor)))
     return jnp.sum(-0.5 * z**2 - log_det) - _HALF_LOG_2PI * mean.size
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_sde.linear.small import diagonal
 from numpyro_sde.schemes.base import _HALF_LOG_2PI, AbstractScheme
 from numpyro_sde.schemes.dependence import coupled_component, dependence
 from numpyro_sde.schemes.euler import Euler
@@ -112,7 +113,7 @@ def _quadratic(sde: SDE, t: Array, dt: Array, x: Array) -> tuple[Array, Array, A
     else:
         scale = sde.noise_factor_at(t, x)
         jacobian = jax.jacfwd(lambda s: sde.noise_factor_at(t, s))(x)
-        slope = jnp.diagonal(jacobian)
+        slope = diagonal(jacobian)
         coupled = jnp.any((jacobian != 0.0) & ~jnp.eye(x.size, dtype=bool), axis=1)
         slope = jnp.where(coupled, math.nan, slope)
     mean = x + sde.ito_drift_at(t, x) * dt

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from numpyro_sde.linear.small import matmul, matvec, outer, transpose, tria
+from numpyro_sde.linear.small import diagonal, matmul, matvec, outer, transpose, tria
 from numpyro_sde.schemes.base import GaussianScheme
 from numpyro_sde.schemes.generator import as_point
 
@@ -155,7 +155,7 @@ def _agree(coarse: _Step, fine: _Step, size: _Size) -> Bool[Array, ""]:
     """Whether steps of half the length change nothing, in any units of the states."""
     tolerance = 1e-6 if fine.F.dtype == jnp.float64 else 1e-4
     P, Q = (matmul(s.columns, transpose(s.columns)) for s in (coarse, fine))
-    sd = jnp.sqrt(jnp.diagonal(Q))
+    sd = jnp.sqrt(diagonal(Q))
     bound = jnp.eye(sd.size, dtype=sd.dtype) + size.F
     return (
         jnp.all(jnp.abs(fine.F - coarse.F) <= tolerance * matmul(bound, bound))

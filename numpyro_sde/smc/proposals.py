@@ -34,6 +34,7 @@ from numpyro_sde.linear.information import (
     whiten_innovations,
 )
 from numpyro_sde.linear.small import (
+    diagonal,
     matmul,
     matvec,
     psd_factor,
@@ -390,7 +391,7 @@ class Guided(Proposal):
         assert plan.guide is not None
         S = psd_factor(model.init_cov)
         # A pivot of zero belongs to a direction that is fixed.
-        pivots = jnp.where(jnp.diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
+        pivots = jnp.where(diagonal(S) == 0, 1.0, 0.0).astype(S.dtype)
         w = solve_lower(S + jnp.diag(pivots), (x - model.init_mean)[:, None])[:, 0]
         mean, given, seen = guides.start_given_readings(model)
         ahead = mean - plan.guide.reference[0]

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from numpyro_sde.linear.small import (
     cholesky,
     congruence,
+    diagonal,
     matmul,
     matvec,
     solve_lower,
@@ -235,7 +236,7 @@ def normals(mean: Float[Array, "M d"], tril: Float[Array, "M d d"]) -> Normals:
     """Normal laws from means and lower factors."""
     d = mean.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(d, dtype=tril.dtype), tril.shape)
-    log_det = jnp.sum(jnp.log(jnp.diagonal(tril, axis1=-2, axis2=-1)), axis=-1)
+    log_det = jnp.sum(jnp.log(diagonal(tril)), axis=-1)
     return Normals(mean, solve_lower(tril, eye), -log_det - 0.5 * d * LOG_2PI)
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float
 from numpyro_sde.linear.small import (
     cholesky,
     congruence,
+    diagonal,
     matmul,
     matvec,
     outer,
@@ -89,7 +90,7 @@ def linear_update(
     white = solve_lower(L, jnp.concatenate([residual[:, None], HP], axis=1))
     gain = transpose(solve_lower(L, white[:, 1:], transposed=True))
     keep = jnp.eye(d, dtype=cov.dtype) - matmul(gain, H)
-    log_density = -0.5 * jnp.sum(white[:, 0] ** 2) - jnp.sum(jnp.log(jnp.diagonal(L)))
+    log_density = -0.5 * jnp.sum(white[:, 0] ** 2) - jnp.sum(jnp.log(diagonal(L)))
     log_density = log_density - 0.5 * LOG_2PI * jnp.sum(present)
     return (
         mean + matvec(transpose(white[:, 1:]), white[:, 0]),
@@ -253,7 +254,7 @@ def laplace(
         tangent_solve,
     )
     B = cholesky(_with_curvature(-jax.hessian(objective)(z)))
-    return z, B, objective(z) - jnp.sum(jnp.log(jnp.diagonal(B)))
+    return z, B, objective(z) - jnp.sum(jnp.log(diagonal(B)))
 
 
 def _newton(objective: Callable[[Array], Array], start: Array, num_steps: int) -> Array:
@@ -287,8 +288,8 @@ def _with_curvature(B: Array) -> Array:
     bound), as if the emission had none.
     """
     B = symmetrize(B)
-    diagonal = jnp.diagonal(B)
-    least = jnp.min(diagonal - (jnp.sum(jnp.abs(B), axis=1) - jnp.abs(diagonal)))
+    own = diagonal(B)
+    least = jnp.min(own - (jnp.sum(jnp.abs(B), axis=1) - jnp.abs(own)))
     definite = jnp.all(jnp.isfinite(cholesky(lax.stop_gradient(B))))
     shift = jnp.where(definite, 0.0, 1.0 - least)
     return B + shift * jnp.eye(B.shape[0], dtype=B.dtype)

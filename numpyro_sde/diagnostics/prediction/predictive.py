@@ -27,7 +27,7 @@ from scipy.special import ndtri
 
 from numpyro_sde.diagnostics.prediction.reading import SeenPath
 from numpyro_sde.filters.particle import Particle
-from numpyro_sde.linear.small import psd_factor
+from numpyro_sde.linear.small import diagonal, psd_factor
 from numpyro_sde.smc.normals import normals
 from numpyro_sde.smc.particle_filter import run_filter
 from numpyro_sde.statespace.model import AbstractFilter, Instrument, StateSpaceModel
@@ -272,7 +272,7 @@ def _normal_row(
     y = jnp.concatenate([values for _, values, _ in now])
     present = jnp.concatenate([known for _, _, known in now])
     L, z = whiten(mean, cov, y, present)
-    terms = -0.5 * z**2 - jnp.log(jnp.diagonal(L)) - 0.5 * jnp.log(2 * jnp.pi)
+    terms = -0.5 * z**2 - jnp.log(diagonal(L)) - 0.5 * jnp.log(2 * jnp.pi)
     pit = jnp.where(present, ndtr(z), jnp.nan)
     draw = mean + psd_factor(cov) @ jax.random.normal(key, mean.shape, mean.dtype)
     return RowPrediction(jnp.sum(jnp.where(present, terms, 0.0)), pit, pit, draw)
@@ -342,7 +342,7 @@ def _components(
         mean, cov = instrument.moments(inputs, x)
         L, z = whiten(mean, cov, y, present)
         cdf = ndtr(z)
-        return cdf, cdf, -0.5 * z**2 - jnp.log(jnp.diagonal(L)) - 0.5 * jnp.log(2 * jnp.pi)
+        return cdf, cdf, -0.5 * z**2 - jnp.log(diagonal(L)) - 0.5 * jnp.log(2 * jnp.pi)
     law = _plain(_law_of(instrument, inputs, x))
     support: Any = law.support
     shape = law.batch_shape
