@@ -37,6 +37,7 @@ from numpyro_sde.distributions.observation import (
 from numpyro_sde.distributions.path_law import AbstractPathLaw
 from numpyro_sde.distributions.statement import make_statement
 from numpyro_sde.grid import check_times
+from numpyro_sde.linear.rows import take_rows
 from numpyro_sde.models.dims import dims_of_data, name_path
 from numpyro_sde.models.stack import plates_here
 
@@ -133,7 +134,7 @@ def observe(
         return numpyro.sample(name, marginal, obs=obs, infer=infer)
     states, path_times = x, clock.times
     if at is not None:
-        states = jnp.take(x, rows, axis=len(batch_shape))
+        states = take_rows(jnp.asarray(x), rows, axis=len(batch_shape))
         path_times = path_times[..., rows]
     states = _under_mask(name, states, mask_of_value(x))
     law = EmissionPath(emissions, path_times, states, clock.state_shape)
@@ -345,7 +346,7 @@ def _given_clock(name: str, x: Array, times: Any) -> Clock:
 
 
 def check_indices(name: str, at: Any, length: int) -> Any:
-    """Indices into a path of this length as an array, or an error that names the statement."""
+    """Indices from 0 into a path of this length, or an error that names the statement."""
     if isinstance(at, jax.core.Tracer):
         raise TypeError(f"observe({name!r}): at must be known before tracing, got a traced array")
     index = np.asarray(at)
@@ -363,7 +364,7 @@ def check_indices(name: str, at: Any, length: int) -> Any:
             f"observe({name!r}): at must lie in 0..{length - 1} for a path of {length} times, "
             f"got {index.min()}..{index.max()}"
         )
-    return index
+    return index.astype(int) % length  # from the end too, as indices of arrays are
 
 
 def check_data(

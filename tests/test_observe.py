@@ -176,7 +176,19 @@ def test_a_masked_emission(x64):
 # -- which times ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [[0, 3], np.array([3, 0]), [1, 1, 4], [-1], (2,), jnp.array([0, 4])])
+@pytest.mark.parametrize(
+    "at",
+    [
+        [0, 3],
+        np.array([3, 0]),
+        np.array([4, 2, 0], np.uint8),
+        [1, 1, 4],
+        [-1],
+        [-4, -2],
+        (2,),
+        jnp.array([0, 4]),
+    ],
+)
 def test_at_takes_states_and_times_together(at, x64):
     rows = np.asarray(at)
     data = np.linspace(0.0, 1.0, len(rows))

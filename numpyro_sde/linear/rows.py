@@ -13,12 +13,15 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 
-def take_rows(values: Shaped[Array, "N ..."], rows: np.ndarray) -> Shaped[Array, "K ..."]:
+def take_rows(
+    values: Shaped[Array, "N ..."], rows: np.ndarray, axis: int = 0
+) -> Shaped[Array, "K ..."]:
     """Values at some rows.
 
     Args:
         values: one a row, `(N, ...)`.
-        rows: indices below `N`, known on the host, `(K,)`.
+        rows: indices from 0 and below `N`, known on the host, `(K,)`.
+        axis: that of the rows.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -27,9 +30,9 @@ def take_rows(values: Shaped[Array, "N ..."], rows: np.ndarray) -> Shaped[Array,
     """
     stride = _stride(rows)
     if not stride:
-        return values[rows]
+        return values[(slice(None),) * axis + (rows,)]
     first, last = int(rows[0]), int(rows[-1])
-    return lax.slice_in_dim(values, first, last + 1, stride)
+    return lax.slice_in_dim(values, first, last + 1, stride, axis)
 
 
 def put_rows(

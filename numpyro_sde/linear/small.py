@@ -344,6 +344,7 @@ def solve_lower(
         batch = jnp.broadcast_shapes(L.shape[:-2], B.shape[:-2])
         L, B = (jnp.broadcast_to(M, batch + M.shape[-2:]) for M in (L, B))
         return lax.linalg.triangular_solve(L, B, left_side=True, lower=True, transpose_a=transposed)
+    L, B = equal_rank(L, B)
     # each "scalar" of the right-hand side is one row of B, so n costs no extra operations
     rows = [[x[..., None] for x in row] for row in _rows(L)]
     solver = _backward_rows if transposed else _forward_rows

@@ -274,7 +274,7 @@ def _newton(objective: Callable[[Array], Array], start: Array, num_steps: int) -
         values = jnp.where(jnp.isnan(values), -jnp.inf, values)
         # Near the mode the values differ by rounding alone: there only full steps converge.
         rounding = 64.0 * jnp.finfo(z.dtype).eps * (1.0 + jnp.abs(jnp.max(values)))
-        best = jnp.argmax(values.at[0].add(rounding))
+        best = jnp.argmax(values + jnp.where(jnp.arange(values.size) == 0, rounding, 0.0))
         return points[best], None
 
     return lax.scan(step, start, None, num_steps)[0]

@@ -1,0 +1,107 @@
+"""What loops are made of: no scatter, of which XLA makes no kernel on a CPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import init_to_median
+from numpyro.infer.util import initialize_model
+
+import numpyro_sde as nsde
+from numpyro_sde.filters import ExtendedKalman, Kalman, MomentMatching, UnscentedKalman
+from numpyro_sde.infer.racing import LikelihoodEstimator, estimated_log_density
+
+TIMES = np.arange(6.0)
+
+
+def drift(t, x, p):
+    return jnp.stack([x[1] - p * x[0], -x[1]])
+
+
+def model(law, y, sde=drift):
+    p = numpyro.sample("p", dist.LogNormal(0.0, 0.3))
+    path = nsde.SDEPath(
+        nsde.SDE(sde, lambda t, x, p: 0.3, params=p),
+        nsde.TimeGrid(TIMES, max_step=0.5),
+        dist.Normal(jnp.zeros(2), 1.0).to_event(1),
+    )
+    x = numpyro.sample("x", path)
+    nsde.observe("y", x, law, obs=y, at=np.arange(0, 11, 2))
+
+
+normal = partial(model, lambda t, x: dist.Normal(x, 0.1).to_event(1), np.zeros((6, 2)))
+counts = partial(model, lambda t, x: dist.Poisson(jnp.exp(x[0])), np.ones(6, int))
+
+
+def linear():
+    p = numpyro.sample("p", dist.LogNormal(0.0, 0.3))
+    A = -p * jnp.array([[1.0, 0.2], [0.0, 1.0]])
+    sde = nsde.processes.LinearSDE(A, jnp.zeros(2), jnp.eye(2))
+    x = numpyro.sample("x", nsde.SDEPath(sde, TIMES, dist.Normal(jnp.zeros(2), 1.0).to_event(1)))
+    cov = jnp.eye(2) + 0.1
+    nsde.observe("y", x, lambda t, x: dist.MultivariateNormal(x, cov), obs=np.zeros((6, 2)))
+
+
+def scatters(jaxpr, in_loop=False):
+    """Scatters inside of loops, with the frames of the package that made them."""
+    found = []
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if in_loop and name.startswith("scatter"):
+            found.append(str(eqn))
+        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr"))
+        for part in inner:
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                found += scatters(part, in_loop or name in ("scan", "while"))
+    return found
+
+
+def guided(fn):
+    return numpyro.handlers.reparam(fn, config={"x": nsde.reparam.GuidedReparam()})
+
+
+def integrated(fn, method):
+    return nsde.handlers.marginalize(fn, method=method)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        integrated(linear, Kalman()),
+        integrated(normal, ExtendedKalman()),
+        integrated(normal, UnscentedKalman()),
+        integrated(normal, MomentMatching()),
+        integrated(counts, ExtendedKalman()),
+        guided(linear),
+        guided(normal),
+        guided(counts),
+    ],
+    ids=["kalman", "extended", "unscented", "moments", "laplace", "linear", "guided", "counts"],
+)
+def test_gradients(fn):
+    ready = initialize_model(jax.random.key(0), fn, init_strategy=init_to_median)
+    z = ready.param_info.z
+    traced = jax.make_jaxpr(jax.value_and_grad(ready.potential_fn))(z)
+    assert scatters(traced.jaxpr) == []
+
+
+@pytest.mark.parametrize("proposal", ["bootstrap", "guided", "defensive", "auto"])
+@pytest.mark.parametrize("resampling", ["systematic", "stratified", "multinomial", "residual"])
+def test_particles(proposal, resampling):
+    method = LikelihoodEstimator(8, proposal=proposal, resampling=resampling)
+    density = partial(estimated_log_density, normal, method.with_key(jax.random.key(0)))
+    traced = jax.make_jaxpr(lambda z: density(z, (), {}))({"p": jnp.zeros(())})
+    assert scatters(traced.jaxpr) == []
+
+
+def test_the_search_finds_one():
+    def step(x, _):
+        return x.at[jnp.array([0, 1])].add(1.0), None
+
+    traced = jax.make_jaxpr(lambda x: jax.lax.scan(step, x, None, 3)[0])(jnp.zeros(3))
+    assert len(scatters(traced.jaxpr)) == 1
