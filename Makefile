@@ -20,10 +20,12 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output demo_output
 
-# Compiling is most of the work of the default suite: XLA leaves most optimisations out, and
+# Compiling is most of the work of the default suite: XLA leaves most optimisations out, generates the
+# code of a program in one piece (each core has a worker of its own: an eighth less), and
 # tests/conftest.py asks for loops as single kernels. The slow tests have the optimisations.
+QUICK_XLA := --xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1
 test: $(STAMP)
-	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(PYTEST)
+	XLA_FLAGS="$(QUICK_XLA) $(XLA_FLAGS)" $(PYTEST)
 
 # The default suite, then the slow tests file by file, each with a time limit; `make test-all-2` is the
 # second of four pieces of these. A run that was cut off goes on where it stopped.

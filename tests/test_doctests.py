@@ -35,6 +35,8 @@ SLOW = {
     *("panels.fitting", "panels.chain", "panels.two_stage", "guides.amortized", "states.stream"),
     *("infer.metric", "infer.split_nuts", "infer.iterated_filtering", "infer.tempered"),
     *("multiscale.flow", "diagnostics.scales.scan", "distributions.fractional", "handlers"),
+    *("guides.conjugate", "guides.conjugate_fit", "guides.matched", "guides.natural_fit"),
+    *("infer.gamma_rates", "infer.collapsed_field", "infer.ibis"),
 }
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sde.filters.extended import ExtendedKalman
 from numpyro_sde.filters.kalman import Kalman
-from numpyro_sde.linear.small import congruence
+from numpyro_sde.linear.small import congruence, matvec
 from numpyro_sde.schemes.switching import SwitchingSteps
 from numpyro_sde.statespace.model import AbstractFilter, FilterResult, StateSpaceModel
 from numpyro_sde.statespace.updates import choose_update, linearized_update, with_valid_inputs
@@ -86,6 +86,7 @@ class _MergingFilter(AbstractFilter):
             return next_mean, congruence(F, cov) + noise
 
         source, regimes, at_first = self._moves(sde.chain.num_states)
+        in_regimes = jnp.asarray(np.eye(sde.chain.num_states)[:, regimes], model.init_mean.dtype)
 
         def step(carry: Any, inputs: Any) -> Any:
             log_weights, means, covs = carry
@@ -103,7 +104,7 @@ class _MergingFilter(AbstractFilter):
             predicted = _collapse(_shares(log_weights), before_m, before_C)
             weights = _shares(joint)
             filtered = _collapse(weights, m, C)
-            regime = jnp.zeros(sde.chain.num_states, m.dtype).at[regimes].add(weights)
+            regime = matvec(in_regimes, weights)
             return self._merge(weights, now[2], m, C), (filtered, predicted, regime, increment)
 
         data = model.observation_inputs()

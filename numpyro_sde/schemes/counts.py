@@ -117,7 +117,9 @@ class Gillespie(CountScheme):
             time, chosen, x, fired, number = carry
             x = x + changes[chosen]
             gap, following = wait(jax.random.fold_in(key, number), x)
-            return time + gap, following, x, fired.at[chosen].add(1.0), number + 1
+            # Not `fired.at[chosen]`: among particles that is a scatter, itself a loop on a CPU.
+            now = (jnp.arange(fired.size) == chosen).astype(fired.dtype)
+            return time + gap, following, x, fired + now, number + 1
 
         gap, chosen = wait(jax.random.fold_in(key, 0), x)
         none = jnp.zeros(changes.shape[0], x.dtype)

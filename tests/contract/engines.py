@@ -266,7 +266,7 @@ def _bootstrap(case):
     )
 
 
-@engine("Particle guided", TWO)
+@engine("Particle guided", ("transformed",))
 def _particle(case):
     yield from _unbiased(case, _estimated(case, nsde.filters.Particle(20, proposal="guided"), 20))
 
@@ -328,7 +328,7 @@ def _exact_pairs(case, count, rng):
     return b, x.reshape(count, *case.shape)
 
 
-@engine("ParticleGibbs", ONE)
+@engine("ParticleGibbs", ())
 def _particle_gibbs(case):
     latent(case)
     model = case.outside(case.model)
@@ -369,7 +369,7 @@ def _pmmh(case):
     yield from _unbiased(case, np.asarray(got) - prior())
 
 
-@engine("score", ONE)
+@engine("score", ())
 def _score(case):
     got = nsde.infer.score(
         case.outside(case.model),

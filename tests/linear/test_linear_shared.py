@@ -154,6 +154,8 @@ def test_rows_that_are_diagonal_need_not_be_read(form, of_each, x64):
         if name == "F":
             a, b = a[:, read], b[:, read]
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)
+    if form != "guarded":  # the curvature comes from one rule, whatever the form
+        return
     curvature = [
         jax.hessian(lambda r, c=c: recursions.log_likelihood(steps._replace(r=r), form, c))(steps.r)
         for c in (1, None)
