@@ -136,12 +136,19 @@ def test_guarded_likelihood_has_second_derivatives_by_every_mode():
     np.testing.assert_allclose([reverse, forward], want, rtol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["sequential", "sqrt", "parallel", "guarded"])
+OTHER_FORMS = ["sequential", "sqrt", "parallel"]
+
+
+def observed_otherwise(of_each):
+    steps = spread(shared()) if of_each else shared()
+    return steps._replace(y=steps.y.at[3].set(2.0))
+
+
+@pytest.mark.parametrize("form", [*OTHER_FORMS, "guarded"])
 @pytest.mark.parametrize("of_each", [False, True], ids=["shared", "of each step"])
 def test_rows_that_are_diagonal_need_not_be_read(form, of_each, x64):
     """Transitions of which only the first row is full: the same numbers by fewer products."""
-    steps = spread(shared()) if of_each else shared()
-    steps = steps._replace(y=steps.y.at[3].set(2.0))
+    steps = observed_otherwise(of_each)
 
     def both(coupled, steps):
         return jax.value_and_grad(lambda s: recursions.log_likelihood(s, form, coupled))(steps)
@@ -154,8 +161,15 @@ def test_rows_that_are_diagonal_need_not_be_read(form, of_each, x64):
         if name == "F":
             a, b = a[:, read], b[:, read]
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11, err_msg=name)
-    if form != "guarded":  # the curvature comes from one rule, whatever the form
-        return
+
+
+@pytest.mark.parametrize(
+    "form", ["guarded", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHER_FORMS)]
+)
+@pytest.mark.parametrize("of_each", [False, True], ids=["shared", "of each step"])
+def test_curvature_and_batches_where_rows_are_diagonal(form, of_each, x64):
+    steps = observed_otherwise(of_each)
+    want = recursions.log_likelihood(steps, form, None)
     curvature = [
         jax.hessian(lambda r, c=c: recursions.log_likelihood(steps._replace(r=r), form, c))(steps.r)
         for c in (1, None)

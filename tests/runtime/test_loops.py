@@ -22,10 +22,10 @@ def drift(t, x, p):
     return jnp.stack([x[1] - p * x[0], -x[1]])
 
 
-def model(law, y, sde=drift):
+def model(law, y):
     p = numpyro.sample("p", dist.LogNormal(0.0, 0.3))
     path = nsde.SDEPath(
-        nsde.SDE(sde, lambda t, x, p: 0.3, params=p),
+        nsde.SDE(drift, lambda t, x, p: 0.3, params=p),
         nsde.TimeGrid(TIMES, max_step=0.5),
         dist.Normal(jnp.zeros(2), 1.0).to_event(1),
     )
@@ -47,7 +47,7 @@ def linear():
 
 
 def scatters(jaxpr, in_loop=False):
-    """Scatters inside of loops, with the frames of the package that made them."""
+    """Scatters inside of loops."""
     found = []
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
